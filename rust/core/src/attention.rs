@@ -1,0 +1,353 @@
+//! The entry points of attention: checks, the loop over heads, and the choice of engine.
+
+use faer::{ColRef, MatRef};
+use rayon::prelude::*;
+
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::real::Real;
+use crate::{exact, polynomial};
+
+/// The inputs of attention, head by head (batch entries are heads too).
+///
+/// Query head `i` reads key head `i / (q.len() / k.len())`: with grouped queries several query heads share one.
+#[derive(Debug, Clone)]
+pub struct Heads<'a, T> {
+    /// Queries, each `(n, d)`.
+    pub q: Vec<MatRef<'a, T>>,
+    /// Keys, each `(m, d)`.
+    pub k: Vec<MatRef<'a, T>>,
+    /// Values, each `(m, dv)`.
+    pub v: Vec<MatRef<'a, T>>,
+    /// Added to the scores of a key, each `(m,)`; `-inf` removes the key.
+    pub key_bias: Option<Vec<ColRef<'a, T>>>,
+}
+
+/// What attention to compute: `out = D^-1 A v` with `A = exp(scale q k^T + key_bias)`, or its polynomial form.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attention {
+    /// The engine.
+    pub engine: Engine,
+    /// Whether query `i` sees only keys `j <= i`.
+    pub causal: bool,
+    /// Factor of the scores.
+    pub scale: f64,
+}
+
+/// What the backward pass needs beside the inputs and `out`: two numbers a row, and each head's constants.
+#[derive(Debug, Clone)]
+pub struct Saved<T> {
+    pub(crate) row_max: Vec<T>,
+    pub(crate) row_scale: Vec<T>,
+    pub(crate) constants: Vec<Option<polynomial::Constants<T>>>,
+}
+
+/// Where the backward pass puts its results. Contiguous, head after head; what they held before is lost.
+#[derive(Debug)]
+pub struct AttentionGrads<'a, T> {
+    /// `(heads, n, d)`.
+    pub dq: &'a mut [T],
+    /// `(key heads, m, d)`.
+    pub dk: &'a mut [T],
+    /// `(key heads, m, dv)`.
+    pub dv: &'a mut [T],
+    /// `(key heads, m)`.
+    pub dkey_bias: Option<&'a mut [T]>,
+}
+
+/// One head, as the engines see it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Head<'a, T> {
+    pub index: usize,
+    pub q: MatRef<'a, T>,
+    pub k: MatRef<'a, T>,
+    pub v: MatRef<'a, T>,
+    pub key_bias: Option<ColRef<'a, T>>,
+}
+
+/// The factors that turn a row of scores into a row of `f`: `f_ij = exp(s_ij - max_i) scale_i`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RowFactors<'a, T> {
+    pub max: &'a [T],
+    pub scale: &'a [T],
+}
+
+/// What an engine's backward pass reads beside the head.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Upstream<'a, T> {
+    pub dout: MatRef<'a, T>,
+    /// `dout_i . out_i`.
+    pub delta: &'a [T],
+    pub rows: RowFactors<'a, T>,
+}
+
+/// One head's results. `dq` is overwritten, the others are added to.
+#[derive(Debug)]
+pub(crate) struct HeadGrads<'a, T> {
+    pub dq: &'a mut [T],
+    pub dk: &'a mut [T],
+    pub dv: &'a mut [T],
+    pub dkey_bias: Option<&'a mut [T]>,
+}
+
+/// Sizes of a call: heads, key heads, and n, m, d, dv.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Query heads.
+    pub h: usize,
+    /// Key heads.
+    pub h_kv: usize,
+    /// Queries a head.
+    pub n: usize,
+    /// Keys a head.
+    pub m: usize,
+    /// Width of queries and keys.
+    pub d: usize,
+    /// Width of values.
+    pub dv: usize,
+}
+
+impl<'a, T: Real> Heads<'a, T> {
+    /// The sizes, once they are known to fit together.
+    pub fn sizes(&self) -> Result<Sizes> {
+        let shape = |text: String| Err(Error::Shape(text));
+        let (h, h_kv) = (self.q.len(), self.k.len());
+        if self.v.len() != h_kv {
+            return shape(format!("v has {} heads; expected {h_kv}, as many as k", self.v.len()));
+        }
+        if (h_kv == 0 && h != 0) || (h_kv != 0 && h % h_kv != 0) {
+            return shape(format!("q has {h} heads and k {h_kv}; expected a multiple"));
+        }
+        if h_kv == 0 {
+            return Ok(Sizes { h, h_kv, n: 0, m: 0, d: 0, dv: 0 });
+        }
+        let (n, d) = self.q.first().map_or((0, self.k[0].ncols()), |q| (q.nrows(), q.ncols()));
+        let (m, dv) = (self.k[0].nrows(), self.v[0].ncols());
+        for (name, views, rows, cols) in [("q", &self.q, n, d), ("k", &self.k, m, d), ("v", &self.v, m, dv)] {
+            if let Some(x) = views.iter().find(|x| x.nrows() != rows || x.ncols() != cols) {
+                return shape(format!(
+                    "a head of {name} has shape ({}, {}); expected ({rows}, {cols})",
+                    x.nrows(),
+                    x.ncols()
+                ));
+            }
+        }
+        if let Some(bias) = &self.key_bias
+            && (bias.len() != h_kv || bias.iter().any(|b| b.nrows() != m))
+        {
+            return shape(format!("key_bias does not hold {h_kv} heads of {m} numbers"));
+        }
+        if d == 0 || dv == 0 {
+            return shape(format!("d = {d} and dv = {dv}; expected at least 1"));
+        }
+        if m == 0 {
+            return shape("k has no rows (m = 0); expected at least one key".into());
+        }
+        Ok(Sizes { h, h_kv, n, m, d, dv })
+    }
+
+    fn head(&self, index: usize) -> Head<'a, T> {
+        let kv = index / (self.q.len() / self.k.len());
+        Head {
+            index,
+            q: self.q[index],
+            k: self.k[kv],
+            v: self.v[kv],
+            key_bias: self.key_bias.as_ref().map(|b| b[kv]),
+        }
+    }
+
+    /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
+    fn check_finite(&self) -> Result<()> {
+        for (name, views) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
+            check_finite(name, views)?;
+        }
+        for b in self.key_bias.iter().flatten() {
+            if let Some(j) = b.iter().position(|x| !x.finite() && *x != T::NEG_INFINITY) {
+                return Err(Error::NonFinite(format!(
+                    "key_bias holds {:?} at key {j}; expected finite numbers or -inf",
+                    b[j]
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An error naming the first row of `views` that holds NaN or infinity.
+pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> {
+    views.par_iter().enumerate().try_for_each(|(h, x)| {
+        let x = if x.row_stride() == 1 { x.transpose() } else { *x };
+        (0..x.nrows().div_ceil(ROWS_A_CHECK)).into_par_iter().try_for_each(|tile| {
+            let start = tile * ROWS_A_CHECK;
+            let rows = x.subrows(start, ROWS_A_CHECK.min(x.nrows() - start));
+            match rows.row_iter().find(|row| !row_is_finite(*row)) {
+                None => Ok(()),
+                Some(_) => Err(Error::NonFinite(format!(
+                    "{name} holds NaN or infinity (in head {h}, counting from 0); expected finite numbers"
+                ))),
+            }
+        })
+    })
+}
+
+const ROWS_A_CHECK: usize = 4096;
+
+/// x - x is 0 for finite x and NaN otherwise, so the sum tells of the whole row.
+fn row_is_finite<T: Real>(row: faer::RowRef<'_, T>) -> bool {
+    match row.try_as_row_major() {
+        Some(row) => {
+            let mut sum = T::ZERO;
+            for &x in row.as_slice() {
+                sum += x - x;
+            }
+            sum == T::ZERO
+        }
+        None => row.iter().all(|x| x.finite()),
+    }
+}
+
+impl Attention {
+    fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
+        self.engine.validate(self.causal)?;
+        if !self.scale.is_finite() {
+            return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
+        }
+        let sizes = heads.sizes()?;
+        if self.causal && sizes.n != sizes.m {
+            return Err(Error::Shape(format!(
+                "causal=True with n = {} queries and m = {} keys; expected n == m",
+                sizes.n, sizes.m
+            )));
+        }
+        Ok(sizes)
+    }
+
+    /// Writes `out`, contiguous `(heads, n, dv)`, and returns what [`backward`](Self::backward) needs.
+    ///
+    /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
+    /// one; memory beyond `out` two numbers a query and a few tiles.
+    pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
+        let Sizes { h, n, dv, .. } = self.check(heads)?;
+        expect_len("out", out.len(), h * n * dv)?;
+        let mut saved = Saved {
+            row_max: vec![T::ZERO; h * n],
+            row_scale: vec![T::ZERO; h * n],
+            constants: vec![None; h],
+        };
+        if n == 0 || h == 0 {
+            return Ok(saved);
+        }
+        heads.check_finite()?;
+        (
+            out.par_chunks_mut(n * dv),
+            saved.row_max.par_chunks_mut(n),
+            saved.row_scale.par_chunks_mut(n),
+            saved.constants.par_iter_mut(),
+        )
+            .into_par_iter()
+            .enumerate()
+            .try_for_each(|(i, (out, max, scale, constants))| {
+                let head = heads.head(i);
+                match &self.engine {
+                    Engine::Exact => exact::forward(ctx, &head, self, out, max, scale),
+                    Engine::Polynomial(p) => {
+                        *constants = Some(polynomial::forward(ctx, &head, self, p, out, max, scale)?);
+                        Ok(())
+                    }
+                }
+            })?;
+        Ok(saved)
+    }
+
+    /// The gradients with respect to q, k, v and key_bias of any loss whose gradient with respect to `out` is `dout`
+    /// (each `(n, dv)`). `out` and `saved` are those of [`forward`](Self::forward) on the same inputs.
+    pub fn backward<T: Real>(
+        &self,
+        ctx: &Context,
+        heads: &Heads<'_, T>,
+        saved: &Saved<T>,
+        out: &[T],
+        dout: &[MatRef<'_, T>],
+        grads: AttentionGrads<'_, T>,
+    ) -> Result<()> {
+        let Sizes { h, h_kv, n, m, d, dv } = self.check(heads)?;
+        expect_len("out", out.len(), h * n * dv)?;
+        expect_len("saved", saved.row_max.len(), h * n)?;
+        expect_len("dq", grads.dq.len(), h * n * d)?;
+        expect_len("dk", grads.dk.len(), h_kv * m * d)?;
+        expect_len("dv", grads.dv.len(), h_kv * m * dv)?;
+        if dout.len() != h || dout.iter().any(|x| x.nrows() != n || x.ncols() != dv) {
+            return Err(Error::Shape(format!("dout does not hold {h} heads of shape ({n}, {dv})")));
+        }
+        grads.dk.fill(T::ZERO);
+        grads.dv.fill(T::ZERO);
+        let mut biases: Vec<Option<&mut [T]>> = match grads.dkey_bias {
+            Some(b) => {
+                expect_len("dkey_bias", b.len(), h_kv * m)?;
+                b.fill(T::ZERO);
+                b.chunks_mut(m.max(1)).map(Some).collect()
+            }
+            None => (0..h_kv).map(|_| None).collect(),
+        };
+        if n == 0 || h == 0 {
+            return Ok(());
+        }
+        check_finite("dout", dout)?;
+        let group = h / h_kv;
+        // Heads that share keys add to the same dk and dv, so they take turns; each keeps every thread busy by itself.
+        (
+            grads.dq.par_chunks_mut(group * n * d),
+            grads.dk.par_chunks_mut(m * d),
+            grads.dv.par_chunks_mut(m * dv),
+            biases.par_iter_mut(),
+        )
+            .into_par_iter()
+            .enumerate()
+            .try_for_each(|(kv, (dq, dk, dv_, db))| {
+                for (i, dq) in (kv * group..).zip(dq.chunks_mut(n * d)) {
+                    let head = heads.head(i);
+                    let delta = delta(dout[i], &out[i * n * dv..(i + 1) * n * dv]);
+                    let upstream = Upstream {
+                        dout: dout[i],
+                        delta: &delta,
+                        rows: RowFactors {
+                            max: &saved.row_max[i * n..(i + 1) * n],
+                            scale: &saved.row_scale[i * n..(i + 1) * n],
+                        },
+                    };
+                    let grads = HeadGrads { dq, dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() };
+                    match (&self.engine, &saved.constants[i]) {
+                        (Engine::Exact, _) => exact::backward(ctx, &head, self, upstream, grads)?,
+                        (Engine::Polynomial(p), Some(constants)) => {
+                            polynomial::backward(ctx, &head, self, p, constants, upstream, grads)?;
+                        }
+                        (Engine::Polynomial(_), None) => {
+                            return Err(Error::Argument("saved comes from another engine's forward pass".into()));
+                        }
+                    }
+                }
+                Ok(())
+            })
+    }
+}
+
+fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
+    if got == expected {
+        Ok(())
+    } else {
+        Err(Error::Shape(format!("{name} holds {got} numbers; expected {expected}")))
+    }
+}
+
+/// `delta_i = dout_i . out_i`.
+fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Vec<T> {
+    out.par_chunks(dout.ncols())
+        .enumerate()
+        .map(|(i, out)| {
+            let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
+            T::of(sum)
+        })
+        .collect()
+}

@@ -1,0 +1,24 @@
+//! The one error type of the crate.
+
+/// Why a computation was refused or stopped.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// An argument has the wrong shape.
+    #[error("{0}")]
+    Shape(String),
+    /// An argument has a value that it may not have.
+    #[error("{0}")]
+    Argument(String),
+    /// An argument, or a result, holds NaN or infinity.
+    #[error("{0}")]
+    NonFinite(String),
+    /// A row of the attention matrix has a denominator that is not positive, or not finite.
+    #[error("{0}")]
+    Denominator(String),
+    /// The caller asked to stop; the outputs hold nothing of use.
+    #[error("the computation was cancelled")]
+    Cancelled,
+}
+
+/// What every fallible function of the crate returns.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,1 @@
+//! The modules of a transformer: forward beside backward, one file each.

@@ -1,0 +1,22 @@
+//! Softmax attention, exact or in polynomial low-rank form, transformer layers, and the gradients of both.
+//!
+//! The mathematics is that of "Multi-Layer Transformers Gradient Can be Approximated in Almost Linear Time"
+//! (arXiv 2408.13233), with its printed gradients corrected. Nothing here knows of Python.
+
+pub mod attention;
+pub mod context;
+pub mod engine;
+pub mod error;
+pub mod layers;
+pub mod measure;
+pub mod naive;
+pub mod real;
+pub mod rows;
+
+pub use attention::{Attention, AttentionGrads, Heads, Saved};
+pub use context::Context;
+pub use engine::Engine;
+pub use error::{Error, Result};
+pub use faer::{ColRef, MatRef};
+pub use real::Real;
+pub use rows::Rows;

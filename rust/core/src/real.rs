@@ -1,0 +1,88 @@
+//! The two scalar types, `f32` and `f64`, and the vectorised exponential.
+
+use faer::traits::RealField;
+
+/// `f32` or `f64`.
+pub trait Real: RealField + Copy + Send + Sync + PartialOrd + std::fmt::Debug + 'static
+    + std::ops::Add<Output = Self> + std::ops::Sub<Output = Self> + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self> + std::ops::Neg<Output = Self> + std::ops::AddAssign
+    + std::ops::SubAssign + std::ops::MulAssign + std::iter::Sum
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// Minus infinity.
+    const NEG_INFINITY: Self;
+    /// Rounds to the type.
+    fn of(x: f64) -> Self;
+    /// Widens, exactly.
+    fn to_f64(self) -> f64;
+    /// Neither NaN nor infinite.
+    fn finite(self) -> bool;
+    /// `e^x` for `x <= 0` (to the last bits), 0 for `-inf`; written so that loops over it vectorise.
+    fn exp_nonpositive(self) -> Self;
+    /// The larger of two numbers that are not NaN.
+    fn larger(self, other: Self) -> Self;
+}
+
+macro_rules! real {
+    ($t:ty, $bits:ty, $magic:expr, $shift:expr, $bias:expr, $lowest:expr, $ln2_hi:expr, $ln2_lo:expr, $inv:expr) => {
+        impl Real for $t {
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $t
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn finite(self) -> bool {
+                self.is_finite()
+            }
+            // e^x = 2^j e^r with j = round(x / ln 2), |r| <= ln(2)/2, and e^r by its Taylor polynomial, whose
+            // remainder is below half a unit in the last place. Adding `magic` rounds to an integer and leaves that
+            // integer in the low bits.
+            #[inline(always)]
+            fn exp_nonpositive(self) -> Self {
+                let x = if self < $lowest { $lowest } else { self };
+                let shifted = x * std::f64::consts::LOG2_E as $t + $magic;
+                let j = shifted - $magic;
+                let r = (x - j * $ln2_hi) - j * $ln2_lo;
+                let mut p: $t = $inv[0];
+                let mut i = 1;
+                while i < $inv.len() {
+                    p = p * r + $inv[i];
+                    i += 1;
+                }
+                let power = <$t>::from_bits((shifted.to_bits().wrapping_add($bias)) << $shift);
+                if self < $lowest { 0.0 } else { p * power }
+            }
+            #[inline(always)]
+            fn larger(self, other: Self) -> Self {
+                if self > other { self } else { other }
+            }
+        }
+    };
+}
+
+const INV_F32: [f32; 8] = [
+    1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0,
+];
+const INV_F64: [f64; 14] = [
+    1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+    1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0,
+];
+
+real!(f32, u32, 12582912.0f32, 23, 127, -87.0f32, 0.693_359_375f32, -2.121_944_4e-4f32, INV_F32);
+real!(f64, u64, 6755399441055744.0f64, 52, 1023, -708.0f64, 6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10, INV_F64);
+
+/// `f` compiled for, and run on, the widest vector instructions of this machine.
+#[inline(always)]
+pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
