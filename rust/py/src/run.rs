@@ -39,7 +39,7 @@ fn default_threads() -> usize {
     std::env::var("RAYON_NUM_THREADS")
         .ok()
         .and_then(|text| text.parse().ok())
-        .filter(|&n| n > 0)
+        .filter(|n| (1..=rayon::max_num_threads()).contains(n))
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
@@ -50,8 +50,9 @@ pub fn num_threads(py: Python<'_>) -> usize {
 
 /// Sets the number of threads of the next call; calls under way keep theirs.
 pub fn set_num_threads(py: Python<'_>, n: usize) -> Result<()> {
-    if n == 0 {
-        return Err(ArgumentError::new_err("n is 0; expected an integer >= 1").into());
+    let most = rayon::max_num_threads();
+    if n == 0 || n > most {
+        return Err(ArgumentError::new_err(format!("n is {n}; expected 1 <= n <= {most}")).into());
     }
     threads(py).requested = Some(n);
     Ok(())
