@@ -2,7 +2,7 @@
 
 use lingrad_core::{ColRef, MatRef, Real, Rows};
 use numpy::prelude::*;
-use numpy::{Element, PyArrayDyn, PyReadonlyArray1, PyUntypedArray, get_array_module};
+use numpy::{Element, PyArrayDyn, PyUntypedArray, get_array_module};
 use pyo3::prelude::*;
 
 use crate::error::{DtypeError, Result, ShapeError};
@@ -15,13 +15,15 @@ impl Scalar for f64 {}
 /// An argument whose element type is not known yet.
 pub type Any<'a, 'py> = &'a Bound<'py, PyUntypedArray>;
 
-/// Calls a generic function with the element type of its first array.
+/// The body, compiled with the type `T` for each dtype, and run for that of the array.
 macro_rules! by_dtype {
-    ($array:expr, $function:ident($($argument:expr),* $(,)?)) => {
+    ($array:expr, $T:ident => $body:block) => {
         if $array.cast::<numpy::PyArrayDyn<f32>>().is_ok() {
-            $function::<f32>($($argument),*)
+            type $T = f32;
+            $body
         } else {
-            $function::<f64>($($argument),*)
+            type $T = f64;
+            $body
         }
     };
 }
@@ -182,9 +184,4 @@ impl<'py, T: Scalar> Output<'py, T> {
 /// `entries` as a Python array of the given shape.
 pub fn from_vec<'py, T: Scalar>(py: Python<'py>, entries: Vec<T>, shape: &[usize]) -> Result<Bound<'py, PyAny>> {
     Ok(numpy::PyArray1::from_vec(py, entries).reshape(shape.to_vec())?.into_any())
-}
-
-/// Token ids: contiguous, as the Python side makes them.
-pub fn tokens<'a>(array: &'a PyReadonlyArray1<'_, u32>) -> Result<&'a [u32]> {
-    Ok(array.as_slice().map_err(|_| DtypeError::new_err("tokens are not contiguous"))?)
 }

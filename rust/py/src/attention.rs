@@ -1,7 +1,7 @@
 //! Attention: forward, backward, measured error.
 
-use lingrad_core::measure::measure_error as core_measure_error;
-use lingrad_core::{Attention, AttentionGrads, Heads, Saved};
+use lingrad_core::measure::{self, ErrorEstimate};
+use lingrad_core::{Attention, AttentionGrads, Error, Heads, Saved};
 use pyo3::prelude::*;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
@@ -93,27 +93,17 @@ pub fn attention_forward<'py>(
     keep: bool,
 ) -> Result<(Bound<'py, PyAny>, Option<AttentionState>)> {
     let attention = Attention { engine: engine(polynomial)?, causal, scale };
-    by_dtype!(q, forward(py, q, k, v, key_bias, attention, keep))
-}
-
-fn forward<'py, T: Keep>(
-    py: Python<'py>,
-    q: Any<'_, 'py>,
-    k: Any<'_, 'py>,
-    v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
-    attention: Attention,
-    keep: bool,
-) -> Result<(Bound<'py, PyAny>, Option<AttentionState>)> {
-    let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-    let heads = inputs.heads()?;
-    let mut out = Output::new(py, &inputs.out_shape()?)?;
-    let entries = out.entries();
-    let kept = run(py, None, |ctx| {
-        let saved = attention.forward(ctx, &heads, entries)?;
-        Ok(keep.then(|| T::keep(saved, entries.to_vec())))
-    })?;
-    Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
+    by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+        let heads = inputs.heads()?;
+        let mut out = Output::new(py, &inputs.out_shape()?)?;
+        let entries = out.entries();
+        let kept = run(py, None, |ctx| {
+            let saved = attention.forward(ctx, &heads, entries)?;
+            Ok(keep.then(|| T::keep(saved, entries.to_vec())))
+        })?;
+        Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
+    })
 }
 
 /// `(dq, dk, dv, dkey_bias)`; the last is `None` where there is no `key_bias`.
@@ -130,39 +120,34 @@ pub fn attention_backward<'py>(
     state: &AttentionState,
     dout: Any<'_, 'py>,
 ) -> Result<Gradients<'py>> {
-    by_dtype!(q, backward(py, q, k, v, key_bias, state, dout))
-}
-
-fn backward<'py, T: Keep>(
-    py: Python<'py>,
-    q: Any<'_, 'py>,
-    k: Any<'_, 'py>,
-    v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
-    state: &AttentionState,
-    dout: Any<'_, 'py>,
-) -> Result<Gradients<'py>> {
-    let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-    let (saved, out) = T::kept(&state.kept)
-        .ok_or_else(|| lingrad_core::Error::Argument("state is of another dtype than q".into()))?;
-    let dout = View::new("dout", dout)?;
-    let (heads, dout) = (inputs.heads()?, dout.matrices()?);
-    let mut dq = Output::new(py, inputs.q.shape())?;
-    let mut dk = Output::new(py, inputs.k.shape())?;
-    let mut dv = Output::new(py, inputs.v.shape())?;
-    let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
-    let grads = AttentionGrads {
-        dq: dq.entries(),
-        dk: dk.entries(),
-        dv: dv.entries(),
-        dkey_bias: dkey_bias.as_mut().map(Output::entries),
-    };
-    run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, grads))?;
-    Ok((dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array)))
+    by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+        let (saved, out) = T::kept(&state.kept)
+            .ok_or_else(|| Error::Argument("state is of another dtype than q".into()))?;
+        let dout = View::new("dout", dout)?;
+        let (heads, dout) = (inputs.heads()?, dout.matrices()?);
+        let mut dq = Output::new(py, inputs.q.shape())?;
+        let mut dk = Output::new(py, inputs.k.shape())?;
+        let mut dv = Output::new(py, inputs.v.shape())?;
+        let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
+        let grads = AttentionGrads {
+            dq: dq.entries(),
+            dk: dk.entries(),
+            dv: dv.entries(),
+            dkey_bias: dkey_bias.as_mut().map(Output::entries),
+        };
+        run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, grads))?;
+        Ok((dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array)))
+    })
 }
 
 /// `(relative, low, high, rows)`.
 pub type Estimate = (f64, f64, f64, usize);
+
+/// An estimate, for Python.
+pub fn estimate(e: ErrorEstimate) -> Estimate {
+    (e.relative, e.low, e.high, e.rows)
+}
 
 /// The error of `out`, from `samples` rows computed exactly.
 #[pyfunction]
@@ -179,24 +164,10 @@ pub fn measure_error<'py>(
     samples: usize,
     seed: u64,
 ) -> Result<Estimate> {
-    by_dtype!(q, measure(py, q, k, v, key_bias, out, causal, scale, samples, seed))
-}
-
-fn measure<'py, T: Scalar>(
-    py: Python<'py>,
-    q: Any<'_, 'py>,
-    k: Any<'_, 'py>,
-    v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
-    out: Any<'_, 'py>,
-    causal: bool,
-    scale: f64,
-    samples: usize,
-    seed: u64,
-) -> Result<Estimate> {
-    let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-    let out = View::new("out", out)?;
-    let (heads, out) = (inputs.heads()?, out.matrices()?);
-    let e = run(py, None, |ctx| core_measure_error(ctx, &heads, causal, scale, &out, samples, seed))?;
-    Ok((e.relative, e.low, e.high, e.rows))
+    by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+        let out = View::new("out", out)?;
+        let (heads, out) = (inputs.heads()?, out.matrices()?);
+        Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, causal, scale, &out, samples, seed))?))
+    })
 }

@@ -7,7 +7,9 @@ mod arrays;
 mod attention;
 mod engine;
 mod error;
+mod layers;
 mod run;
+mod transformer;
 
 use pyo3::prelude::*;
 
@@ -18,6 +20,17 @@ use crate::error::Result;
 mod _lingrad_rs {
     #[pymodule_export]
     use crate::attention::{AttentionState, attention_backward, attention_forward, measure_error};
+    #[pymodule_export]
+    use crate::layers::{
+        activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,
+        feed_forward_forward, linear_backward, linear_forward, norm_backward, norm_forward, self_attention_backward,
+        self_attention_forward,
+    };
+    #[pymodule_export]
+    use crate::transformer::{
+        TransformerTrace, transformer_backward, transformer_forward, transformer_param_shapes,
+        transformer_value_and_grad,
+    };
     #[pymodule_export]
     use crate::{get_num_threads, set_num_threads, simd_level};
 
