@@ -5,7 +5,7 @@ use lingrad_core::{Attention, AttentionGrads, Error, Heads, Saved};
 use pyo3::prelude::*;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
-use crate::engine::{Polynomial, engine};
+use crate::engine::AnyEngine;
 use crate::error::Result;
 use crate::run::run;
 
@@ -80,19 +80,19 @@ keep!(f64, F64);
 
 /// `out`, and the state of the backward pass where `keep` asks for it.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, key_bias, *, polynomial, causal, scale, keep))]
+#[pyo3(signature = (q, k, v, key_bias, *, engine, causal, scale, keep))]
 pub fn attention_forward<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
     key_bias: Option<Any<'_, 'py>>,
-    polynomial: Option<Polynomial>,
+    engine: AnyEngine,
     causal: bool,
     scale: f64,
     keep: bool,
 ) -> Result<(Bound<'py, PyAny>, Option<AttentionState>)> {
-    let attention = Attention { engine: engine(polynomial)?, causal, scale };
+    let attention = Attention { engine: engine.0, causal, scale };
     by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
         let heads = inputs.heads()?;

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
-use crate::engine::{Polynomial, engine};
+use crate::engine::AnyEngine;
 use crate::error::{Result, ShapeError};
 use crate::run::run;
 
@@ -259,7 +259,7 @@ pub fn slice<'a>(tokens: &'a Tokens<'_>) -> Result<&'a [u32]> {
     Ok(tokens.as_slice().map_err(|_| ShapeError::new_err("tokens are not contiguous"))?)
 }
 
-/// How the weights of a `SelfAttention` are used; the paper's form has only the last three.
+/// The fields of a `lingrad_rs.SelfAttention` beside its weights; the paper's form uses only the last three.
 #[derive(FromPyObject)]
 pub struct AttentionOptions {
     n_heads: usize,
@@ -268,7 +268,7 @@ pub struct AttentionOptions {
     score_bound: Option<f64>,
     causal: bool,
     scale: Option<f64>,
-    polynomial: Option<Polynomial>,
+    engine: AnyEngine,
 }
 
 /// Views of `(w, w_v)` or `(w_q, w_k, w_v, w_o)`.
@@ -309,7 +309,7 @@ fn self_attention<'a, T: Scalar>(
         _ => return Err(lingrad_core::Error::Shape("expected 2 or 4 weights".into())),
     };
     let scale = options.scale.unwrap_or_else(|| SelfAttention::default_scale(&weights));
-    let attention = Attention { engine: engine(options.polynomial)?, causal: options.causal, scale };
+    let attention = Attention { engine: options.engine.0, causal: options.causal, scale };
     Ok(SelfAttention { weights, attention })
 }
 

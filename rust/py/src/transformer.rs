@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lingrad_core::attention::check_finite;
 use lingrad_core::transformer::{self, Backward, Config, Input, Params, Trace};
-use lingrad_core::{Error, MatRef, Rows};
+use lingrad_core::{Error, Rows};
 use numpy::prelude::*;
 use numpy::{PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray};
 use pyo3::prelude::*;
@@ -12,12 +12,12 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
 use crate::attention::{Estimate, estimate};
-use crate::engine::{Polynomial, engine};
+use crate::engine::AnyEngine;
 use crate::error::{Result, ShapeError};
 use crate::layers::slice;
 use crate::run::run;
 
-/// The fields of `lingrad_rs.TransformerConfig`, with the engine as the bindings take it.
+/// The fields of `lingrad_rs.TransformerConfig`.
 #[derive(FromPyObject)]
 pub struct ConfigFields {
     n_layers: usize,
@@ -31,7 +31,7 @@ pub struct ConfigFields {
     activation: String,
     rope: bool,
     score_bound: Option<f64>,
-    polynomial: Option<Polynomial>,
+    engine: AnyEngine,
 }
 
 impl ConfigFields {
@@ -48,7 +48,7 @@ impl ConfigFields {
             activation: self.activation.parse()?,
             rope: self.rope,
             score_bound: self.score_bound,
-            engine: engine(self.polynomial)?,
+            engine: self.engine.0,
         };
         config.validate()?;
         Ok(config)
