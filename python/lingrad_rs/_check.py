@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
-__all__ = ["array", "choice", "flag", "floats", "integer", "number", "positive", "shape", "token_ids"]
+__all__ = ["array", "choice", "flag", "floats", "integer", "number", "positive", "same_dtype", "shape", "token_ids"]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -41,8 +41,8 @@ def floats(**arrays: object) -> list[NDArray[Any]]:
         x = array(name, value)
         if x.dtype not in _FLOATS:
             raise DtypeError(f"{name} has dtype {_dtype_name(x.dtype)}; expected float32 or float64")
-        if checked and x.dtype != checked[0].dtype:
-            raise DtypeError(f"{name} has dtype {x.dtype}; expected {checked[0].dtype} to match {first}")
+        if checked:
+            same_dtype(name, x, checked[0].dtype, match=first)
         steps = [step for step, length in zip(x.strides, x.shape, strict=True) if length > 1]
         if not x.flags.aligned or any(step % x.itemsize for step in steps):
             raise DtypeError(
@@ -51,6 +51,12 @@ def floats(**arrays: object) -> list[NDArray[Any]]:
             )
         checked.append(x)
     return checked
+
+
+def same_dtype(name: str, x: NDArray[Any], dtype: np.dtype[Any], match: str) -> None:
+    """Raise unless ``x`` is of ``dtype``."""
+    if x.dtype != dtype:
+        raise DtypeError(f"{name} has dtype {x.dtype}; expected {dtype} to match {match}")
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:
