@@ -1,1 +1,391 @@
-//! The exact engine (being written).
+//! The exact engine: softmax attention by blocks, never an `n x m` array.
+//!
+//! Forward, a block of queries against block after block of keys, with a running row maximum `M_i`:
+//!
+//! ```text
+//! s_ij = c q_i.k_j + b_j      D_i = sum_j e^(s_ij - M_i)      out_i = (1/D_i) sum_j e^(s_ij - M_i) v_j
+//! ```
+//!
+//! Backward. With `f_ij = e^(s_ij - M_i) / D_i`, `out = f v`, so for a loss `L` with `dL/dout = dout`:
+//! `dL/dv = f^T dout` and `dL/df_ij = dout_i.v_j`. The softmax of a row has `df_ij/ds_ik = f_ij (1[j=k] - f_ik)`, hence
+//!
+//! ```text
+//! dS_ij = f_ij (dout_i.v_j - sum_k f_ik dout_i.v_k) = f_ij (dout_i.v_j - delta_i),   delta_i = dout_i.out_i
+//! dq = c dS k        dk = c dS^T q        db = dS^T 1
+//! ```
+
+use faer::{ColRef, MatRef};
+use rayon::prelude::*;
+
+use crate::attention::{Attention, Head, HeadGrads, Upstream};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::real::{Real, vectorised};
+use crate::tile::{add_product, product, view, view_mut};
+
+/// Queries, and keys, of one tile of scores.
+const TILE: usize = 128;
+
+/// Writes `out` and the row factors of one head.
+pub(crate) fn forward<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    out: &mut [T],
+    row_max: &mut [T],
+    row_scale: &mut [T],
+) -> Result<()> {
+    let (m, dv) = (head.k.nrows(), head.v.ncols());
+    (
+        out.par_chunks_mut(TILE * dv),
+        row_max.par_chunks_mut(TILE),
+        row_scale.par_chunks_mut(TILE),
+    )
+        .into_par_iter()
+        .enumerate()
+        .try_for_each_init(
+            || Softmax::new(dv),
+            |softmax, (block, (out, max, scale))| {
+                let (i0, bq) = (block * TILE, max.len());
+                let q = head.q.subrows(i0, bq);
+                softmax.start(bq);
+                let end = if attention.causal { i0 + bq } else { m };
+                for j0 in (0..end).step_by(TILE) {
+                    ctx.check()?;
+                    let bk = TILE.min(end - j0);
+                    scores(head, attention, q, i0, j0, bk, &mut softmax.scores);
+                    softmax.add(bk, head.v.subrows(j0, bk));
+                }
+                softmax.finish(head.index, i0, out, max, scale)
+            },
+        )
+}
+
+/// The tile `s_ij`, as `(bk, bq)`: `-inf` where query `i0 + i` may not see key `j0 + j`.
+fn scores<T: Real>(
+    head: &Head<'_, T>,
+    attention: &Attention,
+    q: MatRef<'_, T>,
+    i0: usize,
+    j0: usize,
+    bk: usize,
+    s: &mut [T],
+) {
+    let bq = q.nrows();
+    product(
+        view_mut(s, bk, bq),
+        head.k.subrows(j0, bk),
+        q.transpose(),
+        T::of(attention.scale),
+    );
+    if let Some(bias) = head.key_bias {
+        add_bias(bias.subrows(j0, bk), bq, s);
+    }
+    if attention.causal {
+        mask(i0, j0, bk, bq, s);
+    }
+}
+
+/// Adds each key's bias to its row of scores.
+pub(crate) fn add_bias<T: Real>(bias: ColRef<'_, T>, bq: usize, s: &mut [T]) {
+    for (row, &b) in s.chunks_exact_mut(bq).zip(bias.iter()) {
+        for s in row {
+            *s += b;
+        }
+    }
+}
+
+/// Sets to `-inf` the scores of keys later than the query.
+pub(crate) fn mask<T: Real>(i0: usize, j0: usize, bk: usize, bq: usize, s: &mut [T]) {
+    for j in (i0 + 1).saturating_sub(j0)..bk {
+        s[j * bq..j * bq + (j0 + j - i0).min(bq)].fill(T::NEG_INFINITY);
+    }
+}
+
+/// The running softmax of a block of queries. Sums over many keys are kept in float64.
+struct Softmax<T> {
+    scores: Vec<T>,
+    bq: usize,
+    dv: usize,
+    max: Vec<T>,
+    sum: Vec<f64>,
+    weighted: Vec<f64>,
+    correction: Vec<T>,
+    tile_sum: Vec<T>,
+    tile_out: Vec<T>,
+}
+
+impl<T: Real> Softmax<T> {
+    fn new(dv: usize) -> Self {
+        Self {
+            scores: vec![T::ZERO; TILE * TILE],
+            bq: 0,
+            dv,
+            max: vec![T::ZERO; TILE],
+            sum: vec![0.0; TILE],
+            weighted: vec![0.0; dv * TILE],
+            correction: vec![T::ZERO; TILE],
+            tile_sum: vec![T::ZERO; TILE],
+            tile_out: vec![T::ZERO; dv * TILE],
+        }
+    }
+
+    fn start(&mut self, bq: usize) {
+        self.bq = bq;
+        self.max[..bq].fill(T::NEG_INFINITY);
+        self.sum[..bq].fill(0.0);
+        self.weighted.fill(0.0);
+    }
+
+    /// Adds the keys whose scores are in `self.scores`.
+    fn add(&mut self, bk: usize, v: MatRef<'_, T>) {
+        let bq = self.bq;
+        let s = &mut self.scores[..bk * bq];
+        let (max, correction) = (&mut self.max[..bq], &mut self.correction[..bq]);
+        let (sum, tile_sum) = (&mut self.sum[..bq], &mut self.tile_sum[..bq]);
+        vectorised(
+            #[inline(always)]
+            || {
+                correction.copy_from_slice(max);
+                for row in s.chunks_exact(bq) {
+                    for (max, &s) in max.iter_mut().zip(row) {
+                        *max = s.larger(*max);
+                    }
+                }
+                for (old, &max) in correction.iter_mut().zip(&*max) {
+                    // A row that has seen no key yet has -inf twice here; whatever it scales is 0.
+                    *old = if *old == T::NEG_INFINITY {
+                        T::ZERO
+                    } else {
+                        (*old - max).exp_nonpositive()
+                    };
+                }
+                tile_sum.fill(T::ZERO);
+                for row in s.chunks_exact_mut(bq) {
+                    for ((s, &max), sum) in row.iter_mut().zip(&*max).zip(&mut *tile_sum) {
+                        let e = if *s == T::NEG_INFINITY {
+                            T::ZERO
+                        } else {
+                            (*s - max).exp_nonpositive()
+                        };
+                        *s = e;
+                        *sum += e;
+                    }
+                }
+                for ((sum, &c), &t) in sum.iter_mut().zip(&*correction).zip(&*tile_sum) {
+                    *sum = *sum * c.to_f64() + t.to_f64();
+                }
+            },
+        );
+        product(
+            view_mut(&mut self.tile_out, self.dv, bq),
+            v.transpose(),
+            view(&self.scores, bk, bq),
+            T::ONE,
+        );
+        let (weighted, tile_out) = (&mut self.weighted[..], &self.tile_out[..]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for (acc, tile) in weighted.chunks_exact_mut(bq).zip(tile_out.chunks_exact(bq)) {
+                    for ((acc, &t), &c) in acc.iter_mut().zip(tile).zip(&*correction) {
+                        *acc = *acc * c.to_f64() + t.to_f64();
+                    }
+                }
+            },
+        );
+    }
+
+    /// Writes the rows, or says which one has no usable denominator.
+    fn finish(
+        &mut self,
+        head: usize,
+        i0: usize,
+        out: &mut [T],
+        max: &mut [T],
+        scale: &mut [T],
+    ) -> Result<()> {
+        let bq = self.bq;
+        for i in 0..bq {
+            if self.max[i] == T::NEG_INFINITY {
+                return Err(Error::Denominator(format!(
+                    "row {} of head {head} has no key to attend to: key_bias is -inf for every key that it may see; \
+                     leave such rows out of q, or give one of their keys a finite bias",
+                    i0 + i
+                )));
+            }
+            if !(self.sum[i] > 0.0 && self.sum[i].is_finite()) {
+                return Err(Error::Denominator(format!(
+                    "row {} of head {head} has scores that overflow; scale q, k, scale or key_bias down",
+                    i0 + i
+                )));
+            }
+            let inverse = 1.0 / self.sum[i];
+            max[i] = self.max[i];
+            scale[i] = T::of(inverse);
+            for c in 0..self.dv {
+                out[i * self.dv + c] = T::of(self.weighted[c * bq + i] * inverse);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds one head's gradients.
+///
+/// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j` at
+/// once: no two squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is computed once,
+/// and every sum has an order that does not depend on the number of threads.
+pub(crate) fn backward<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    up: Upstream<'_, T>,
+    grads: HeadGrads<'_, T>,
+) -> Result<()> {
+    let (n, m, d, dv) = (
+        head.q.nrows(),
+        head.k.nrows(),
+        head.q.ncols(),
+        head.v.ncols(),
+    );
+    let p = (n.max(m) / MAX_SIDE)
+        .max(MIN_SQUARES)
+        .min(n.min(m).div_ceil(MIN_SIDE));
+    let (side_q, side_k) = (n.div_ceil(p), m.div_ceil(p));
+    grads.dq.fill(T::ZERO);
+    let mut dq = pieces(grads.dq, side_q * d, p);
+    let dk = pieces(grads.dk, side_k * d, p);
+    let dv_ = pieces(grads.dv, side_k * dv, p);
+    let db = match grads.dkey_bias {
+        Some(db) => pieces(db, side_k, p).into_iter().map(Some).collect(),
+        None => (0..p).map(|_| None).collect::<Vec<_>>(),
+    };
+    let mut keys: Vec<_> = dk
+        .into_iter()
+        .zip(dv_)
+        .zip(db)
+        .map(|((dk, dv), db)| (dk, dv, db))
+        .collect();
+    for t in 0..p {
+        keys.par_iter_mut()
+            .zip(&mut dq)
+            .enumerate()
+            .try_for_each_init(
+                || Scratch::new(),
+                |scratch, (square, ((dk, dv, db), dq))| {
+                    let (i0, j0) = ((square + t) % p * side_q, square * side_k);
+                    if attention.causal && i0 < j0 {
+                        return Ok(());
+                    }
+                    let grads = HeadGrads {
+                        dq,
+                        dk,
+                        dv,
+                        dkey_bias: db.as_deref_mut(),
+                    };
+                    backward_square(ctx, head, attention, up, (i0, j0), grads, scratch)
+                },
+            )?;
+        dq.rotate_left(1);
+    }
+    Ok(())
+}
+
+/// Rows of a square at the most, where there are enough squares; rows at the least; squares a side, where they are not too small.
+const MAX_SIDE: usize = 2048;
+const MIN_SIDE: usize = 64;
+const MIN_SQUARES: usize = 16;
+
+/// `x` in `count` consecutive pieces of `len`, the last ones shorter or empty.
+fn pieces<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
+    let mut pieces: Vec<_> = x.chunks_mut(len).collect();
+    pieces.resize_with(count, Default::default);
+    pieces
+}
+
+struct Scratch<T> {
+    f: Vec<T>,
+    ds: Vec<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    fn new() -> Self {
+        Self {
+            f: vec![T::ZERO; TILE * TILE],
+            ds: vec![T::ZERO; TILE * TILE],
+        }
+    }
+}
+
+/// Adds what the queries from `i0` and the keys from `j0` on (as many as `grads` has rows) give each other.
+fn backward_square<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    up: Upstream<'_, T>,
+    (i0, j0): (usize, usize),
+    mut grads: HeadGrads<'_, T>,
+    scratch: &mut Scratch<T>,
+) -> Result<()> {
+    let (d, dv) = (head.q.ncols(), head.v.ncols());
+    let (rows_q, rows_k) = (grads.dq.len() / d, grads.dk.len() / d);
+    let c = T::of(attention.scale);
+    for j in (0..rows_k).step_by(TILE) {
+        let bk = TILE.min(rows_k - j);
+        let (k, v) = (head.k.subrows(j0 + j, bk), head.v.subrows(j0 + j, bk));
+        for i in (0..rows_q).step_by(TILE) {
+            let bq = TILE.min(rows_q - i);
+            let first = i0 + i;
+            if attention.causal && first + bq <= j0 + j {
+                continue;
+            }
+            ctx.check()?;
+            let (q, dout) = (head.q.subrows(first, bq), up.dout.subrows(first, bq));
+            scores(head, attention, q, first, j0 + j, bk, &mut scratch.f);
+            product(
+                view_mut(&mut scratch.ds, bk, bq),
+                v,
+                dout.transpose(),
+                T::ONE,
+            );
+            let (f, ds) = (&mut scratch.f[..bk * bq], &mut scratch.ds[..bk * bq]);
+            let max = &up.rows.max[first..first + bq];
+            let (scale, delta) = (
+                &up.rows.scale[first..first + bq],
+                &up.delta[first..first + bq],
+            );
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (f, ds) in f.chunks_exact_mut(bq).zip(ds.chunks_exact_mut(bq)) {
+                        for i in 0..bq {
+                            let e = if f[i] == T::NEG_INFINITY {
+                                T::ZERO
+                            } else {
+                                (f[i] - max[i]).exp_nonpositive()
+                            };
+                            f[i] = e * scale[i];
+                            ds[i] = f[i] * (ds[i] - delta[i]);
+                        }
+                    }
+                },
+            );
+            let (f, ds) = (view(f, bk, bq), view(ds, bk, bq));
+            add_product(view_mut(&mut grads.dv[j * dv..], bk, dv), f, dout, T::ONE);
+            add_product(view_mut(&mut grads.dk[j * d..], bk, d), ds, q, c);
+            add_product(
+                view_mut(&mut grads.dq[i * d..], bq, d),
+                ds.transpose(),
+                k,
+                c,
+            );
+            if let Some(db) = &mut grads.dkey_bias {
+                for (db, ds) in db[j..j + bk].iter_mut().zip(ds.row_iter()) {
+                    *db += ds.iter().copied().sum::<T>();
+                }
+            }
+        }
+    }
+    Ok(())
+}

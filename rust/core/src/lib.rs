@@ -4,14 +4,20 @@
 //! (arXiv 2408.13233), with its printed gradients corrected. Nothing here knows of Python.
 
 pub mod attention;
+mod causal;
 pub mod context;
 pub mod engine;
 pub mod error;
+mod exact;
+mod fit;
 pub mod layers;
 pub mod measure;
+mod monomials;
 pub mod naive;
+mod polynomial;
 pub mod real;
 pub mod rows;
+mod tile;
 
 pub use attention::{Attention, AttentionGrads, Heads, Saved};
 pub use context::Context;

@@ -3,10 +3,23 @@
 use faer::traits::RealField;
 
 /// `f32` or `f64`.
-pub trait Real: RealField + Copy + Send + Sync + PartialOrd + std::fmt::Debug + 'static
-    + std::ops::Add<Output = Self> + std::ops::Sub<Output = Self> + std::ops::Mul<Output = Self>
-    + std::ops::Div<Output = Self> + std::ops::Neg<Output = Self> + std::ops::AddAssign
-    + std::ops::SubAssign + std::ops::MulAssign + std::iter::Sum
+pub trait Real:
+    RealField
+    + Copy
+    + Send
+    + Sync
+    + PartialOrd
+    + std::fmt::Debug
+    + 'static
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+    + std::ops::AddAssign
+    + std::ops::SubAssign
+    + std::ops::MulAssign
+    + std::iter::Sum
 {
     /// 0.
     const ZERO: Self;
@@ -71,15 +84,54 @@ macro_rules! real {
 }
 
 const INV_F32: [f32; 8] = [
-    1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0,
+    1.0 / 5040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
 ];
 const INV_F64: [f64; 14] = [
-    1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-    1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0,
+    1.0 / 6227020800.0,
+    1.0 / 479001600.0,
+    1.0 / 39916800.0,
+    1.0 / 3628800.0,
+    1.0 / 362880.0,
+    1.0 / 40320.0,
+    1.0 / 5040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
 ];
 
-real!(f32, u32, 12582912.0f32, 23, 127, -87.0f32, 0.693_359_375f32, -2.121_944_4e-4f32, INV_F32);
-real!(f64, u64, 6755399441055744.0f64, 52, 1023, -708.0f64, 6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10, INV_F64);
+real!(
+    f32,
+    u32,
+    12582912.0f32,
+    23,
+    127,
+    -87.0f32,
+    0.693_359_375f32,
+    -2.121_944_4e-4f32,
+    INV_F32
+);
+real!(
+    f64,
+    u64,
+    6755399441055744.0f64,
+    52,
+    1023,
+    -708.0f64,
+    6.931_471_803_691_238e-1,
+    1.908_214_929_270_587_7e-10,
+    INV_F64
+);
 
 /// `f` compiled for, and run on, the widest vector instructions of this machine.
 #[inline(always)]

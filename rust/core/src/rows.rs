@@ -28,7 +28,10 @@ impl<'a, T> Rows<'a, T> {
     /// `data` of shape `(batch, n, d)`, contiguous.
     pub fn from_slice(data: &'a [T], batch: usize, n: usize, d: usize) -> Result<Self> {
         if data.len() != batch * n * d {
-            return Err(Error::Shape(format!("{} numbers; expected {batch} x {n} x {d}", data.len())));
+            return Err(Error::Shape(format!(
+                "{} numbers; expected {batch} x {n} x {d}",
+                data.len()
+            )));
         }
         let blocks = (0..batch)
             .map(|b| MatRef::from_row_major_slice(&data[b * n * d..(b + 1) * n * d], n, d))

@@ -1,0 +1,1 @@
+//! Criterion benches; the code is in the bench targets.

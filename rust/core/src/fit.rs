@@ -1,0 +1,115 @@
+//! Polynomial coefficients fitted to a sample of the scores.
+//!
+//! Attention with weights `p(s)` in place of `e^s` errs, row by row, by about `sum_j w_j (p(s_ij) - e^{s_ij}) v_j / D_i`. So the
+//! coefficients minimise, over sampled queries `i` and keys `j` with key weights `w_j` and sampled row sums `D_i`,
+//!
+//! ```text
+//! sum_ij (w_j / D_i)^2 (p(s_ij) - e^{s_ij})^2
+//! ```
+//!
+//! The unknowns are the differences from Taylor's coefficients in the scaled variable `s / max|s|`, with a tiny ridge, so that scores
+//! which do not determine them (all equal, say) leave Taylor's.
+
+use faer::prelude::SolveLstsq;
+use faer::{Mat, MatRef};
+
+use crate::error::{Error, Result};
+use crate::real::Real;
+
+/// Rows, and columns, of the sample at the most.
+const SAMPLE: usize = 256;
+/// Above this score `e^s` says nothing about a polynomial any more.
+const LARGEST_SCORE: f64 = 80.0;
+const RIDGE: f64 = 1e-7;
+
+/// `1/j!` for `j = 0 .. degree`.
+pub(crate) fn taylor(degree: usize) -> Vec<f64> {
+    let mut a = vec![1.0; degree + 1];
+    for j in 1..=degree {
+        a[j] = a[j - 1] / j as f64;
+    }
+    a
+}
+
+/// `count` indices below `n`, one drawn in each of as many equal strata by a fixed hash, so that no period of the data is met.
+fn sample(n: usize, salt: u64) -> Vec<usize> {
+    let count = n.min(SAMPLE);
+    (0..count)
+        .map(|s| {
+            let (start, end) = (s * n / count, (s + 1) * n / count);
+            start + (splitmix(salt + s as u64) % (end - start) as u64) as usize
+        })
+        .collect()
+}
+
+/// A well-mixed 64-bit hash.
+pub(crate) fn splitmix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; pairs with `j > i` left out where
+/// `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever `n` and `m`.
+pub(crate) fn fit<T: Real>(
+    degree: usize,
+    (q, query_shift): (MatRef<'_, T>, &[T]),
+    (k, key_shift): (MatRef<'_, T>, &[T]),
+    weight: impl Fn(usize) -> f64,
+    scale: f64,
+    causal: bool,
+) -> Result<Vec<f64>> {
+    let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
+        Mat::from_fn(rows.len(), x.ncols(), |i, c| {
+            x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64())
+        })
+    };
+    let (rows, columns) = (sample(q.nrows(), 0), sample(k.nrows(), SAMPLE as u64));
+    let scores = faer::Scale(scale)
+        * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
+    let seen = |i: usize, j: usize| !causal || columns[j] <= rows[i];
+    let mut largest: f64 = 0.0;
+    let mut pairs = Vec::with_capacity(rows.len() * columns.len());
+    for i in 0..rows.len() {
+        let start = pairs.len();
+        let mut sum = 0.0;
+        for j in (0..columns.len()).filter(|&j| seen(i, j)) {
+            let (s, w) = (scores[(i, j)], weight(columns[j]));
+            largest = largest.max(s.abs());
+            sum += w * s.exp();
+            pairs.push((s, w));
+        }
+        if largest > LARGEST_SCORE || !(sum.is_finite()) {
+            return Err(Error::Denominator(format!(
+                "coefficients=\"fitted\": sampled scores reach {largest:.3e}, far outside what a polynomial can follow; \
+                 use Exact()"
+            )));
+        }
+        if sum > 0.0 {
+            pairs[start..].iter_mut().for_each(|(_, w)| *w /= sum);
+        }
+    }
+    let mut a = taylor(degree);
+    if largest.powi(degree as i32 + 1) < f64::EPSILON {
+        return Ok(a); // Taylor's polynomial is exact to the last bit here.
+    }
+    let size = pairs.iter().map(|(_, w)| w * w).sum::<f64>().sqrt();
+    let count = pairs.len();
+    let system = Mat::from_fn(count + degree + 1, degree + 1, |row, j| {
+        match pairs.get(row) {
+            Some((s, w)) => w * (s / largest).powi(j as i32),
+            None if row - count == j => RIDGE * size,
+            None => 0.0,
+        }
+    });
+    let wanted = Mat::from_fn(count + degree + 1, 1, |row, _| match pairs.get(row) {
+        Some((s, w)) => w * (s.exp() - a.iter().rev().fold(0.0, |p, a| p * s + a)),
+        None => 0.0,
+    });
+    let delta = system.qr().solve_lstsq(wanted);
+    for (j, a) in a.iter_mut().enumerate() {
+        *a += delta[(j, 0)] / largest.powi(j as i32);
+    }
+    Ok(a)
+}

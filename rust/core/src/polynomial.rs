@@ -1,0 +1,837 @@
+//! The polynomial engine: `exp(s)` replaced by `p(s) = sum_{j<=g} a_j s^j`, so that attention costs time linear in its length.
+//!
+//! With the monomial features `φ` of [`Monomials`], `p(c q.k) = φ(q)^T diag(ω_p) φ(k)`. Forward, with key weights `w_j = e^{b_j}`:
+//!
+//! ```text
+//! S = sum_j φ(k_j) [w_j v_j, w_j]          (r, dv + 1)
+//! [N_i, D_i] = φ(q_i)^T diag(ω_p) S        out_i = N_i / D_i
+//! ```
+//!
+//! Backward. Let `f_ij = w_j p(c q_i.k_j) / D_i`, `delta_i = dout_i.out_i` and `e_ij = dout_i.v_j - delta_i`.
+//!
+//! *Closed form*: the exact gradient's formula, `dS_ij = f_ij e_ij` and `dq_i = sum_j dS_ij c k_j`. For a polynomial `P` with `P' = p`,
+//! `c p(c q.k) k = ∇_q P(c q.k)`, and `P(c q.k) = φ⁺(q)^T diag(ω_P) φ⁺(k)` with features of degree `g + 1`. So
+//!
+//! ```text
+//! dq_i = (1/D_i) ∇_q sum_j w_j e_ij P(c q_i.k_j) = (1/D_i) J_φ⁺(q_i)^T diag(ω_P) S⁺ [dout_i; -delta_i]
+//! ```
+//!
+//! *Consistent*: the derivative of the forward pass. Its scores have the gradient `w_j p'(s_ij) e_ij / D_i`, and
+//! `c p'(c q.k) k = ∇_q p(c q.k)`: the same formula with `p` in place of `P` and degree `g`. The `P` or `p` that is differentiated is
+//! called the *potential* below.
+//!
+//! For keys the roles change, with the state `R = sum_i φ(q_i) [dout_i, -delta_i] / D_i`:
+//!
+//! ```text
+//! dk_j = w_j J_φ(k_j)^T diag(ω) R [v_j; 1]       [dv_j, h_j] = w_j φ(k_j)^T diag(ω_p) R       db_j = dv_j.v_j + h_j
+//! ```
+//!
+//! Shifts. With `q' = q - α`, `k' = k - β` and the bias `b'_j = b_j + c α.k'_j`, `c q'.k' + b'` differs from `c q.k + b` by a constant of
+//! the row, which exact attention does not see. Back from the primed gradients: `dk_j = dk'_j + c db_j α`, which for the closed form is all.
+//! The consistent gradient also goes through the means `α` and `β`:
+//!
+//! ```text
+//! dα = -sum_i dq'_i + c sum_j db_j k'_j      dq_i = dq'_i + dα / n
+//! dβ = -sum_j (dk'_j + c db_j α)             dk_j = dk'_j + c db_j α + dβ / m
+//! ```
+//!
+//! Sums over tokens are products of at most [`FLUSH`] tokens in the arrays' own type, added up in float64.
+
+use faer::MatRef;
+use rayon::prelude::*;
+
+use crate::attention::{Attention, Head, HeadGrads, Upstream};
+use crate::causal;
+use crate::context::Context;
+use crate::engine::{self, Coefficients, Diagonal, Gradient, Shift};
+use crate::error::{Error, Result};
+use crate::fit;
+use crate::monomials::{self, Monomials};
+use crate::real::Real;
+use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
+
+/// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
+#[derive(Debug, Clone)]
+pub(crate) struct Constants<T> {
+    /// `a_0 .. a_g`.
+    pub coefficients: Vec<f64>,
+    /// `α`, empty for none.
+    query_shift: Vec<T>,
+    /// `β`, empty for none.
+    key_shift: Vec<T>,
+}
+
+/// Numbers in a tile of features that stay in a core's second-level cache.
+const TILE_NUMBERS: usize = 1 << 17;
+/// Tokens summed in the arrays' own type before they are added to the float64 state.
+const FLUSH: usize = 512;
+/// Numbers in one state, at the most: beyond this neither memory nor time is reasonable.
+const LARGEST_STATE: usize = 1 << 28;
+
+/// One head's pass, with everything that its tiles share.
+pub(crate) struct Pass<'a, T> {
+    pub ctx: &'a Context,
+    pub head: &'a Head<'a, T>,
+    pub engine: &'a engine::Polynomial,
+    pub scale: f64,
+    pub constants: Constants<T>,
+    pub tree: Monomials,
+    /// `ln w_j`, at most 0, where there is a bias or a query shift.
+    pub log_weights: Option<Vec<T>>,
+}
+
+/// Writes `out` and the row factors of one head, and returns its constants.
+pub(crate) fn forward<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    engine: &engine::Polynomial,
+    out: &mut [T],
+    row_max: &mut [T],
+    row_scale: &mut [T],
+) -> Result<Constants<T>> {
+    let pass = Pass::new(ctx, head, attention, engine, None)?;
+    if attention.causal {
+        causal::forward(&pass, out, row_max, row_scale)?;
+    } else {
+        pass.forward(out, row_max, row_scale)?;
+    }
+    Ok(pass.constants)
+}
+
+/// Adds one head's gradients.
+pub(crate) fn backward<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    engine: &engine::Polynomial,
+    constants: &Constants<T>,
+    up: Upstream<'_, T>,
+    grads: HeadGrads<'_, T>,
+) -> Result<()> {
+    let pass = Pass::new(ctx, head, attention, engine, Some(constants.clone()))?;
+    if attention.causal {
+        causal::backward(&pass, up, grads)
+    } else if engine.shift == Shift::None {
+        pass.backward(up, grads)
+    } else {
+        pass.backward_through_shift(up, grads)
+    }
+}
+
+impl<'a, T: Real> Pass<'a, T> {
+    fn new(
+        ctx: &'a Context,
+        head: &'a Head<'a, T>,
+        attention: &Attention,
+        engine: &'a engine::Polynomial,
+        constants: Option<Constants<T>>,
+    ) -> Result<Self> {
+        let (d, e) = (head.k.ncols(), head.v.ncols() + 1);
+        let potential_degree = engine.degree + usize::from(engine.gradient == Gradient::ClosedForm);
+        match monomials::rank(d, potential_degree) {
+            Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {}
+            _ => {
+                return Err(Error::Argument(format!(
+                    "degree = {} with d = {d} needs more monomials (up to degree {potential_degree}) than any memory \
+                     holds; use a lower degree, gradient=\"consistent\", or Exact()",
+                    engine.degree
+                )));
+            }
+        }
+        let mut pass = Self {
+            ctx,
+            head,
+            engine,
+            scale: attention.scale,
+            constants: Constants {
+                coefficients: Vec::new(),
+                query_shift: Vec::new(),
+                key_shift: Vec::new(),
+            },
+            // The forward pass needs no more than the degree of p.
+            tree: Monomials::new(
+                d,
+                if constants.is_some() {
+                    potential_degree
+                } else {
+                    engine.degree
+                },
+            ),
+            log_weights: None,
+        };
+        let fit_it = constants.is_none();
+        match constants {
+            Some(constants) => pass.constants = constants,
+            None if engine.shift == Shift::Mean => {
+                pass.constants.query_shift = mean(head.q);
+                pass.constants.key_shift = mean(head.k);
+            }
+            None => {}
+        }
+        pass.log_weights = pass.log_weights()?;
+        if fit_it {
+            pass.constants.coefficients = pass.coefficients(attention.causal)?;
+        }
+        Ok(pass)
+    }
+
+    fn coefficients(&self, causal: bool) -> Result<Vec<f64>> {
+        let degree = self.engine.degree;
+        match &self.engine.coefficients {
+            Coefficients::Taylor => Ok(fit::taylor(degree)),
+            Coefficients::Given(a) => Ok(a.clone()),
+            Coefficients::Fitted => {
+                // Under a causal mask the fit sees only the tokens whose scores are exact anyway: every query that meets the
+                // polynomial is later than all of them.
+                let tokens = |x: MatRef<'a, T>| {
+                    let all = x.nrows();
+                    x.subrows(
+                        0,
+                        if causal {
+                            all.min((self.lag() + 1) * self.block())
+                        } else {
+                            all
+                        },
+                    )
+                };
+                let weight = |j: usize| {
+                    self.log_weights
+                        .as_ref()
+                        .map_or(1.0, |l| l[j].to_f64().exp())
+                };
+                fit::fit(
+                    degree,
+                    (tokens(self.head.q), &self.constants.query_shift),
+                    (tokens(self.head.k), &self.constants.key_shift),
+                    weight,
+                    self.scale,
+                    causal,
+                )
+            }
+        }
+    }
+
+    /// `b'_j - max b'`, or `None` where all are 0.
+    fn log_weights(&self) -> Result<Option<Vec<T>>> {
+        let alpha = &self.constants.query_shift;
+        if self.head.key_bias.is_none() && alpha.is_empty() {
+            return Ok(None);
+        }
+        let bias = |j: usize| {
+            let own = self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
+            let beta = &self.constants.key_shift;
+            let row = self.head.k.row(j);
+            let by_shift: f64 = (0..alpha.len())
+                .map(|c| alpha[c].to_f64() * (row[c].to_f64() - beta[c].to_f64()))
+                .sum();
+            own + self.scale * by_shift
+        };
+        let biases: Vec<f64> = (0..self.head.k.nrows()).into_par_iter().map(bias).collect();
+        let max = biases.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if max == f64::NEG_INFINITY {
+            return Err(Error::Denominator(format!(
+                "head {} has no key to attend to: key_bias is -inf for every key",
+                self.head.index
+            )));
+        }
+        Ok(Some(biases.iter().map(|b| T::of(b - max)).collect()))
+    }
+
+    /// Width of the extended values `[v, 1]`.
+    pub fn e(&self) -> usize {
+        self.head.v.ncols() + 1
+    }
+
+    /// Rank of the forward features.
+    pub fn rank(&self) -> usize {
+        self.tree.rank(self.engine.degree)
+    }
+
+    /// Rank of the potential's features.
+    pub fn potential_rank(&self) -> usize {
+        self.tree.rank(self.potential().len() - 1)
+    }
+
+    /// Rank of the features that the potential's pullback reads, those below its degree: at most [`rank`](Self::rank).
+    pub fn parent_rank(&self) -> usize {
+        self.tree.rank(self.potential().len() - 2)
+    }
+
+    /// Coefficients of the polynomial whose gradient stands in dq and dk: `P` with `P' = p`, or `p` itself.
+    pub fn potential(&self) -> Vec<f64> {
+        let a = &self.constants.coefficients;
+        match self.engine.gradient {
+            Gradient::Consistent => a.clone(),
+            Gradient::ClosedForm => std::iter::once(0.0)
+                .chain(a.iter().enumerate().map(|(j, a)| a / (j + 1) as f64))
+                .collect(),
+        }
+    }
+
+    /// Tokens a tile, for `r` features.
+    fn tile(r: usize) -> usize {
+        let fit = (TILE_NUMBERS / r).max(1);
+        (1usize << fit.ilog2()).clamp(32, 256)
+    }
+
+    /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
+    pub fn block(&self) -> usize {
+        if self.rank() <= 1024 { 64 } else { 128 }
+    }
+
+    /// Blocks before a query's own whose scores are exact too.
+    pub fn lag(&self) -> usize {
+        match self.engine.diagonal {
+            Diagonal::Exact => self.engine.window.div_ceil(self.block()),
+            Diagonal::Polynomial => 0,
+        }
+    }
+
+    pub fn weight(&self, j: usize) -> T {
+        self.log_weights
+            .as_ref()
+            .map_or(T::ONE, |l| l[j].exp_nonpositive())
+    }
+
+    pub fn load_queries(&self, start: usize, len: usize, x: &mut [T]) {
+        load_transposed(self.head.q, start, len, &self.constants.query_shift, x);
+    }
+
+    pub fn load_keys(&self, start: usize, len: usize, x: &mut [T]) {
+        load_transposed(self.head.k, start, len, &self.constants.key_shift, x);
+    }
+
+    /// `[v_j; 1]`, times `w_j` where `weighted`, as `(e, len)`.
+    pub fn load_values(&self, start: usize, len: usize, weighted: bool, x: &mut [T]) {
+        load_transposed(self.head.v, start, len, &[], x);
+        let e = self.e();
+        x[(e - 1) * len..e * len].fill(T::ONE);
+        if weighted && self.log_weights.is_some() {
+            for t in 0..len {
+                let w = self.weight(start + t);
+                for c in 0..e {
+                    x[c * len + t] *= w;
+                }
+            }
+        }
+    }
+
+    /// `[dout_i; -delta_i] factor(i)` as `(e, len)`.
+    pub fn load_upstream(
+        &self,
+        up: &Upstream<'_, T>,
+        start: usize,
+        len: usize,
+        factor: impl Fn(usize) -> T,
+        x: &mut [T],
+    ) {
+        let dv = self.e() - 1;
+        load_transposed(up.dout, start, len, &[], x);
+        for t in 0..len {
+            x[dv * len + t] = -up.delta[start + t];
+            let by = factor(start + t);
+            for c in 0..=dv {
+                x[c * len + t] *= by;
+            }
+        }
+    }
+
+    /// `sum_j φ(k_j) [w_j v_j, w_j]^T` over a range of keys, in float64.
+    pub fn key_state(&self, keys: std::ops::Range<usize>, r: usize) -> Result<Vec<f64>> {
+        self.state(keys, r, |start, len, x, values| {
+            self.load_keys(start, len, x);
+            self.load_values(start, len, true, values);
+        })
+    }
+
+    /// `sum_i φ(q_i) [dout_i, -delta_i]^T factor(i)` over a range of queries, in float64.
+    pub fn query_state(
+        &self,
+        up: &Upstream<'_, T>,
+        queries: std::ops::Range<usize>,
+        r: usize,
+        factor: impl Fn(usize) -> T + Copy,
+    ) -> Result<Vec<f64>> {
+        self.state(queries, r, |start, len, x, values| {
+            self.load_queries(start, len, x);
+            self.load_upstream(up, start, len, factor, values);
+        })
+    }
+
+    fn state(
+        &self,
+        tokens: std::ops::Range<usize>,
+        r: usize,
+        load: impl Fn(usize, usize, &mut [T], &mut [T]),
+    ) -> Result<Vec<f64>> {
+        let mut state = State::new(r, self.e());
+        let mut scratch = Scratch::new(self, Self::tile(r), r, 0);
+        for start in tokens.clone().step_by(Self::tile(r)) {
+            self.ctx.check()?;
+            let len = Self::tile(r).min(tokens.end - start);
+            load(start, len, &mut scratch.x, &mut scratch.values);
+            self.tree
+                .features(&scratch.x, len, r, &mut scratch.features);
+            state.add(&scratch.features, &scratch.values, len);
+        }
+        Ok(state.finish())
+    }
+
+    /// The whole head's state: partial sums over fixed ranges, added up in order.
+    fn whole_state(
+        &self,
+        tokens: usize,
+        partial: impl Fn(std::ops::Range<usize>) -> Result<Vec<f64>> + Sync,
+        r: usize,
+    ) -> Result<Vec<f64>> {
+        let rows = self.partition(tokens, Self::tile(r), r);
+        let partials: Vec<_> = (0..tokens.div_ceil(rows))
+            .into_par_iter()
+            .map(|p| partial(p * rows..tokens.min((p + 1) * rows)))
+            .collect::<Result<_>>()?;
+        let mut partials = partials.into_iter();
+        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; r * self.e()]);
+        for partial in partials {
+            add(&mut sum, &partial);
+        }
+        Ok(sum)
+    }
+
+    /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up to 64.
+    pub fn partition(&self, tokens: usize, step: usize, r: usize) -> usize {
+        let units = ((1usize << 21) / (r * self.e())).clamp(8, 64);
+        let units = 1 << units.ilog2();
+        tokens.div_ceil(units).next_multiple_of(step).max(step)
+    }
+
+    fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
+        let (r, e, dv) = (self.rank(), self.e(), self.e() - 1);
+        let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, r), r)?;
+        let state = weigh(
+            &state,
+            &self.tree.weights(&self.constants.coefficients, self.scale),
+            e,
+        );
+        let tile = Self::tile(r);
+        row_max.fill(T::ZERO);
+        (
+            out.par_chunks_mut(tile * dv),
+            row_scale.par_chunks_mut(tile),
+        )
+            .into_par_iter()
+            .enumerate()
+            .try_for_each_init(
+                || Scratch::new(self, tile, r, 0),
+                |scratch, (i, (out, scale))| {
+                    self.ctx.check()?;
+                    let (start, len) = (i * tile, scale.len());
+                    self.load_queries(start, len, &mut scratch.x);
+                    self.tree
+                        .features(&scratch.x, len, r, &mut scratch.features);
+                    let values = &mut scratch.values;
+                    product(
+                        view_mut(values, e, len),
+                        view(&state, r, e).transpose(),
+                        view(&scratch.features, r, len),
+                        T::ONE,
+                    );
+                    for (t, scale) in scale.iter_mut().enumerate() {
+                        *scale = self.inverse(values[dv * len + t], start + t)?;
+                    }
+                    store_transposed(values, len, dv, out, |t| scale[t]);
+                    Ok(())
+                },
+            )
+    }
+
+    /// `1/D_i`, or what to do about a denominator that has none.
+    pub fn inverse(&self, denominator: T, row: usize) -> Result<T> {
+        if denominator > T::ZERO && denominator.finite() && (T::ONE / denominator).finite() {
+            return Ok(T::ONE / denominator);
+        }
+        let head = self.head.index;
+        if denominator == T::ZERO && self.log_weights.is_some() {
+            return Err(Error::Denominator(format!(
+                "row {row} of head {head} has no key to attend to: key_bias is -inf, or far below its maximum, for every key \
+                 that it may see; leave such rows out of q, or give one of their keys a finite bias"
+            )));
+        }
+        Err(Error::Denominator(
+            if denominator.finite() && denominator <= T::ZERO {
+                format!(
+                    "row {row} of head {head} has the denominator {:.3e}, which is not positive: its scores lie outside the \
+                 region where this polynomial of degree {} resembles exp; use an even degree with \
+                 coefficients=\"taylor\", a smaller scale, or Exact()",
+                    denominator.to_f64(),
+                    self.engine.degree
+                )
+            } else {
+                format!(
+                    "row {row} of head {head} has a denominator that overflows or underflows: its scores are too large for a \
+                 polynomial of degree {}; use Exact()",
+                    self.engine.degree
+                )
+            },
+        ))
+    }
+
+    fn backward(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+        let HeadGrads {
+            dq,
+            dk,
+            dv: grad_v,
+            dkey_bias,
+        } = grads;
+        let (r, r_plus, parents, e) = (
+            self.rank(),
+            self.potential_rank(),
+            self.parent_rank(),
+            self.e(),
+        );
+        let (d, dv) = (self.head.q.ncols(), e - 1);
+        let tile = Self::tile(r_plus);
+        let (n, m) = (self.head.q.nrows(), self.head.k.nrows());
+        let potential = self.tree.weights(&self.potential(), self.scale);
+
+        let state = self.whole_state(m, |keys| self.key_state(keys, r_plus), r_plus)?;
+        let state = weigh(&state, &potential, e);
+        dq.par_chunks_mut(tile * d).enumerate().try_for_each_init(
+            || Scratch::new(self, tile, parents, r_plus),
+            |scratch, (i, dq)| {
+                self.ctx.check()?;
+                let (start, len) = (i * tile, dq.len() / d);
+                self.load_queries(start, len, &mut scratch.x);
+                self.tree
+                    .features(&scratch.x, len, parents, &mut scratch.features);
+                self.load_upstream(&up, start, len, |i| up.rows.scale[i], &mut scratch.values);
+                self.pullback(&state, len, scratch);
+                store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
+                Ok(())
+            },
+        )?;
+        drop(state);
+
+        let state = self.whole_state(
+            n,
+            |queries| self.query_state(&up, queries, r_plus, |i| up.rows.scale[i]),
+            r_plus,
+        )?;
+        let weighted = weigh(&state, &potential, e);
+        let of_values = weigh(
+            &state[..r * e],
+            &self.tree.weights(&self.constants.coefficients, self.scale),
+            e,
+        );
+        drop(state);
+        let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
+        (
+            dk.par_chunks_mut(tile * d),
+            grad_v.par_chunks_mut(tile * dv),
+            db.par_iter_mut(),
+        )
+            .into_par_iter()
+            .enumerate()
+            .try_for_each_init(
+                || Scratch::new(self, tile, r, r_plus),
+                |scratch, (j, (dk, dv, db))| {
+                    self.ctx.check()?;
+                    self.key_gradients(
+                        j * tile,
+                        &weighted,
+                        &of_values,
+                        scratch,
+                        HeadGrads {
+                            dq: &mut [],
+                            dk,
+                            dv,
+                            dkey_bias: db.as_deref_mut(),
+                        },
+                    );
+                    Ok(())
+                },
+            )
+    }
+
+    /// `scratch.dx = J_φ(x)^T state values`, for the tokens, features and values in `scratch`.
+    pub fn pullback(&self, state: &[T], len: usize, scratch: &mut Scratch<T>) {
+        let (r_plus, e) = (self.potential_rank(), self.e());
+        let Scratch {
+            x,
+            values,
+            features,
+            u,
+            dx,
+            ..
+        } = scratch;
+        product(
+            view_mut(u, r_plus, len),
+            view(state, r_plus, e),
+            view(values, e, len),
+            T::ONE,
+        );
+        let d = self.head.q.ncols();
+        self.tree
+            .pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
+    }
+
+    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's weights.
+    pub fn key_gradients(
+        &self,
+        start: usize,
+        potential: &[T],
+        of_values: &[T],
+        scratch: &mut Scratch<T>,
+        mut grads: HeadGrads<'_, T>,
+    ) {
+        let (r, e) = (self.rank(), self.e());
+        let (d, dv) = (self.head.k.ncols(), e - 1);
+        let len = grads.dk.len() / d;
+        self.load_keys(start, len, &mut scratch.x);
+        self.load_values(start, len, false, &mut scratch.values);
+        self.tree
+            .features(&scratch.x, len, r, &mut scratch.features);
+        self.pullback(potential, len, scratch);
+        let Scratch {
+            values,
+            features,
+            out,
+            dx,
+            ..
+        } = scratch;
+        product(
+            view_mut(out, e, len),
+            view(of_values, r, e).transpose(),
+            view(features, r, len),
+            T::ONE,
+        );
+        for t in 0..len {
+            let w = self.weight(start + t);
+            let mut db = out[dv * len + t];
+            for c in 0..dv {
+                let g = out[c * len + t];
+                grads.dv[t * dv + c] += w * g;
+                db += g * values[c * len + t];
+            }
+            for c in 0..d {
+                grads.dk[t * d + c] += w * dx[c * len + t];
+            }
+            if let Some(grad) = &mut grads.dkey_bias {
+                grad[t] += w * db;
+            }
+        }
+    }
+
+    /// The gradients behind the shifts: see the top of this file.
+    fn backward_through_shift(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+        let (n, m, d, dv) = (
+            self.head.q.nrows(),
+            self.head.k.nrows(),
+            self.head.q.ncols(),
+            self.e() - 1,
+        );
+        let Constants {
+            query_shift: alpha,
+            key_shift: beta,
+            ..
+        } = &self.constants;
+        let (mut dk, mut dv_, mut db) = (
+            vec![T::ZERO; m * d],
+            vec![T::ZERO; m * dv],
+            vec![T::ZERO; m],
+        );
+        self.backward(
+            up,
+            HeadGrads {
+                dq: &mut *grads.dq,
+                dk: &mut dk,
+                dv: &mut dv_,
+                dkey_bias: Some(&mut db),
+            },
+        )?;
+        let c = T::of(self.scale);
+        for (dk, &db) in dk.chunks_mut(d).zip(&db) {
+            for (dk, &alpha) in dk.iter_mut().zip(alpha) {
+                *dk += c * db * alpha;
+            }
+        }
+        if self.engine.gradient == Gradient::Consistent {
+            let mut dalpha = column_sums(grads.dq, d);
+            let mut dbeta = column_sums(&dk, d);
+            for (col, (dalpha, dbeta)) in dalpha.iter_mut().zip(&mut dbeta).enumerate() {
+                let through_bias: f64 = (0..m)
+                    .map(|j| db[j].to_f64() * (self.head.k[(j, col)].to_f64() - beta[col].to_f64()))
+                    .sum();
+                *dalpha = (self.scale * through_bias - *dalpha) / n as f64;
+                *dbeta = -*dbeta / m as f64;
+            }
+            add_to_rows(grads.dq, &dalpha);
+            add_to_rows(&mut dk, &dbeta);
+        }
+        let into =
+            |total: &mut [T], own: &[T]| total.iter_mut().zip(own).for_each(|(t, &o)| *t += o);
+        into(grads.dk, &dk);
+        into(grads.dv, &dv_);
+        if let Some(total) = grads.dkey_bias {
+            into(total, &db);
+        }
+        Ok(())
+    }
+}
+
+/// Buffers of one thread's tiles.
+pub(crate) struct Scratch<T> {
+    /// Queries or keys, `(d, len)`.
+    pub x: Vec<T>,
+    /// Extended values or upstream gradients, `(e, len)`.
+    pub values: Vec<T>,
+    /// `(r, len)`.
+    pub features: Vec<T>,
+    /// A second `(e, len)`.
+    pub out: Vec<T>,
+    /// Gradients of features, `(r, len)`.
+    pub u: Vec<T>,
+    /// Gradients of x, `(d, len)`.
+    pub dx: Vec<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    /// For tiles of `len` tokens, `r` features, and `r_plus` gradients of features (0: no gradients).
+    pub fn new(pass: &Pass<'_, T>, len: usize, r: usize, r_plus: usize) -> Self {
+        let zeros = |rows: usize| vec![T::ZERO; rows * len];
+        let (d, e) = (pass.head.q.ncols(), pass.e());
+        Self {
+            x: zeros(d),
+            values: zeros(e),
+            features: zeros(r),
+            out: zeros(e),
+            u: zeros(r_plus),
+            dx: zeros(d),
+        }
+    }
+}
+
+/// A sum of outer products of features and values, kept in float64.
+pub(crate) struct State<T> {
+    sum: Vec<f64>,
+    pending: Vec<T>,
+    tokens: usize,
+    r: usize,
+    e: usize,
+}
+
+impl<T: Real> State<T> {
+    pub fn new(r: usize, e: usize) -> Self {
+        Self::from_sum(vec![0.0; r * e], e)
+    }
+
+    pub fn from_sum(sum: Vec<f64>, e: usize) -> Self {
+        Self {
+            pending: vec![T::ZERO; sum.len()],
+            tokens: 0,
+            r: sum.len() / e,
+            e,
+            sum,
+        }
+    }
+
+    /// Adds `features values^T`, of `(r, len)` and `(e, len)`.
+    pub fn add(&mut self, features: &[T], values: &[T], len: usize) {
+        if self.tokens + len > FLUSH {
+            self.flush();
+        }
+        let (r, e) = (self.r, self.e);
+        let (features, values) = (view(features, r, len), view(values, e, len).transpose());
+        let pending = view_mut(&mut self.pending, r, e);
+        if self.tokens == 0 {
+            product(pending, features, values, T::ONE)
+        } else {
+            add_product(pending, features, values, T::ONE)
+        }
+        self.tokens += len;
+    }
+
+    fn flush(&mut self) {
+        if self.tokens > 0 {
+            for (sum, &x) in self.sum.iter_mut().zip(&self.pending) {
+                *sum += x.to_f64();
+            }
+            self.tokens = 0;
+        }
+    }
+
+    /// The sum so far.
+    pub fn sum(&mut self) -> &[f64] {
+        self.flush();
+        &self.sum
+    }
+
+    fn finish(mut self) -> Vec<f64> {
+        self.flush();
+        self.sum
+    }
+}
+
+/// `diag(weights) state`, rounded to the arrays' type.
+pub(crate) fn weigh<T: Real>(state: &[f64], weights: &[f64], e: usize) -> Vec<T> {
+    let mut weighted = vec![T::ZERO; state.len()];
+    weigh_into(state, weights, e, &mut weighted);
+    weighted
+}
+
+/// [`weigh`], into a buffer.
+pub(crate) fn weigh_into<T: Real>(state: &[f64], weights: &[f64], e: usize, weighted: &mut [T]) {
+    for ((to, from), &w) in weighted
+        .chunks_exact_mut(e)
+        .zip(state.chunks_exact(e))
+        .zip(weights)
+    {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = T::of(from * w);
+        }
+    }
+}
+
+/// `sum += x`.
+pub(crate) fn add(sum: &mut [f64], x: &[f64]) {
+    for (sum, x) in sum.iter_mut().zip(x) {
+        *sum += x;
+    }
+}
+
+/// `x` in chunks of `len`, or as many `None`.
+pub(crate) fn optional_chunks<T>(
+    x: Option<&mut [T]>,
+    len: usize,
+    count: usize,
+) -> Vec<Option<&mut [T]>> {
+    match x {
+        Some(x) => x.chunks_mut(len).map(Some).collect(),
+        None => (0..count).map(|_| None).collect(),
+    }
+}
+
+/// The mean row.
+fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
+    x.col_iter()
+        .map(|c| T::of(c.iter().map(|x| x.to_f64()).sum::<f64>() / x.nrows() as f64))
+        .collect()
+}
+
+fn column_sums<T: Real>(x: &[T], width: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; width];
+    for row in x.chunks_exact(width) {
+        for (sum, x) in sums.iter_mut().zip(row) {
+            *sum += x.to_f64();
+        }
+    }
+    sums
+}
+
+fn add_to_rows<T: Real>(x: &mut [T], by: &[f64]) {
+    for row in x.chunks_exact_mut(by.len()) {
+        for (x, &by) in row.iter_mut().zip(by) {
+            *x += T::of(by);
+        }
+    }
+}

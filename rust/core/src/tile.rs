@@ -1,0 +1,69 @@
+//! Small pieces that every engine's tiles are made of. A tile's numbers lie row-major, tokens along the rows' lanes.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+
+use crate::real::Real;
+
+/// The first `rows * cols` numbers of a buffer as a `(rows, cols)` matrix.
+pub(crate) fn view<T>(buffer: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
+    MatRef::from_row_major_slice(&buffer[..rows * cols], rows, cols)
+}
+
+/// The first `rows * cols` numbers of a buffer as a `(rows, cols)` matrix.
+pub(crate) fn view_mut<T>(buffer: &mut [T], rows: usize, cols: usize) -> MatMut<'_, T> {
+    MatMut::from_row_major_slice_mut(&mut buffer[..rows * cols], rows, cols)
+}
+
+/// `dst = alpha lhs rhs`, on this thread.
+pub(crate) fn product<T: Real>(
+    dst: MatMut<'_, T>,
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+    alpha: T,
+) {
+    matmul(dst, Accum::Replace, lhs, rhs, alpha, Par::Seq);
+}
+
+/// `dst += alpha lhs rhs`, on this thread.
+pub(crate) fn add_product<T: Real>(
+    dst: MatMut<'_, T>,
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+    alpha: T,
+) {
+    matmul(dst, Accum::Add, lhs, rhs, alpha, Par::Seq);
+}
+
+/// Copies rows `start..start + len` of `x` into `dst` as `(d, len)`, less `shift`.
+pub(crate) fn load_transposed<T: Real>(
+    x: MatRef<'_, T>,
+    start: usize,
+    len: usize,
+    shift: &[T],
+    dst: &mut [T],
+) {
+    for c in 0..x.ncols() {
+        let column = x.col(c).subrows(start, len);
+        let by = shift.get(c).copied().unwrap_or(T::ZERO);
+        for (dst, &x) in dst[c * len..(c + 1) * len].iter_mut().zip(column.iter()) {
+            *dst = x - by;
+        }
+    }
+}
+
+/// Writes a `(width, len)` tile to the contiguous rows `dst` of shape `(len, width)`, token `t` times `factor(t)`.
+pub(crate) fn store_transposed<T: Real>(
+    tile: &[T],
+    len: usize,
+    width: usize,
+    dst: &mut [T],
+    factor: impl Fn(usize) -> T,
+) {
+    for t in 0..len {
+        let f = factor(t);
+        for c in 0..width {
+            dst[t * width + c] = tile[c * len + t] * f;
+        }
+    }
+}
