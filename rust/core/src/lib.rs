@@ -12,6 +12,7 @@ pub mod measure;
 pub mod naive;
 pub mod real;
 pub mod rows;
+pub mod transformer;
 
 pub use attention::{Attention, AttentionGrads, Heads, Saved};
 pub use context::Context;
