@@ -234,20 +234,10 @@ pub fn backward<T: Real>(
         ));
     }
     expect_rows("dy", dy, batch, n, config.vocab_size)?;
-    let d = config.d_model;
-    let mut grads = BTreeMap::new();
-    let mut dx = {
-        let last = model.norm.forward(ctx, &trace.rows(config.n_layers)?)?;
-        let last = Rows::from_slice(&last, batch, n, d)?;
-        let mut dlast = vec![T::ZERO; batch * n * d];
-        let mut dhead = vec![T::ZERO; d * config.vocab_size];
-        linear::backward(ctx, &last, model.head, dy, &mut dlast, &mut dhead, None)?;
-        grads.insert("head".to_string(), dhead);
-        model
-            .norm
-            .backward(ctx, &trace.rows(config.n_layers)?, &dlast, &mut grads)?
-    };
-    model.stage_done();
+    let mut grads = Grads::new();
+    let ((), mut dx) = model.head_backward(trace, &mut grads, |last, dlast, dhead| {
+        linear::backward(ctx, last, model.head, dy, dlast, dhead, None)
+    })?;
     let reports = model.layers_backward(trace, &mut dx, 0, &mut grads)?;
     model.embedding_backward(input, &dx, &mut grads)?;
     Ok(Backward { dx, grads, reports })
@@ -269,27 +259,13 @@ pub fn value_and_grad<T: Real>(
 ) -> Result<(f64, Backward<T>)> {
     let model = Model::new(ctx, config, params, 5 * config.n_layers + 1)?;
     // Before the long part: the layers would otherwise be computed in vain.
-    cross_entropy::check(batch * n, targets, config.vocab_size)?;
+    cross_entropy::check(batch.saturating_mul(n), targets, config.vocab_size)?;
     let input = Input::Tokens { tokens, batch, n };
     let trace = model.layers_forward(&input)?;
-    let d = config.d_model;
-    let mut grads = BTreeMap::new();
-    let (loss, mut dx) = {
-        let last = model.norm.forward(ctx, &trace.rows(config.n_layers)?)?;
-        let last = Rows::from_slice(&last, batch, n, d)?;
-        let mut dlast = vec![T::ZERO; batch * n * d];
-        let mut dhead = vec![T::ZERO; d * config.vocab_size];
-        let loss =
-            cross_entropy::linear_mean(ctx, &last, model.head, targets, &mut dlast, &mut dhead)?;
-        grads.insert("head".to_string(), dhead);
-        (
-            loss,
-            model
-                .norm
-                .backward(ctx, &trace.rows(config.n_layers)?, &dlast, &mut grads)?,
-        )
-    };
-    model.stage_done();
+    let mut grads = Grads::new();
+    let (loss, mut dx) = model.head_backward(&trace, &mut grads, |last, dlast, dhead| {
+        cross_entropy::linear_mean(ctx, last, model.head, targets, dlast, dhead)
+    })?;
     let reports = model.layers_backward(&trace, &mut dx, samples, &mut grads)?;
     model.embedding_backward(&input, &dx, &mut grads)?;
     Ok((loss, Backward { dx, grads, reports }))
@@ -435,11 +411,13 @@ impl<'a, T: Real> Model<'a, T> {
 
     fn layers_forward(&self, input: &Input<'_, T>) -> Result<Trace<T>> {
         let ((batch, n), d) = (input.sizes(), self.d_model);
+        if let Input::Tokens { tokens, .. } = input {
+            expect_len("tokens", tokens.len(), batch.saturating_mul(n))?;
+        }
         let mut x = vec![T::ZERO; batch * n * d];
         match input {
             Input::Tokens { tokens, .. } => {
-                expect_len("tokens", tokens.len(), batch * n)?;
-                embedding::forward(self.ctx, tokens, self.embed, &mut x)?;
+                embedding::forward(self.ctx, tokens, self.embed, &mut x)?
             }
             Input::Embeddings(rows) => {
                 expect_rows("x", rows, batch, n, d)?;
@@ -491,6 +469,25 @@ impl<'a, T: Real> Model<'a, T> {
         layer.attn.finish(self.ctx, &rows, &inside, &mut z)?;
         add_into(&mut z, &trace.inputs[i]);
         Ok(Attended { normed, inside, z })
+    }
+
+    /// The gradient with respect to the last layer's output, and what `head(last, dlast, dhead)` returns: it is given the
+    /// final norm's output, and writes the gradients with respect to that and to the head.
+    fn head_backward<R>(
+        &self,
+        trace: &Trace<T>,
+        grads: &mut Grads<T>,
+        head: impl FnOnce(&Rows<'_, T>, &mut [T], &mut [T]) -> Result<R>,
+    ) -> Result<(R, Vec<T>)> {
+        let x = trace.rows(self.layers.len())?;
+        let last = self.norm.forward(self.ctx, &x)?;
+        let (mut dlast, mut dhead) = (vec![T::ZERO; last.len()], zeros(self.head));
+        let result = head(&trace.like(&last)?, &mut dlast, &mut dhead)?;
+        drop(last);
+        grads.insert("head".to_string(), dhead);
+        let dx = self.norm.backward(self.ctx, &x, &dlast, grads)?;
+        self.stage_done();
+        Ok((result, dx))
     }
 
     /// Replaces the gradient with respect to the last layer's output by that with respect to `x_0`.

@@ -141,15 +141,11 @@ impl<'a, T: Real> SelfAttention<'a, T> {
     /// Everything up to the heads' outputs.
     pub(crate) fn inside(&self, ctx: &Context, x: &Rows<'_, T>) -> Result<Inside<T>> {
         let Widths { h, h_kv, d, dv, .. } = self.widths(x.d())?;
-        let plain = Shaping {
-            unit: false,
-            rope: None,
-        };
         let (q, k, v, rope) = match self.weights {
             Weights::Combined { w, w_v } => (
-                project(ctx, x, "q", w, 1, plain)?,
+                project(ctx, x, "q", w, 1, Shaping::NONE)?,
                 None,
-                project(ctx, x, "v", w_v, 1, plain)?,
+                project(ctx, x, "v", w_v, 1, Shaping::NONE)?,
                 None,
             ),
             Weights::Heads {
@@ -167,7 +163,12 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 };
                 let q = project(ctx, x, "q", w_q, h, shaping)?;
                 let k = project(ctx, x, "k", w_k, h_kv, shaping)?;
-                (q, Some(k), project(ctx, x, "v", w_v, h_kv, plain)?, rope)
+                (
+                    q,
+                    Some(k),
+                    project(ctx, x, "v", w_v, h_kv, Shaping::NONE)?,
+                    rope,
+                )
             }
         };
         let out = Projected::zeros(x.batch() * x.n(), h, dv);
@@ -231,11 +232,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
             let dout = match self.weights {
                 Weights::Combined { .. } => None,
                 Weights::Heads { w_o, .. } => {
-                    let plain = Shaping {
-                        unit: false,
-                        rope: None,
-                    };
-                    Some(project(ctx, dy, "dout", w_o.transpose(), h, plain)?)
+                    Some(project(ctx, dy, "dout", w_o.transpose(), h, Shaping::NONE)?)
                 }
             };
             let dout = dout
@@ -316,10 +313,13 @@ impl<'a, T: Real> SelfAttention<'a, T> {
 
     /// The widths, once they are known to fit `x` of width `width` and each other.
     fn widths(&self, width: usize) -> Result<Widths> {
+        if width == 0 {
+            return Err(Error::Shape("x has width 0; expected at least 1".into()));
+        }
         let x = format_args!("x of width {width}");
         match self.weights {
             Weights::Combined { w, w_v } => {
-                let e = w_v.ncols();
+                let e = width_of_heads("w_v", w_v.ncols(), "heads", 1)?;
                 expect_shape("w", w.shape(), (width, width), x)?;
                 expect_shape("w_v", w_v.shape(), (width, e), x)?;
                 Ok(Widths {

@@ -6,7 +6,7 @@ use faer::MatRef;
 use rayon::prelude::*;
 
 use super::tiles::{TILE, for_each_tile, round};
-use super::{expect_below, expect_len, expect_rows};
+use super::{expect_below, expect_len};
 use crate::context::Context;
 use crate::error::Result;
 use crate::real::Real;
@@ -46,7 +46,6 @@ pub fn backward<T: Real>(
     let d = dy.d();
     expect_below("tokens", tokens, vocab, "rows of embed")?;
     expect_len("tokens", tokens.len(), dy.batch() * dy.n())?;
-    expect_rows("dy", dy, dy.batch(), dy.n(), d)?;
     expect_len("dembed", dembed.len(), vocab * d)?;
     let mut ends = vec![0; vocab];
     for token in tokens {

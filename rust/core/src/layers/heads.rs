@@ -47,6 +47,14 @@ pub(crate) struct Part<'a, T> {
     pub gradient: &'a [T],
 }
 
+impl<T> Shaping<'_, T> {
+    /// Nothing.
+    pub(crate) const NONE: Self = Self {
+        unit: false,
+        rope: None,
+    };
+}
+
 impl<T: Real> Projected<T> {
     pub(crate) fn zeros(tokens: usize, heads: usize, width: usize) -> Self {
         Self {
