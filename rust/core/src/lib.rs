@@ -18,6 +18,7 @@ mod polynomial;
 pub mod real;
 pub mod rows;
 mod tile;
+pub mod transformer;
 
 pub use attention::{Attention, AttentionGrads, Heads, Saved};
 pub use context::Context;

@@ -1,0 +1,303 @@
+//! Projections to heads and back: `(.., heads * width)` side by side, or `(batch * heads, n, width)` head by head.
+
+use std::ops::Range;
+
+use faer::{Accum, MatRef};
+use rayon::prelude::*;
+
+use super::rope::Rope;
+use super::tiles::{
+    TILE, add_product, for_each_tile, load, matrix, product, rounded, row_dot, row_sum, sized,
+};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::real::{Real, vectorised};
+use crate::rows::Rows;
+
+/// Rows of heads, head by head.
+#[derive(Debug)]
+pub(crate) struct Projected<T> {
+    /// `(batch * heads, n, width)`.
+    pub rows: Vec<T>,
+    pub heads: usize,
+    pub width: usize,
+    /// `1 / |z|` of every row before it was normalised, 0 where `z = 0`; empty where rows are not normalised.
+    pub inverse_norms: Vec<T>,
+}
+
+/// What happens to a head's row after the projection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shaping<'a, T> {
+    /// It is normalised.
+    pub unit: bool,
+    /// Then it is turned by its position.
+    pub rope: Option<&'a Rope<T>>,
+}
+
+/// One projection in the backward pass.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part<'a, T> {
+    /// `None`: the rows are `x` itself.
+    pub w: Option<MatRef<'a, T>>,
+    /// What the forward pass made.
+    pub rows: &'a Projected<T>,
+    /// How they were turned.
+    pub rope: Option<&'a Rope<T>>,
+    /// The gradient with respect to them, `(batch * heads, n, width)`.
+    pub gradient: &'a [T],
+}
+
+impl<T> Shaping<'_, T> {
+    /// Nothing.
+    pub(crate) const NONE: Self = Self {
+        unit: false,
+        rope: None,
+    };
+}
+
+impl<T: Real> Projected<T> {
+    pub(crate) fn zeros(tokens: usize, heads: usize, width: usize) -> Self {
+        Self {
+            rows: vec![T::ZERO; tokens * heads * width],
+            heads,
+            width,
+            inverse_norms: Vec::new(),
+        }
+    }
+
+    /// Each head's `(n, width)`.
+    pub(crate) fn views(&self, n: usize) -> Vec<MatRef<'_, T>> {
+        self.rows
+            .chunks_exact((n * self.width).max(1))
+            .map(|rows| matrix(rows, n, self.width))
+            .collect()
+    }
+
+    /// The rows of the tokens `tile`, `(tile, heads * width)`.
+    pub(crate) fn side_by_side<'s>(
+        &self,
+        n: usize,
+        tile: Range<usize>,
+        buffer: &'s mut Vec<T>,
+    ) -> &'s [T] {
+        gather(
+            &self.rows,
+            self.heads,
+            self.width,
+            n,
+            tile,
+            buffer,
+            |_, _, _| {},
+        )
+    }
+}
+
+/// `x w` head by head, each row shaped. `name` is what an error calls the rows.
+pub(crate) fn project<T: Real>(
+    ctx: &Context,
+    x: &Rows<'_, T>,
+    name: &str,
+    w: MatRef<'_, T>,
+    heads: usize,
+    shaping: Shaping<'_, T>,
+) -> Result<Projected<T>> {
+    struct Task<'a, T> {
+        block: usize,
+        start: usize,
+        heads: Vec<&'a mut [T]>,
+        inverse_norms: Vec<&'a mut [T]>,
+    }
+    let (n, width) = (x.n(), w.ncols() / heads);
+    let mut all = Projected::zeros(x.batch() * n, heads, width);
+    if all.rows.is_empty() {
+        return Ok(all);
+    }
+    if shaping.unit {
+        all.inverse_norms = vec![T::ZERO; x.batch() * n * heads];
+    }
+    let tiles = n.div_ceil(TILE);
+    let mut tasks: Vec<Task<'_, T>> = (0..x.batch() * tiles)
+        .map(|i| Task {
+            block: i / tiles,
+            start: i % tiles * TILE,
+            heads: Vec::new(),
+            inverse_norms: Vec::new(),
+        })
+        .collect();
+    for (i, head) in all.rows.chunks_mut(n * width).enumerate() {
+        for (tile, rows) in head.chunks_mut(TILE * width).enumerate() {
+            tasks[i / heads * tiles + tile].heads.push(rows);
+        }
+    }
+    for (i, head) in all.inverse_norms.chunks_mut(n).enumerate() {
+        for (tile, norms) in head.chunks_mut(TILE).enumerate() {
+            tasks[i / heads * tiles + tile].inverse_norms.push(norms);
+        }
+    }
+    tasks
+        .into_par_iter()
+        .try_for_each_init(Vec::new, |buffer, mut task| {
+            ctx.check()?;
+            let count = TILE.min(n - task.start);
+            let side_by_side = sized(buffer, count * heads * width);
+            product(
+                side_by_side,
+                Accum::Replace,
+                x.blocks()[task.block].subrows(task.start, count),
+                w,
+            );
+            for (head, rows) in task.heads.iter_mut().enumerate() {
+                let from = side_by_side
+                    .chunks_exact(heads * width)
+                    .map(|row| &row[head * width..][..width]);
+                let norms = task.inverse_norms.get_mut(head).map(|norms| &mut **norms);
+                shape(name, from, rows, norms, task.start, shaping.rope)?;
+            }
+            Ok(())
+        })?;
+    Ok(all)
+}
+
+/// Copies a head's rows, normalising them where `norms` has room for their inverse norms, and turning them.
+fn shape<'a, T: Real>(
+    name: &str,
+    from: impl Iterator<Item = &'a [T]>,
+    rows: &mut [T],
+    mut norms: Option<&mut [T]>,
+    start: usize,
+    rope: Option<&Rope<T>>,
+) -> Result<()> {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (i, from) in from.enumerate() {
+                let row = &mut rows[i * from.len()..][..from.len()];
+                row.copy_from_slice(from);
+                if let Some(norms) = &mut norms {
+                    let square = row_sum(from, |x| x * x);
+                    if !square.is_finite() {
+                        return Err(too_long(name));
+                    }
+                    let inverse = if square > 0.0 {
+                        square.sqrt().recip()
+                    } else {
+                        0.0
+                    };
+                    norms[i] = T::of(inverse);
+                    for x in row.iter_mut() {
+                        *x = T::of(x.to_f64() * inverse);
+                    }
+                }
+                if let Some(rope) = rope {
+                    rope.turn(start + i, row);
+                }
+            }
+            Ok(())
+        },
+    )
+}
+
+#[cold]
+#[inline(never)]
+fn too_long(name: &str) -> Error {
+    Error::NonFinite(format!(
+        "a row of {name} = x w_{name} holds NaN or infinity, or its square overflows; score_bound needs finite norms"
+    ))
+}
+
+/// The gradients of the projections `rows = x w` with respect to each `w`, where there is one, and the sum of those with
+/// respect to `x` in `dx`.
+pub(crate) fn unproject<T: Real>(
+    ctx: &Context,
+    x: &Rows<'_, T>,
+    parts: [Part<'_, T>; 3],
+    dx: &mut [T],
+) -> Result<[Vec<T>; 3]> {
+    let (n, d) = (x.n(), x.d());
+    let sizes = parts.map(|part| part.w.map_or(0, |w| w.nrows() * w.ncols()));
+    let sums = for_each_tile(
+        ctx,
+        x.batch() * n,
+        [(dx, d)],
+        sizes,
+        |tile, [dx], sums, [x_tile, dz, buffer]| {
+            let count = tile.len();
+            let x = matrix(load(x, tile.clone(), x_tile), count, d);
+            dx.fill(T::ZERO);
+            for (part, sum) in parts.iter().zip(sums) {
+                let dz = part.pull_back(n, tile.clone(), dz);
+                match part.w {
+                    Some(w) => {
+                        let dz = matrix(dz, count, w.ncols());
+                        add_product(sum, x, dz, buffer);
+                        product(dx, Accum::Add, dz, w.transpose());
+                    }
+                    None => dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz),
+                }
+            }
+            Ok(())
+        },
+    )?;
+    Ok(sums.map(|sum| rounded(&sum)))
+}
+
+impl<T: Real> Part<'_, T> {
+    /// The gradient of the tokens `tile` with respect to the projection, `(tile, heads * width)`.
+    fn pull_back<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
+        let Projected {
+            rows,
+            heads,
+            width,
+            inverse_norms,
+        } = self.rows;
+        gather(
+            self.gradient,
+            *heads,
+            *width,
+            n,
+            tile,
+            buffer,
+            |index, position, g| {
+                if let Some(inverse) = inverse_norms.get(index) {
+                    let u = &rows[index * width..][..*width];
+                    let along = T::of(row_dot(u, g, |u, g| u * g));
+                    for (g, u) in g.iter_mut().zip(u) {
+                        *g = (*g - *u * along) * *inverse;
+                    }
+                }
+                if let Some(rope) = self.rope {
+                    rope.turn_back(position, g);
+                }
+            },
+        )
+    }
+}
+
+/// Copies the rows of the tokens `tile` from head by head to side by side, each passed through
+/// `finish(its index among the rows of all heads, its position, the copy)`.
+#[inline(always)]
+fn gather<'s, T: Real>(
+    rows: &[T],
+    heads: usize,
+    width: usize,
+    n: usize,
+    tile: Range<usize>,
+    buffer: &'s mut Vec<T>,
+    finish: impl Fn(usize, usize, &mut [T]),
+) -> &'s [T] {
+    let out = sized(buffer, tile.len() * heads * width);
+    vectorised(
+        #[inline(always)]
+        || {
+            for (token, out) in tile.zip(out.chunks_exact_mut(heads * width)) {
+                let (block, position) = (token / n, token % n);
+                for (head, out) in out.chunks_exact_mut(width).enumerate() {
+                    let index = (block * heads + head) * n + position;
+                    out.copy_from_slice(&rows[index * width..][..width]);
+                    finish(index, position, out);
+                }
+            }
+        },
+    );
+    out
+}

@@ -1,0 +1,209 @@
+//! How the layers walk over tokens: tile by tile, tiles in fixed partitions, sums over partitions in order.
+
+use std::ops::Range;
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use crate::context::Context;
+use crate::error::Result;
+use crate::real::{Real, vectorised};
+use crate::rows::Rows;
+
+/// Tokens a tile: enough for a fast product, few enough that a tile of hidden units stays in the cache.
+pub(crate) const TILE: usize = 256;
+/// Partitions are run in parallel, the tiles of one in order.
+const PARTITIONS: usize = 32;
+/// The partial sums of all partitions together hold at most so many numbers, as long as that leaves four partitions.
+const PARTIAL_SUMS: usize = 1 << 24;
+
+/// Runs `body(tile, outputs, sums, scratch)` on every tile of `rows` tokens.
+///
+/// An output `(slice, width)` is cut into the tile's own `width` numbers a row. `sums` are float64 accumulators of the
+/// given lengths, returned with the partitions added up in order. `scratch` keeps its allocations from tile to tile.
+/// The partitions depend on sizes alone, so the bits do not depend on the number of threads.
+pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const SCRATCH: usize>(
+    ctx: &Context,
+    rows: usize,
+    outputs: [(&mut [T], usize); OUT],
+    sums: [usize; SUM],
+    body: impl Fn(
+        Range<usize>,
+        [&mut [T]; OUT],
+        &mut [Vec<f64>; SUM],
+        &mut [Vec<T>; SCRATCH],
+    ) -> Result<()>
+    + Sync,
+) -> Result<[Vec<f64>; SUM]> {
+    let partitions = (PARTIAL_SUMS / sums.iter().sum::<usize>().max(1)).clamp(4, PARTITIONS);
+    let partition = rows.div_ceil(TILE).div_ceil(partitions).max(1) * TILE;
+    let partials = split(0..rows, partition, outputs)
+        .into_par_iter()
+        .map(|(range, outputs)| {
+            let mut partial = sums.map(|len| vec![0.0; len]);
+            let mut scratch = std::array::from_fn(|_| Vec::new());
+            for (tile, outputs) in split(range, TILE, outputs) {
+                ctx.check()?;
+                body(
+                    tile,
+                    outputs.map(|(slice, _)| slice),
+                    &mut partial,
+                    &mut scratch,
+                )?;
+            }
+            Ok(partial)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut partials = partials.into_iter();
+    let mut total = partials
+        .next()
+        .unwrap_or_else(|| sums.map(|len| vec![0.0; len]));
+    for partial in partials {
+        for (total, partial) in total.iter_mut().zip(&partial) {
+            (total.par_chunks_mut(4096), partial.par_chunks(4096))
+                .into_par_iter()
+                .for_each(|(total, partial)| {
+                    total.iter_mut().zip(partial).for_each(|(a, b)| *a += b)
+                });
+        }
+    }
+    Ok(total)
+}
+
+/// A range of rows, and for every output its slice there and its width.
+type Part<'a, T, const OUT: usize> = (Range<usize>, [(&'a mut [T], usize); OUT]);
+
+/// Cuts the rows `range`, and the outputs with them, into parts of `size` rows.
+fn split<T, const OUT: usize>(
+    range: Range<usize>,
+    size: usize,
+    mut outputs: [(&mut [T], usize); OUT],
+) -> Vec<Part<'_, T, OUT>> {
+    range
+        .clone()
+        .step_by(size)
+        .map(|start| {
+            let end = (start + size).min(range.end);
+            let outputs = outputs.each_mut().map(|(slice, width)| {
+                let (part, rest) = std::mem::take(slice).split_at_mut((end - start) * *width);
+                *slice = rest;
+                (part, *width)
+            });
+            (start..end, outputs)
+        })
+        .collect()
+}
+
+/// The first `len` numbers of a buffer that grows as needed; what they hold is left over from earlier use.
+pub(crate) fn sized<T: Real>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::ZERO);
+    }
+    &mut buffer[..len]
+}
+
+/// Copies the rows `range` of `x`, its sequences one after the other, to a contiguous buffer.
+pub(crate) fn load<'s, T: Real>(
+    x: &Rows<'_, T>,
+    range: Range<usize>,
+    buffer: &'s mut Vec<T>,
+) -> &'s [T] {
+    let d = x.d();
+    let out = sized(buffer, range.len() * d);
+    let mut row = range.start;
+    while row < range.end && d > 0 {
+        let first = row % x.n();
+        let count = (x.n() - first).min(range.end - row);
+        let block = x.blocks()[row / x.n()].subrows(first, count);
+        let out = &mut out[(row - range.start) * d..][..count * d];
+        match block.try_as_row_major() {
+            Some(block) => {
+                for (out, x) in out.chunks_exact_mut(d).zip(block.row_iter()) {
+                    out.copy_from_slice(x.as_slice());
+                }
+            }
+            None => MatMut::from_row_major_slice_mut(out, count, d).copy_from(block),
+        }
+        row += count;
+    }
+    out
+}
+
+/// The contiguous rows `data` as a matrix.
+pub(crate) fn matrix<T>(data: &[T], rows: usize, width: usize) -> MatRef<'_, T> {
+    MatRef::from_row_major_slice(data, rows, width)
+}
+
+/// `out = lhs rhs`, or `out += lhs rhs`; `out` is row-major.
+pub(crate) fn product<T: Real>(
+    out: &mut [T],
+    accum: Accum,
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+) {
+    let out = MatMut::from_row_major_slice_mut(out, lhs.nrows(), rhs.ncols());
+    matmul(out, accum, lhs, rhs, T::ONE, Par::Seq);
+}
+
+/// `sum += lhs^T rhs`, the product in `T` and the sum in float64.
+pub(crate) fn add_product<T: Real>(
+    sum: &mut [f64],
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+    buffer: &mut Vec<T>,
+) {
+    let tile = sized(buffer, sum.len());
+    product(tile, Accum::Replace, lhs.transpose(), rhs);
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sum, x) in sum.iter_mut().zip(&*tile) {
+                *sum += x.to_f64();
+            }
+        },
+    );
+}
+
+/// Rounds a float64 sum to its place in the results.
+pub(crate) fn round<T: Real>(sum: &[f64], out: &mut [T]) {
+    for (out, sum) in out.iter_mut().zip(sum) {
+        *out = T::of(*sum);
+    }
+}
+
+/// A float64 sum rounded to `T`.
+pub(crate) fn rounded<T: Real>(sum: &[f64]) -> Vec<T> {
+    sum.iter().map(|x| T::of(*x)).collect()
+}
+
+/// `y += x`.
+pub(crate) fn add_into<T: Real>(y: &mut [T], x: &[T]) {
+    (y.par_chunks_mut(TILE * TILE), x.par_chunks(TILE * TILE))
+        .into_par_iter()
+        .for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += *x));
+}
+
+/// The sum of `f` over the entries of one row, in float64, in eight interleaved parts so that it vectorises.
+#[inline(always)]
+pub(crate) fn row_sum<T: Real>(x: &[T], f: impl Fn(f64) -> f64) -> f64 {
+    row_dot(x, x, |x, _| f(x))
+}
+
+/// The sum of `f(x_i, y_i)`, as [`row_sum`].
+#[inline(always)]
+pub(crate) fn row_dot<T: Real>(x: &[T], y: &[T], f: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [0.0; 8];
+    let (x8, x_rest) = x.as_chunks::<8>();
+    let (y8, y_rest) = y.as_chunks::<8>();
+    for (x, y) in x8.iter().zip(y8) {
+        for l in 0..8 {
+            lanes[l] += f(x[l].to_f64(), y[l].to_f64());
+        }
+    }
+    let mut sum = 0.0;
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        sum += f(x.to_f64(), y.to_f64());
+    }
+    lanes.iter().fold(sum, |sum, lane| sum + lane)
+}
