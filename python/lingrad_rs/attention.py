@@ -117,9 +117,9 @@ def attention_vjp(
     out : ndarray, shape (..., h, n, dv)
         As from `attention`.
     vjp : callable
-        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays of
-        the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they must
-        not change in between; ``out`` may.
+        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
+        of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
+        must not change in between; ``out`` may.
 
     Raises
     ------
@@ -158,8 +158,8 @@ def measure_error(
 ) -> ErrorEstimate:
     """The relative error of an attention output, measured on rows drawn at random.
 
-    ``||out - exact||_F / ||exact||_F``, estimated from ``samples`` rows of each head that are computed exactly. It holds
-    for an ``out`` from anywhere.
+    ``||out - exact||_F / ||exact||_F``, estimated from ``samples`` rows of each head that are computed exactly. It
+    holds for an ``out`` from anywhere.
 
     Parameters
     ----------

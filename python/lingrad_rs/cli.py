@@ -91,10 +91,10 @@ def grad(
     layers: Annotated[int | None, typer.Option(help="Layers.", show_default="4, or as in --params")] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of a token.", show_default="64, or as in --params")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads.", show_default="4, or as in --params")] = None,
-    d_ff: Annotated[
-        int | None, typer.Option(help="Hidden units.", show_default="4 d-model, or as in --params")
+    d_ff: Annotated[int | None, typer.Option(help="Hidden units.", show_default="4 d-model, or as in --params")] = None,
+    dtype: Annotated[
+        FloatName | None, typer.Option(help="Precision.", show_default="float32, or as in --params")
     ] = None,
-    dtype: Annotated[FloatName | None, typer.Option(help="Precision.", show_default="float32, or as in --params")] = None,
     engine: Annotated[
         EngineName | None, typer.Option(help="How attention is computed.", show_default="polynomial, or as in --params")
     ] = None,
@@ -169,15 +169,13 @@ def _engine(name: EngineName | None, degree: int | None) -> Engine | None:
 
 def _new_model(sizes: Mapping[str, int | None], engine: Engine | None, seed: int, dtype: str) -> Transformer:
     defaults = {"n_layers": 4, "d_model": 64, "n_heads": 4}
-    known = defaults | {name: size for name, size in sizes.items() if size is not None}
+    known: dict[str, Any] = defaults | {name: size for name, size in sizes.items() if size is not None}
     known.setdefault("d_ff", 4 * known["d_model"])
     config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine or Polynomial())
     return Transformer(config, seed=seed, dtype=dtype)
 
 
-def _stored_model(
-    path: Path, sizes: Mapping[str, int | None], engine: Engine | None, dtype: str | None
-) -> Transformer:
+def _stored_model(path: Path, sizes: Mapping[str, int | None], engine: Engine | None, dtype: str | None) -> Transformer:
     stored = load(path)
     if isinstance(stored, Transformer):
         config, params = stored.config, stored.params
@@ -193,9 +191,7 @@ def _stored_model(
     return Transformer(config, params)
 
 
-def _config_of(
-    path: Path, params: Mapping[str, NDArray[Any]], n_heads: int, engine: Engine
-) -> TransformerConfig:
+def _config_of(path: Path, params: Mapping[str, NDArray[Any]], n_heads: int, engine: Engine) -> TransformerConfig:
     """The configuration that bare parameters tell, all but the number of heads."""
 
     def shape(name: str) -> tuple[int, int]:

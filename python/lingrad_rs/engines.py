@@ -45,8 +45,8 @@ class Polynomial:
         The exact gradient's formula with the softmax matrix in its low-rank form (closer to the true gradient), or the
         derivative of the approximate output (which passes central differences).
     shift : {"none", "mean"}
-        What is subtracted from queries and keys, which leaves exact attention as it is and makes scores small. The means
-        take in later tokens, so ``"mean"`` is refused with ``causal=True``.
+        What is subtracted from queries and keys, which leaves exact attention as it is and makes scores small. The
+        means take in later tokens, so ``"mean"`` is refused with ``causal=True``.
     diagonal : {"exact", "polynomial"}
         With ``causal=True``, whether the scores near the diagonal go through ``exp`` or through the polynomial.
     window : int
@@ -59,8 +59,8 @@ class Polynomial:
 
     Notes
     -----
-    Cost: O((n + m) r dv) time forward, O((n + m) r' (d + dv)) backward with ``r' = C(d + g + 1, g + 1)``; O(r dv) memory
-    a core beside inputs and outputs. Source: arXiv 2408.13233, with its printed gradients corrected.
+    Cost: O((n + m) r dv) time forward, O((n + m) r' (d + dv)) backward with ``r' = C(d + g + 1, g + 1)``; O(r dv)
+    memory a core beside inputs and outputs. Source: arXiv 2408.13233, with its printed gradients corrected.
     """
 
     degree: int = 2

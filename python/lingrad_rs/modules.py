@@ -1,14 +1,14 @@
 """The modules of a transformer, each with the gradient of all it depends on.
 
-A module has ``vjp(x) -> (y, pullback)`` with ``pullback(dy) -> (dx, grads)``: ``dx`` is the gradient of a loss with respect
-to ``x`` and ``grads`` a dict of those with respect to the module's parameters, by the module's own names, for any loss whose
-gradient with respect to ``y`` is ``dy``. Any object with that method is a module.
+A module has ``vjp(x) -> (y, pullback)`` with ``pullback(dy) -> (dx, grads)``: ``dx`` is the gradient of a loss with
+respect to ``x`` and ``grads`` a dict of those with respect to the module's parameters, by the module's own names, for
+any loss whose gradient with respect to ``y`` is ``dy``. Any object with that method is a module.
 
-Arrays are ``(..., n, d)``, float32 or float64, any strides; results are new C-contiguous arrays of the same dtype. A pullback
-may be called many times. It reads ``x`` and the parameters again, so they must not change before it is called.
+Arrays are ``(..., n, d)``, float32 or float64, any strides; results are new C-contiguous arrays of the same dtype. A
+pullback may be called many times. It reads ``x`` and the parameters again, so they must not change before it is called.
 
-All modules raise `ShapeError`, `DtypeError` and `DeviceError` for arrays that do not fit, and `NonFiniteError` where one
-holds NaN or infinity.
+All modules raise `ShapeError`, `DtypeError` and `DeviceError` for arrays that do not fit, and `NonFiniteError` where
+one holds NaN or infinity.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ def _input(x: object, params: Mapping[str, Array], width: int | None) -> Array:
         name, param = next(iter(params.items()))
         _check.shape("x", checked, ("...", "n", width), match=f"{name} of shape {param.shape}")
     return checked
+
+
+def _named(**arrays: object) -> dict[str, Array]:
+    return dict(zip(arrays, _check.floats(**arrays), strict=True))
 
 
 def _upstream(dy: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -213,9 +217,7 @@ class FeedForward:
         x = _input(x, {"w_in": self.w_in}, self.w_in.shape[0])
         backend = _backend.of(x)
         y = backend.feed_forward_forward(x, self.w_in, self.w_out, self.activation)
-        return _result(
-            y, lambda dy: backend.feed_forward_backward(x, self.w_in, self.w_out, self.activation, dy)
-        )
+        return _result(y, lambda dy: backend.feed_forward_backward(x, self.w_in, self.w_out, self.activation, dy))
 
 
 class Embedding:
@@ -250,9 +252,9 @@ class SelfAttention:
     ``scale x_i w x_j^T`` over j and ``w`` stands for ``w_q w_k^T``. With ``P = dS`` of attention and ``h = x w_v``,
     ``dw = scale x^T P x``, ``dw_v = x^T f^T dy``, ``dx = scale (P x w^T + P^T x w) + f^T dy w_v^T``.
 
-    With heads, ``SelfAttention(w_q=, w_k=, w_v=, w_o=, n_heads=)``, the columns of ``q = x w_q`` are cut into ``n_heads``
-    heads and those of ``k = x w_k`` and ``v = x w_v`` into ``n_kv_heads``; the heads' outputs, side by side, times ``w_o``
-    are ``y``.
+    With heads, ``SelfAttention(w_q=, w_k=, w_v=, w_o=, n_heads=)``, the columns of ``q = x w_q`` are cut into
+    ``n_heads`` heads and those of ``k = x w_k`` and ``v = x w_v`` into ``n_kv_heads``; the heads' outputs, side by
+    side, times ``w_o`` are ``y``.
 
     Parameters
     ----------
@@ -264,10 +266,11 @@ class SelfAttention:
     n_heads, n_kv_heads : int
         Query heads, and key heads, a divisor of them (as many unless given).
     rope : bool
-        Whether queries and keys are turned by their positions, halves of a head as pairs, base 10000. Needs an even width.
+        Whether queries and keys are turned by their positions, halves of a head as pairs, base 10000. Needs an even
+        width.
     score_bound : float, optional
-        Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. A row of zeros
-        stays zero, and so does its gradient.
+        Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. A row of
+        zeros stays zero, and so does its gradient.
     engine : Exact or Polynomial
         As for `lingrad_rs.attention`.
     causal : bool
@@ -303,6 +306,7 @@ class SelfAttention:
         scale: float | None = None,
     ) -> None:
         given = {"w": w, "w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o}
+        self.weights: dict[str, Array]
         names = {name for name, value in given.items() if value is not None}
         self.engine = check_engine(engine)
         self.causal = _check.flag("causal", causal)
@@ -310,15 +314,13 @@ class SelfAttention:
         self.rope = _check.flag("rope", rope)
         self.score_bound = None if score_bound is None else _check.positive("score_bound", score_bound)
         if names == {"w", "w_v"}:
-            self.weights = dict(zip(("w", "w_v"), _check.floats(w=w, w_v=w_v), strict=True))
+            self.weights = _named(w=w, w_v=w_v)
             if n_heads is not None or n_kv_heads is not None or self.rope or self.score_bound is not None:
                 raise ArgumentError("n_heads, n_kv_heads, rope and score_bound need w_q, w_k, w_v, w_o; got w and w_v")
             self.n_heads = self.n_kv_heads = 1
             self._check_combined()
         elif names == {"w_q", "w_k", "w_v", "w_o"}:
-            self.weights = dict(
-                zip(("w_q", "w_k", "w_v", "w_o"), _check.floats(w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o), strict=True)
-            )
+            self.weights = _named(w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o)
             if n_heads is None:
                 raise ArgumentError("n_heads is missing; expected an integer >= 1 beside w_q, w_k, w_v, w_o")
             if self.score_bound is not None and self.scale is not None:
@@ -431,10 +433,8 @@ class Chain:
             grads: list[Any] = []
             for i, pull in reversed(list(enumerate(pulls))):
                 if dx is None:
-                    raise ArgumentError(
-                        f"{_owner(f'modules[{i + 1}]', self.modules[i + 1], 'dx')} is None; expected an array like its x, "
-                        f"which modules[{i}] needs"
-                    )
+                    owner = _owner(f"modules[{i + 1}]", self.modules[i + 1], "dx")
+                    raise ArgumentError(f"{owner} is None; expected an array like its x, for modules[{i}]")
                 dx, grad = pull(dx)
                 grads.append(grad)
             return dx, grads[::-1]
@@ -456,8 +456,9 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
     """``module.vjp(x)``, held to what a module promises: it may be anyone's."""
     result = module.vjp(x)
     if not isinstance(result, tuple) or len(result) != 2 or not callable(result[1]):
-        raise ArgumentError(f"{name} ({type(module).__name__}): vjp returned {type(result).__name__}; "
-                            "expected (y, pullback)")
+        raise ArgumentError(
+            f"{name} ({type(module).__name__}): vjp returned {type(result).__name__}; expected (y, pullback)"
+        )
     pull = result[1]
     y = _check.floats(**{_owner(name, module, "y"): result[0]})[0]
     differentiable = x.dtype.kind == "f"
@@ -468,8 +469,9 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
     def pullback(dy: Array) -> tuple[Array | None, Any]:
         result = pull(dy)
         if not isinstance(result, tuple) or len(result) != 2:
-            raise ArgumentError(f"{name} ({type(module).__name__}): pullback returned {type(result).__name__}; "
-                                "expected (dx, grads)")
+            raise ArgumentError(
+                f"{name} ({type(module).__name__}): pullback returned {type(result).__name__}; expected (dx, grads)"
+            )
         dx, grads = result
         if not isinstance(grads, Mapping | list):
             raise ArgumentError(f"{_owner(name, module, 'grads')} is {grads!r}; expected a dict")

@@ -51,8 +51,8 @@ class TransformerConfig:
     rope : bool
         Whether queries and keys are turned by their positions, halves of a head as pairs, base 10000.
     score_bound : float, optional
-        Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. Without it
-        the scale is ``1/sqrt(d_model / n_heads)``.
+        Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. Without
+        it the scale is ``1/sqrt(d_model / n_heads)``.
     n_kv_heads : int, optional
         Key heads, a divisor of ``n_heads``; as many unless given.
     engine : Exact or Polynomial
@@ -132,10 +132,10 @@ class Transformer:
     config : TransformerConfig
         What model.
     params : mapping of str to ndarray, optional
-        Its parameters, all float32 or all float64; see `TransformerConfig.param_shapes`. Arrays are taken as they are, not
-        copied. Unless given, they are drawn by SmallInit: normal with standard deviation ``sqrt(2 / (5 d_model))``, those
-        of ``w_o`` and ``w_out`` divided by ``sqrt(2 n_layers)``, gains 1 and biases 0. Scores start small, where low rank
-        works.
+        Its parameters, all float32 or all float64; see `TransformerConfig.param_shapes`. Arrays are taken as they are,
+        not copied. Unless given, they are drawn by SmallInit: normal with standard deviation ``sqrt(2 / (5 d_model))``,
+        those of ``w_o`` and ``w_out`` divided by ``sqrt(2 n_layers)``, gains 1 and biases 0. Scores start small, where
+        low rank works.
     seed : int
         Of the draw.
     dtype : float32 or float64
@@ -185,9 +185,9 @@ class Transformer:
         y : ndarray, shape (..., n, vocab_size)
             The logits.
         pullback : callable
-            ``pullback(dy)`` returns ``(dx, grads)``: the gradient with respect to the embeddings (None for tokens) and with
-            respect to every parameter by name (that of ``embed`` is 0 for embeddings). It may be called many times; ``x``
-            and the parameters must not change before.
+            ``pullback(dy)`` returns ``(dx, grads)``: the gradient with respect to the embeddings (None for tokens) and
+            with respect to every parameter by name (that of ``embed`` is 0 for embeddings). It may be called many
+            times; ``x`` and the parameters must not change before.
 
         Raises
         ------
@@ -240,10 +240,11 @@ class Transformer:
             What it should predict; with ``loss`` they are not needed, nor read.
         loss : callable, optional
             ``loss(y)`` returns the value and its gradient with respect to the logits ``y (..., n, vocab_size)``. Unless
-            given, the loss is the mean over tokens of the cross-entropy ``log sum_c exp(y_c) - y_target``, computed tile by
-            tile without an ``n x vocab_size`` array.
+            given, the loss is the mean over tokens of the cross-entropy ``log sum_c exp(y_c) - y_target``, computed
+            tile by tile without an ``n x vocab_size`` array.
         progress : callable, optional
-            Called with the fraction done, about 20 times a second (not with ``loss``). An exception stops the computation.
+            Called with the fraction done, about 20 times a second (not with ``loss``). An exception stops the
+            computation.
 
         Returns
         -------
@@ -332,13 +333,13 @@ def _square_norm(x: Array) -> float:
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    try:
-        result = np.dtype(dtype)
-    except TypeError:
-        result = None
-    if result not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ArgumentError(f"dtype is {dtype!r}; expected float32 or float64")
-    return result
+    for known in (np.dtype(np.float32), np.dtype(np.float64)):
+        try:
+            if np.dtype(dtype) == known and dtype is not None:
+                return known
+        except TypeError:
+            break
+    raise ArgumentError(f"dtype is {dtype!r}; expected float32 or float64")
 
 
 def _small_init(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> dict[str, Array]:
