@@ -1,0 +1,101 @@
+"""The CPU backend: the compiled core, on checked NumPy arrays.
+
+Every other backend has the functions named here, with the same signatures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _lingrad_rs as core
+from ._lingrad_rs import (
+    activation_backward,
+    activation_forward,
+    embedding_backward,
+    embedding_forward,
+    feed_forward_forward,
+    linear_forward,
+    measure_error,
+    norm_forward,
+    self_attention_backward,
+    self_attention_forward,
+    transformer_backward,
+    transformer_forward,
+    transformer_param_shapes,
+    transformer_value_and_grad,
+)
+from .engines import Engine
+
+__all__ = [
+    "activation_backward",
+    "activation_forward",
+    "attention_backward",
+    "attention_forward",
+    "embedding_backward",
+    "embedding_forward",
+    "feed_forward_backward",
+    "feed_forward_forward",
+    "linear_backward",
+    "linear_forward",
+    "measure_error",
+    "norm_backward",
+    "norm_forward",
+    "self_attention_backward",
+    "self_attention_forward",
+    "transformer_backward",
+    "transformer_forward",
+    "transformer_param_shapes",
+    "transformer_value_and_grad",
+]
+
+Array = NDArray[Any]
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    *,
+    engine: Engine,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Array, core.AttentionState | None]:
+    """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
+    if q.shape[-2] == k.shape[-2] == 0:
+        return np.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), None
+    return core.attention_forward(q, k, v, key_bias, engine=engine, causal=causal, scale=scale, keep=keep)
+
+
+def attention_backward(
+    q: Array, k: Array, v: Array, key_bias: Array | None, state: core.AttentionState | None, dout: Array
+) -> tuple[Array, Array, Array, Array | None]:
+    """``(dq, dk, dv, dkey_bias)``; the last is None where there is no ``key_bias``."""
+    if state is None:  # neither queries nor keys
+        dkey_bias = None if key_bias is None else np.zeros(key_bias.shape, q.dtype)
+        return np.zeros(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(v.shape, q.dtype), dkey_bias
+    return core.attention_backward(q, k, v, key_bias, state, dout)
+
+
+def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dw, db = core.linear_backward(x, w, has_bias, dy)
+    return dx, {"w": dw} if db is None else {"w": dw, "b": db}
+
+
+def norm_backward(x: Array, gain: Array, has_bias: bool, eps: float, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dgain, dbias = core.norm_backward(x, gain, has_bias, eps, dy)
+    return dx, {"gain": dgain} if dbias is None else {"gain": dgain, "bias": dbias}
+
+
+def feed_forward_backward(
+    x: Array, w_in: Array, w_out: Array, activation: str, dy: Array
+) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dw_in, dw_out = core.feed_forward_backward(x, w_in, w_out, activation, dy)
+    return dx, {"w_in": dw_in, "w_out": dw_out}

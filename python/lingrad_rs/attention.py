@@ -1,0 +1,238 @@
+"""Attention and its gradient, exact or in polynomial low-rank form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _backend, _check
+from .engines import Engine, Polynomial, check_engine
+from .errors import ShapeError
+
+__all__ = ["ErrorEstimate", "attention", "attention_vjp", "measure_error"]
+
+_Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]
+
+
+@dataclass(frozen=True)
+class ErrorEstimate:
+    """An estimate of ``||out - exact||_F / ||exact||_F``, over all heads together.
+
+    Attributes
+    ----------
+    relative : float
+        The estimate.
+    low, high : float
+        The ends of its 95% confidence interval.
+    rows : int
+        How many rows of each head were computed exactly.
+    """
+
+    relative: float
+    low: float
+    high: float
+    rows: int
+
+
+def attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    *,
+    engine: Engine = Polynomial(degree=2),
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Attention, head by head.
+
+    ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` with ``s_ij = scale q_i . k_j + key_bias_j``, over ``j <= i`` with
+    ``causal=True``; `Polynomial` replaces ``exp`` by a polynomial.
+
+    Parameters
+    ----------
+    q : ndarray, shape (..., h, n, d)
+        Queries, float32 or float64, any strides. Two axes are one head, three are heads, the others batch.
+    k : ndarray, shape (..., h_kv, m, d)
+        Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
+    v : ndarray, shape (..., h_kv, m, dv)
+        Values.
+    engine : Exact or Polynomial
+        How it is computed.
+    causal : bool
+        Whether query i sees only keys ``j <= i``; needs ``n == m``.
+    scale : float, optional
+        The factor of the scores; ``1/sqrt(d)`` unless given.
+    key_bias : ndarray, shape (..., h_kv, m), optional
+        Added to the scores; ``-inf`` removes a key (padding). ``(m,)`` where k has two axes.
+
+    Returns
+    -------
+    out : ndarray, shape (..., h, n, dv)
+        A new C-contiguous array of the same dtype.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, ArgumentError
+        An argument does not fit; the message says which, what it got and what it needs.
+    NonFiniteError
+        An array holds NaN or infinity.
+    DenominatorError
+        A row of the polynomial sums to a number that is not positive, or not finite.
+
+    Notes
+    -----
+    Cost: that of the engine. Source: arXiv 2408.13233.
+    """
+    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
+    return _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=False)[0]
+
+
+def attention_vjp(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    *,
+    engine: Engine = Polynomial(degree=2),
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], Callable[[NDArray[Any]], tuple[NDArray[Any], ...]]]:
+    """Attention, and the function that pulls a gradient back through it.
+
+    With ``f`` the normalised rows, ``delta_i = dout_i . out_i`` and ``dS = f * (dout v^T - delta 1^T)``:
+    ``dq = scale dS k``, ``dk = scale dS^T q``, ``dv = f^T dout``, ``dkey_bias = dS^T 1``.
+
+    Parameters
+    ----------
+    q, k, v, engine, causal, scale, key_bias
+        As for `attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., h, n, dv)
+        As from `attention`.
+    vjp : callable
+        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
+        of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
+        must not change in between; ``out`` may.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+        As from `attention`; ``vjp`` for a ``dout`` that does not fit ``out``.
+
+    Notes
+    -----
+    Memory kept until ``vjp`` is gone: the inputs, a copy of ``out`` and two numbers a query. Time: that of the engine.
+    """
+    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
+    backend = _backend.of(q, k, v)
+    out, state = backend.attention_forward(q, k, v, key_bias, **options, keep=True)
+    shape = out.shape
+
+    def vjp(dout: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        _, dout = _check.floats(q=q, dout=dout)
+        _check.shape("dout", dout, shape, match=f"out of shape {shape}")
+        grads = backend.attention_backward(q, k, v, key_bias, state, dout)
+        return grads if key_bias is not None else grads[:3]
+
+    return out, vjp
+
+
+def measure_error(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    *,
+    samples: int = 256,
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: NDArray[Any] | None = None,
+    seed: int = 0,
+) -> ErrorEstimate:
+    """The relative error of an attention output, measured on rows drawn at random.
+
+    ``||out - exact||_F / ||exact||_F``, estimated from ``samples`` rows of each head that are computed exactly. It
+    holds for an ``out`` from anywhere.
+
+    Parameters
+    ----------
+    q, k, v, causal, scale, key_bias
+        As for `attention`.
+    out : ndarray, shape (..., h, n, dv)
+        The output to judge.
+    samples : int
+        Rows of each head, at least 1; n or more means all of them.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    ErrorEstimate
+        The estimate and its 95% confidence interval.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError
+        As from `attention`.
+
+    Notes
+    -----
+    Cost: O(samples m (d + dv)) time a head.
+    """
+    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, Polynomial(), causal, scale)
+    del options["engine"]
+    _, out = _check.floats(q=q, out=out)
+    _check.shape("out", out, (*q.shape[:-1], v.shape[-1]), match=f"q of shape {q.shape} and v of shape {v.shape}")
+    samples = _check.integer("samples", samples, 1)
+    seed = _check.integer("seed", seed, 0)
+    estimate = _backend.of(q, k, v).measure_error(q, k, v, key_bias, out, **options, samples=samples, seed=seed)
+    return ErrorEstimate(*estimate)
+
+
+def _arguments(
+    q: object, k: object, v: object, key_bias: object, engine: object, causal: object, scale: object
+) -> tuple[_Arrays, dict[str, Any]]:
+    arrays = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
+    checked = _check.floats(**arrays)
+    q_, k_, v_ = checked[:3]
+    bias = checked[3] if len(checked) == 4 else None
+    causal = _check.flag("causal", causal)
+    _check_shapes(q_, k_, v_, bias, causal)
+    factor = 1 / np.sqrt(q_.shape[-1]) if scale is None else _check.number("scale", scale)
+    return (q_, k_, v_, bias), {"engine": check_engine(engine), "causal": causal, "scale": float(factor)}
+
+
+def _check_shapes(
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], key_bias: NDArray[Any] | None, causal: bool
+) -> None:
+    if q.ndim < 2:
+        raise ShapeError(f"q has shape {q.shape}; expected (..., h, n, d), or (n, d) for one head")
+    n, d = q.shape[-2:]
+    if d == 0:
+        raise ShapeError(f"q has shape {q.shape}; expected a last axis of at least 1")
+    batch, heads = q.shape[:-3], ("h_kv",) if q.ndim > 2 else ()
+    _check.shape("k", k, (*batch, *heads, "n", d), match=f"q of shape {q.shape}")
+    if causal:
+        _check.shape("k", k, (*batch, *heads, n, d), match=f"q of shape {q.shape} with causal=True")
+    if q.ndim > 2:
+        h, h_kv = q.shape[-3], k.shape[-3]
+        if h != h_kv and (h_kv == 0 or h % h_kv):
+            raise ShapeError(
+                f"k has {h_kv} heads (shape {k.shape}); expected a number that divides the {h} heads of q "
+                f"(shape {q.shape})"
+            )
+    m = k.shape[-2]
+    if m == 0 and n > 0:
+        raise ShapeError(f"k has shape {k.shape}; expected at least one key (m >= 1)")
+    _check.shape("v", v, (*k.shape[:-1], "dv"), match=f"k of shape {k.shape}")
+    if v.shape[-1] == 0:
+        raise ShapeError(f"v has shape {v.shape}; expected a last axis of at least 1")
+    if key_bias is not None:
+        _check.shape("key_bias", key_bias, k.shape[:-1], match=f"k of shape {k.shape}")

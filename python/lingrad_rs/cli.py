@@ -1,0 +1,341 @@
+"""The command ``lingrad``: the gradient of every weight of a small transformer on a long text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__
+from .engines import Engine, Exact, Polynomial
+from .errors import ArgumentError, LingradError
+from .threads import set_num_threads
+from .transformer import GradientReport, Transformer, TransformerConfig, load, save
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as missing:
+    sys.exit(f"lingrad needs {missing.name}: pip install 'lingrad_rs[cli]'")
+
+__all__ = ["main"]
+
+_BYTES = 256  # the vocabulary: a token is a byte
+_SAMPLES = 64  # rows of each head whose error is measured
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class EngineName(str, Enum):
+    """The engines by name."""
+
+    polynomial = "polynomial"
+    exact = "exact"
+
+
+class Reference(str, Enum):
+    """What can be compared with."""
+
+    exact = "exact"
+
+
+class FloatName(str, Enum):
+    """The dtypes by name."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lingrad_rs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Gradients of long-context transformers in almost linear time, with the error known."""
+
+
+@app.command()
+def grad(
+    text: Annotated[
+        Path | None, typer.Option(help="The text, read as bytes.", show_default="the sources of Python's library")
+    ] = None,
+    params: Annotated[
+        Path | None, typer.Option(help="Weights of one's own (safetensors).", show_default="drawn by SmallInit")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many bytes of the text to read.")] = 16384,
+    layers: Annotated[int | None, typer.Option(help="Layers.", show_default="4, or as in --params")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of a token.", show_default="64, or as in --params")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads.", show_default="4, or as in --params")] = None,
+    d_ff: Annotated[int | None, typer.Option(help="Hidden units.", show_default="4 d-model, or as in --params")] = None,
+    dtype: Annotated[
+        FloatName | None, typer.Option(help="Precision.", show_default="float32, or as in --params")
+    ] = None,
+    engine: Annotated[
+        EngineName | None, typer.Option(help="How attention is computed.", show_default="polynomial, or as in --params")
+    ] = None,
+    degree: Annotated[int | None, typer.Option(help="Degree of the polynomial.", show_default="2")] = None,
+    compare: Annotated[
+        Reference | None, typer.Option(help="Also compute exactly: errors of all gradients, and the speed-up.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights that are drawn.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the gradients there (safetensors).")] = None,
+) -> None:
+    """Compute the gradient of every weight of a transformer that predicts the next byte of a text."""
+    with _clean_exit():
+        if threads is not None:
+            set_num_threads(threads)
+        if out is not None and not out.absolute().parent.is_dir():
+            raise ArgumentError(f"--out {out}: there is no directory {out.absolute().parent}")
+        sizes = {"n_layers": layers, "d_model": d_model, "n_heads": heads, "d_ff": d_ff}
+        chosen = _engine(engine, degree)
+        if params is None:
+            model = _new_model(sizes, chosen, seed, "float32" if dtype is None else dtype.value)
+        else:
+            model = _stored_model(params, sizes, chosen, None if dtype is None else dtype.value)
+        read = _read_text(text, tokens + 1)
+        inputs, targets = read[:-1], read[1:]
+
+        with _progress("gradient") as progress:
+            start = time.perf_counter()
+            report = model.gradient_report(inputs, targets, samples=_SAMPLES, progress=progress)
+            seconds = time.perf_counter() - start
+        peak = _peak_memory()
+        comparison = None if compare is None else _compare(model, inputs, targets, report, seconds)
+        if out is not None:
+            save(out, report.grads)
+        if json_:
+            typer.echo(json.dumps(_summary(report, tokens, seconds, peak, comparison), allow_nan=False))
+        else:
+            _print(report, tokens, seconds, peak, comparison)
+
+
+@contextmanager
+def _clean_exit() -> Iterator[None]:
+    """No traceback for what the user can mend: exit code 2, or 130 after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (LingradError, OSError, ImportError) as error:
+        if type(error) is LingradError:  # an internal error, which the user cannot mend
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"lingrad: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _engine(name: EngineName | None, degree: int | None) -> Engine | None:
+    """The engine that was asked for; None where none was."""
+    if name is EngineName.exact:
+        if degree is not None:
+            raise ArgumentError("--degree needs --engine polynomial; got --engine exact")
+        return Exact()
+    if name is None and degree is None:
+        return None
+    return Polynomial() if degree is None else Polynomial(degree=degree)
+
+
+def _new_model(sizes: Mapping[str, int | None], engine: Engine | None, seed: int, dtype: str) -> Transformer:
+    defaults = {"n_layers": 4, "d_model": 64, "n_heads": 4}
+    known: dict[str, Any] = defaults | {name: size for name, size in sizes.items() if size is not None}
+    known.setdefault("d_ff", 4 * known["d_model"])
+    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine or Polynomial())
+    return Transformer(config, seed=seed, dtype=dtype)
+
+
+def _stored_model(path: Path, sizes: Mapping[str, int | None], engine: Engine | None, dtype: str | None) -> Transformer:
+    stored = load(path)
+    if isinstance(stored, Transformer):
+        config, params = stored.config, stored.params
+        config = config if engine is None else dataclasses.replace(config, engine=engine)
+    else:
+        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine or Polynomial()), stored
+    for name, size in sizes.items():
+        if size is not None and size != getattr(config, name):
+            raise ArgumentError(f"{name} is {size}; expected {getattr(config, name)} to match {path}")
+    found = params["embed"].dtype
+    if dtype is not None and found != np.dtype(dtype):
+        raise ArgumentError(f"--dtype is {dtype}; expected {found} to match {path}")
+    return Transformer(config, params)
+
+
+def _config_of(path: Path, params: Mapping[str, NDArray[Any]], n_heads: int, engine: Engine) -> TransformerConfig:
+    """The configuration that bare parameters tell, all but the number of heads."""
+
+    def shape(name: str) -> tuple[int, int]:
+        if name not in params or params[name].ndim != 2:
+            raise ArgumentError(f"{path} lacks a matrix {name!r}, so it does not hold the parameters of a Transformer")
+        rows, columns = params[name].shape
+        return rows, columns
+
+    vocab_size, d_model = shape("embed")
+    layers = [int(match[1]) for name in params if (match := re.match(r"layers\.(\d+)\.", name))]
+    width = max(d_model // n_heads, 1)
+    norm: Literal["rms", "layer"] = "layer" if "norm.bias" in params else "rms"
+    return TransformerConfig(
+        n_layers=max(layers, default=0) + 1,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=max(shape("layers.0.attn.w_k")[1] // width, 1),
+        d_ff=shape("layers.0.ffn.w_in")[1],
+        vocab_size=vocab_size,
+        norm=norm,
+        engine=engine,
+    )
+
+
+def _read_text(path: Path | None, size: int) -> NDArray[np.uint8]:
+    """The first ``size`` bytes of the text."""
+    if path is not None:
+        with path.open("rb") as file:
+            text = file.read(size)
+        name = str(path)
+    else:
+        text, name = _library_sources(size), "the standard library"
+    if len(text) < size:
+        raise ArgumentError(
+            f"the text ({name}) has {len(text)} bytes; expected at least {size}, one more than --tokens; "
+            "give a longer --text or fewer --tokens"
+        )
+    return np.frombuffer(text, np.uint8)
+
+
+def _library_sources(size: int) -> bytes:
+    """The sources of Python's own standard library, file after file in the order of their paths."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    text = bytearray()
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
+            continue
+        text += path.read_bytes()
+        if len(text) >= size:
+            break
+    return bytes(text[:size])
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[float], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)
+
+
+def _peak_memory() -> int | None:
+    """The most memory that the process has held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _compare(
+    model: Transformer,
+    inputs: NDArray[np.uint8],
+    targets: NDArray[np.uint8],
+    report: GradientReport,
+    seconds: float,
+) -> dict[str, Any]:
+    """The relative error of every gradient, and how much longer the exact one takes."""
+    reference = Transformer(dataclasses.replace(model.config, engine=Exact()), model.params)
+    with _progress("exact gradient") as progress:
+        start = time.perf_counter()
+        _, exact = reference.value_and_grad(inputs, targets, progress=progress)
+        exact_seconds = time.perf_counter() - start
+    errors = {name: _relative_error(report.grads[name], grad) for name, grad in exact.items()}
+    return {"relative_error": errors, "speedup": exact_seconds / seconds}
+
+
+def _relative_error(got: NDArray[Any], exact: NDArray[Any]) -> float | None:
+    """``||got - exact||_F / ||exact||_F``; None where exact is 0 and got is not."""
+    wide = exact.astype(np.float64)
+    error, norm = float(np.linalg.norm(got - wide)), float(np.linalg.norm(wide))
+    if norm == 0:
+        return 0.0 if error == 0 else None
+    return error / norm
+
+
+def _engine_name(engine: Engine) -> str:
+    return type(engine).__name__.lower()
+
+
+def _summary(
+    report: GradientReport, tokens: int, seconds: float, peak: int | None, comparison: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "loss": report.loss,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak,
+        "layers": [
+            {
+                "engine": _engine_name(layer.engine),
+                "measured_error": None if layer.measured_error is None else layer.measured_error.relative,
+                "grad_norm": layer.grad_norm,
+            }
+            for layer in report.layers
+        ],
+        "compare": comparison,
+    }
+
+
+def _print(
+    report: GradientReport, tokens: int, seconds: float, peak: int | None, comparison: dict[str, Any] | None
+) -> None:
+    console = Console(highlight=False)
+    console.print(f"loss             {report.loss:.6f} nats a byte")
+    console.print(f"time             {seconds:.3f} s for {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
+    if peak is not None:
+        console.print(f"peak memory      {peak / 2**20:,.0f} MiB")
+    table = Table("layer", "gradient norm", "engine", "error of attention (95% interval)")
+    for i, layer in enumerate(report.layers):
+        degree = f", degree {layer.engine.degree}" if isinstance(layer.engine, Polynomial) else ""
+        e = layer.measured_error
+        error = "" if e is None else f"{e.relative:.2e} ({e.low:.1e} to {e.high:.1e})"
+        table.add_row(str(i), f"{layer.grad_norm:.4e}", _engine_name(layer.engine) + degree, error)
+    console.print(table)
+    if comparison is not None:
+        errors: dict[str, float | None] = comparison["relative_error"]
+        table = Table("gradient of", "error relative to exact")
+        for name, error in errors.items():
+            table.add_row(name, "exact is 0" if error is None else f"{error:.2e}")
+        console.print(table)
+        worst = max((error for error in errors.values() if error is not None), default=0.0)
+        console.print(f"worst error      {worst:.2e}")
+        console.print(f"speed-up         {comparison['speedup']:.2f} times as fast as exact")

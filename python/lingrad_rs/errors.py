@@ -1,0 +1,44 @@
+"""What the library raises. A message names the argument, what it got and what it needs."""
+
+__all__ = [
+    "ArgumentError",
+    "DenominatorError",
+    "DeviceError",
+    "DtypeError",
+    "LingradError",
+    "NonFiniteError",
+    "ShapeError",
+    "ToleranceError",
+]
+
+
+class LingradError(Exception):
+    """The base of all errors of this library; raised itself only for internal errors."""
+
+
+class ShapeError(LingradError, ValueError):
+    """An array has the wrong shape."""
+
+
+class DtypeError(LingradError, TypeError):
+    """An argument is not an array, or not one of float32 or float64, or its dtype differs from the others'."""
+
+
+class ArgumentError(LingradError, ValueError):
+    """An option has a value that it may not have."""
+
+
+class NonFiniteError(LingradError, ValueError):
+    """An array holds NaN or infinity."""
+
+
+class DenominatorError(LingradError, ArithmeticError):
+    """A row of the polynomial's attention matrix sums to a number that is not positive, or not finite."""
+
+
+class ToleranceError(LingradError, ValueError):
+    """A tolerance cannot be met, or is not one."""
+
+
+class DeviceError(LingradError, TypeError):
+    """An array lies on a device where the library cannot compute, or not on the same one as the others."""

@@ -1,0 +1,443 @@
+"""A transformer, and the gradient of every one of its parameters.
+
+``x = embed[tokens]``; each layer ``x += Attn(norm(x))``, ``x += FFN(norm(x))``; then ``logits = norm(x) @ head``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import _backend, _check
+from .attention import ErrorEstimate
+from .engines import Engine, Exact, Polynomial, check_engine
+from .errors import ArgumentError, ShapeError
+from .modules import ACTIVATIONS
+
+__all__ = ["GradientReport", "LayerReport", "Transformer", "TransformerConfig", "load", "save"]
+
+Array = NDArray[Any]
+_METADATA = "lingrad_rs.config"
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What model to compute.
+
+    Parameters
+    ----------
+    n_layers : int
+        Layers, each of attention and a feed-forward block.
+    d_model : int
+        Width of a token.
+    n_heads : int
+        Query heads, a divisor of ``d_model``.
+    d_ff : int
+        Hidden units of a feed-forward block.
+    vocab_size : int
+        Different tokens.
+    causal : bool
+        Whether a token sees only itself and those before it.
+    norm : {"rms", "layer"}
+        RMSNorm with a gain, or LayerNorm with a gain and a bias, both with eps 1e-5.
+    activation : {"relu", "silu", "gelu_tanh"}
+        Of the feed-forward blocks: ``FFN(x) = act(x @ w_in) @ w_out``.
+    rope : bool
+        Whether queries and keys are turned by their positions, halves of a head as pairs, base 10000.
+    score_bound : float, optional
+        Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. Without
+        it the scale is ``1/sqrt(d_model / n_heads)``.
+    n_kv_heads : int, optional
+        Key heads, a divisor of ``n_heads``; as many unless given.
+    engine : Exact or Polynomial
+        How attention is computed.
+
+    Raises
+    ------
+    ArgumentError
+        A field has a value that it may not have, or fields do not fit together.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_ff: int
+    vocab_size: int
+    causal: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["relu", "silu", "gelu_tanh"] = "silu"
+    rope: bool = True
+    score_bound: float | None = None
+    n_kv_heads: int | None = None
+    engine: Engine = Polynomial(degree=2)
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "n_kv_heads"):
+            value = getattr(self, name)
+            if value is not None or name != "n_kv_heads":
+                object.__setattr__(self, name, _check.integer(name, value, 1))
+        for name in ("causal", "rope"):
+            object.__setattr__(self, name, _check.flag(name, getattr(self, name)))
+        _check.choice("norm", self.norm, ("rms", "layer"))
+        _check.choice("activation", self.activation, ACTIVATIONS)
+        if self.score_bound is not None:
+            object.__setattr__(self, "score_bound", _check.positive("score_bound", self.score_bound))
+        check_engine(self.engine)
+        self.param_shapes()
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter by name, in the model's order."""
+        return {name: tuple(shape) for name, shape in _backend.of().transformer_param_shapes(self)}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of a layer after a gradient.
+
+    Attributes
+    ----------
+    engine : Exact or Polynomial
+        What computed its attention.
+    measured_error : ErrorEstimate or None
+        The error of its attention's output, from sampled rows computed exactly.
+    grad_norm : float
+        The Frobenius norm of the gradient with respect to all its parameters.
+    """
+
+    engine: Engine
+    measured_error: ErrorEstimate | None
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """A loss, its gradients, and what is known of each layer."""
+
+    loss: float
+    grads: dict[str, Array]
+    layers: tuple[LayerReport, ...]
+
+
+class Transformer:
+    """A transformer language model.
+
+    Parameters
+    ----------
+    config : TransformerConfig
+        What model.
+    params : mapping of str to ndarray, optional
+        Its parameters, all float32 or all float64; see `TransformerConfig.param_shapes`. Arrays are taken as they are,
+        not copied. Unless given, they are drawn by SmallInit: normal with standard deviation ``sqrt(2 / (5 d_model))``,
+        those of ``w_o`` and ``w_out`` divided by ``sqrt(2 n_layers)``, gains 1 and biases 0. Scores start small, where
+        low rank works.
+    seed : int
+        Of the draw.
+    dtype : float32 or float64
+        Of parameters that are drawn.
+
+    Attributes
+    ----------
+    config : TransformerConfig
+    params : dict of str to ndarray
+        May be changed between calls; it is checked in each.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DtypeError, DeviceError
+        Parameters that are missing, unknown, or do not fit.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        params: Mapping[str, Array] | None = None,
+        *,
+        seed: int = 0,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        if not isinstance(config, TransformerConfig):
+            raise ArgumentError(f"config is {config!r}; expected a TransformerConfig")
+        self.config = config
+        if params is None:
+            self.params = _small_init(config, _check.integer("seed", seed, 0), _float_dtype(dtype))
+        elif isinstance(params, Mapping):
+            self.params = dict(params)
+        else:
+            raise ArgumentError(f"params is a {type(params).__name__}; expected a dict of name to array")
+        self._checked_params()
+
+    def vjp(self, x: Array) -> tuple[Array, Callable[[Array], tuple[Array | None, dict[str, Array]]]]:
+        """Logits, and the function that pulls a gradient with respect to them back.
+
+        Parameters
+        ----------
+        x : ndarray
+            Integer tokens ``(..., n)``, or embeddings ``(..., n, d_model)`` of the parameters' dtype.
+
+        Returns
+        -------
+        y : ndarray, shape (..., n, vocab_size)
+            The logits.
+        pullback : callable
+            ``pullback(dy)`` returns ``(dx, grads)``: the gradient with respect to the embeddings (None for tokens) and
+            with respect to every parameter by name (that of ``embed`` is 0 for embeddings). It may be called many
+            times; ``x`` and the parameters must not change before.
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+            ``x``, ``dy`` or a parameter does not fit; a row of the polynomial engine fails.
+
+        Notes
+        -----
+        Time: that of the layers; the pullback computes the inside of each layer again. Memory kept: one
+        ``(..., n, d_model)`` array a layer.
+        """
+        params = self._checked_params()
+        dtype = params[0][1].dtype
+        array = _check.array("x", x)
+        is_tokens = array.dtype.kind in "iu"
+        if is_tokens:
+            array = _check.token_ids("tokens", array, self.config.vocab_size)
+        else:
+            array = _check.floats(x=array)[0]
+            _check.same_dtype("x", array, dtype, match="params")
+            _check.shape("x", array, ("...", "n", self.config.d_model), match=f"d_model = {self.config.d_model}")
+        config, backend = self.config, _backend.of(array)
+        y, trace = backend.transformer_forward(config, params, array)
+        shape = y.shape
+
+        def pullback(dy: Array) -> tuple[Array | None, dict[str, Array]]:
+            checked = _check.floats(dy=dy)[0]
+            _check.same_dtype("dy", checked, dtype, match="y")
+            _check.shape("dy", checked, shape, match=f"y of shape {shape}")
+            dx, grads = backend.transformer_backward(config, params, array, trace, checked)
+            return (None if is_tokens else dx), grads
+
+        return y, pullback
+
+    def value_and_grad(
+        self,
+        tokens: Array,
+        targets: Array | None = None,
+        *,
+        loss: Callable[[Array], tuple[float, Array]] | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> tuple[float, dict[str, Array]]:
+        """A loss, and its gradient with respect to every parameter.
+
+        Parameters
+        ----------
+        tokens : ndarray of int, shape (..., n)
+            What the model reads.
+        targets : ndarray of int, shape (..., n)
+            What it should predict; with ``loss`` they are not needed, nor read.
+        loss : callable, optional
+            ``loss(y)`` returns the value and its gradient with respect to the logits ``y (..., n, vocab_size)``. Unless
+            given, the loss is the mean over tokens of the cross-entropy ``log sum_c exp(y_c) - y_target``, computed
+            tile by tile without an ``n x vocab_size`` array.
+        progress : callable, optional
+            Called with the fraction done, about 20 times a second (not with ``loss``). An exception stops the
+            computation.
+
+        Returns
+        -------
+        value : float
+        grads : dict of str to ndarray
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+            An argument or a parameter does not fit; a row of the polynomial engine fails.
+        """
+        if loss is None:
+            report = self.gradient_report(tokens, targets, samples=0, progress=progress)
+            return report.loss, report.grads
+        tokens = _check.token_ids("tokens", tokens, self.config.vocab_size)
+        y, pullback = self.vjp(tokens)
+        result = loss(y)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ArgumentError(f"loss returned {type(result).__name__}; expected (value, dL_dy)")
+        value, dy = result
+        return float(value), pullback(dy)[1]
+
+    def gradient_report(
+        self,
+        tokens: Array,
+        targets: Array | None,
+        *,
+        samples: int = 256,
+        progress: Callable[[float], object] | None = None,
+    ) -> GradientReport:
+        """The mean cross-entropy and its gradients as `value_and_grad` computes them, with each layer's measured error.
+
+        Parameters
+        ----------
+        tokens, targets, progress
+            As for `value_and_grad`.
+        samples : int
+            Rows of each head that are computed exactly to measure the error of a layer's attention; 0 for none.
+
+        Returns
+        -------
+        GradientReport
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+            As `value_and_grad`.
+        """
+        params = self._checked_params()
+        samples = _check.integer("samples", samples, 0)
+        ids = _check.token_ids("tokens", tokens, self.config.vocab_size)
+        if targets is None:
+            raise ArgumentError("targets is missing; expected integers like tokens, or loss=")
+        wanted = _check.token_ids("targets", targets, self.config.vocab_size)
+        _check.shape("targets", wanted, ids.shape, match=f"tokens of shape {ids.shape}")
+        if ids.size == 0:
+            raise ShapeError(f"tokens has shape {ids.shape}; expected at least one token to take a mean over")
+        if progress is not None and not callable(progress):
+            raise ArgumentError(f"progress is {progress!r}; expected a callable")
+        loss, grads, errors = _backend.of(ids).transformer_value_and_grad(
+            self.config, params, ids, wanted, samples=samples, progress=progress
+        )
+        layers = []
+        for i, error in enumerate(errors):
+            own = [grad for name, grad in grads.items() if name.startswith(f"layers.{i}.")]
+            estimate = None if error is None else ErrorEstimate(*error)
+            layers.append(LayerReport(self.config.engine, estimate, float(np.sqrt(sum(map(_square_norm, own))))))
+        return GradientReport(loss, grads, tuple(layers))
+
+    def _checked_params(self) -> list[tuple[str, Array]]:
+        shapes = self.config.param_shapes()
+        for name in self.params:
+            if name not in shapes:
+                raise ArgumentError(f"params holds {name!r}, which the model does not have")
+        for name in shapes:
+            if name not in self.params:
+                raise ArgumentError(f"params lacks {name!r}; expected an array of shape {shapes[name]}")
+        arrays = _check.floats(**{name: self.params[name] for name in shapes})
+        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
+            _check.shape(name, array, shape, match="the config")
+        return list(zip(shapes, arrays, strict=True))
+
+
+def _square_norm(x: Array) -> float:
+    return float(np.sum(np.square(x, dtype=np.float64)))
+
+
+def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    for known in (np.dtype(np.float32), np.dtype(np.float64)):
+        try:
+            if np.dtype(dtype) == known and dtype is not None:
+                return known
+        except TypeError:
+            break
+    raise ArgumentError(f"dtype is {dtype!r}; expected float32 or float64")
+
+
+def _small_init(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    params: dict[str, Array] = {}
+    for name, shape in config.param_shapes().items():
+        if name.endswith(".gain"):
+            params[name] = np.ones(shape, dtype)
+        elif name.endswith(".bias"):
+            params[name] = np.zeros(shape, dtype)
+        else:
+            std = np.sqrt(2 / (5 * config.d_model))
+            if name.endswith((".w_o", ".w_out")):
+                std /= np.sqrt(2 * config.n_layers)
+            params[name] = (std * rng.standard_normal(shape)).astype(dtype)
+    return params
+
+
+def save(path: str | os.PathLike[str], model_or_params: Transformer | Mapping[str, Array]) -> None:
+    """Write a model, or arrays by name, to a safetensors file.
+
+    Parameters
+    ----------
+    path : path
+        Where; a file there is replaced.
+    model_or_params : Transformer or mapping of str to ndarray
+        A model's configuration goes into the file's metadata.
+
+    Raises
+    ------
+    ImportError
+        Without the safetensors library, which ``pip install 'lingrad_rs[cli]'`` brings.
+    DtypeError, DeviceError, ArgumentError
+        Something is not an array of float32 or float64.
+    OSError
+        The file cannot be written.
+    """
+    safetensors = _safetensors()
+    metadata = None
+    if isinstance(model_or_params, Transformer):
+        metadata = {_METADATA: json.dumps(_config_to_json(model_or_params.config))}
+        model_or_params = dict(model_or_params._checked_params())
+    elif not isinstance(model_or_params, Mapping):
+        raise ArgumentError(f"got a {type(model_or_params).__name__}; expected a Transformer or a dict of arrays")
+    arrays = {name: np.ascontiguousarray(_check.floats(**{name: x})[0]) for name, x in model_or_params.items()}
+    data = safetensors.numpy.save(arrays, metadata=metadata)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def load(path: str | os.PathLike[str]) -> Transformer | dict[str, Array]:
+    """Read what `save` wrote: a Transformer where the file holds a configuration, else a dict of arrays.
+
+    Raises
+    ------
+    ImportError
+        Without the safetensors library, which ``pip install 'lingrad_rs[cli]'`` brings.
+    ArgumentError
+        The file is not a safetensors file, or its configuration is not one.
+    OSError
+        The file cannot be read.
+    """
+    safetensors = _safetensors()
+    with open(path, "rb"):  # for Python's own error where it cannot be read
+        pass
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"{os.fspath(path)} cannot be read as safetensors: {error}") from error
+    if _METADATA not in metadata:
+        return params
+    return Transformer(_config_from_json(metadata[_METADATA]), params)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("save and load need safetensors: pip install 'lingrad_rs[cli]'") from error
+    return safetensors
+
+
+def _plain(record: object) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}  # pyright: ignore[reportArgumentType]
+
+
+def _config_to_json(config: TransformerConfig) -> dict[str, Any]:
+    engine = {"kind": type(config.engine).__name__} | _plain(config.engine)
+    return _plain(config) | {"engine": engine}
+
+
+def _config_from_json(text: str) -> TransformerConfig:
+    try:
+        config = dict(json.loads(text))
+        engine = dict(config.pop("engine"))
+        kinds: dict[str, type[Exact] | type[Polynomial]] = {"Exact": Exact, "Polynomial": Polynomial}
+        return TransformerConfig(**config, engine=kinds[engine.pop("kind")](**engine))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(f"the configuration in the file cannot be read: {error}") from error

@@ -1,0 +1,187 @@
+//! NumPy arrays as the core's strided views, and new arrays for its results.
+
+use lingrad_core::{ColRef, MatRef, Real, Rows};
+use numpy::prelude::*;
+use numpy::{Element, PyArrayDyn, PyUntypedArray, get_array_module};
+use pyo3::prelude::*;
+
+use crate::error::{DtypeError, Result, ShapeError};
+
+/// `f32` or `f64`, to both NumPy and the core.
+pub trait Scalar: Real + Element {}
+impl Scalar for f32 {}
+impl Scalar for f64 {}
+
+/// An argument whose element type is not known yet.
+pub type Any<'a, 'py> = &'a Bound<'py, PyUntypedArray>;
+
+/// The body, compiled with the type `T` for each dtype, and run for that of the array.
+macro_rules! by_dtype {
+    ($array:expr, $T:ident => $body:block) => {
+        if $array.cast::<numpy::PyArrayDyn<f32>>().is_ok() {
+            type $T = f32;
+            $body
+        } else {
+            type $T = f64;
+            $body
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+/// An array argument that the core can read in place.
+pub struct View<'py, T: Scalar> {
+    name: &'static str,
+    array: Bound<'py, PyArrayDyn<T>>,
+    /// In elements; 0 along axes of at most one entry, whose stride means nothing.
+    strides: Vec<isize>,
+}
+
+impl<'py, T: Scalar> View<'py, T> {
+    /// `array`, if its dtype is `T` and its layout one that pointers to `T` can walk.
+    pub fn new(name: &'static str, array: Any<'_, 'py>) -> Result<Self> {
+        let array = array
+            .cast::<PyArrayDyn<T>>()
+            .map_err(|_| {
+                let expected = numpy::dtype::<T>(array.py());
+                DtypeError::new_err(format!("{name} has dtype {}; expected {expected}", array.dtype()))
+            })?
+            .clone();
+        let size = size_of::<T>() as isize;
+        let strides: Vec<isize> = (array.shape().iter().zip(array.strides()))
+            .map(|(&len, &stride)| if len > 1 { stride } else { 0 })
+            .collect();
+        if !array.is_aligned() || strides.iter().any(|stride| stride % size != 0) {
+            return Err(DtypeError::new_err(format!(
+                "{name} is not aligned to its item size of {size} bytes; expected an aligned array (copy it)"
+            ))
+            .into());
+        }
+        Ok(Self { name, array, strides: strides.iter().map(|stride| stride / size).collect() })
+    }
+
+    /// The lengths of all axes.
+    pub fn shape(&self) -> &[usize] {
+        self.array.shape()
+    }
+
+    /// Number of rows and columns, once the leading axes are set aside.
+    pub fn rows_and_columns(&self) -> Result<(usize, usize)> {
+        match self.shape() {
+            [.., rows, columns] => Ok((*rows, *columns)),
+            shape => Err(self.shape_error(shape, "(..., rows, columns)")),
+        }
+    }
+
+    /// All axes but the last two.
+    pub fn leading(&self) -> &[usize] {
+        &self.shape()[..self.shape().len().saturating_sub(2)]
+    }
+
+    /// One matrix for every index of the leading axes.
+    pub fn matrices(&self) -> Result<Vec<MatRef<'_, T>>> {
+        let (rows, columns) = self.rows_and_columns()?;
+        let [.., row_stride, column_stride] = self.strides[..] else {
+            return Err(self.shape_error(self.shape(), "(..., rows, columns)"));
+        };
+        Ok(self
+            .offsets(2)
+            // SAFETY: NumPy vouches that every index within `shape` lies, by `strides`, inside the array's memory,
+            // which `self.array` keeps alive; pointer and strides are aligned (checked in `new`).
+            .map(|at| unsafe { MatRef::from_raw_parts(at, rows, columns, row_stride, column_stride) })
+            .collect())
+    }
+
+    /// The one matrix of a 2-D array.
+    pub fn matrix(&self) -> Result<MatRef<'_, T>> {
+        match self.matrices()?[..] {
+            [matrix] if self.shape().len() == 2 => Ok(matrix),
+            _ => Err(self.shape_error(self.shape(), "(rows, columns)")),
+        }
+    }
+
+    /// A matrix, or a vector as a matrix of one row.
+    pub fn matrix_or_row(&self) -> Result<MatRef<'_, T>> {
+        match self.columns()?[..] {
+            [column] if self.shape().len() == 1 => Ok(column.transpose().as_mat()),
+            _ => self.matrix(),
+        }
+    }
+
+    /// One vector for every index of the axes before the last.
+    pub fn columns(&self) -> Result<Vec<ColRef<'_, T>>> {
+        let ([.., len], [.., stride]) = (self.shape(), &self.strides[..]) else {
+            return Err(self.shape_error(self.shape(), "(..., entries)"));
+        };
+        Ok(self
+            .offsets(1)
+            // SAFETY: as in `matrices`.
+            .map(|at| unsafe { ColRef::from_raw_parts(at, *len, *stride) })
+            .collect())
+    }
+
+    /// The entries of a 1-D array.
+    pub fn vector(&self) -> Result<Vec<T>> {
+        match self.columns()?[..] {
+            [column] if self.shape().len() == 1 => Ok(column.iter().copied().collect()),
+            _ => Err(self.shape_error(self.shape(), "(entries,)")),
+        }
+    }
+
+    /// The array as a batch of sequences.
+    pub fn rows(&self) -> Result<Rows<'_, T>> {
+        let (n, d) = self.rows_and_columns()?;
+        Ok(Rows::new(self.matrices()?, n, d)?)
+    }
+
+    /// Where each entry of the axes before the last `inner` begins, in C order.
+    fn offsets(&self, inner: usize) -> impl Iterator<Item = *const T> {
+        let outer = self.shape().len().saturating_sub(inner);
+        let count = self.shape()[..outer].iter().product::<usize>();
+        (0..count).map(move |mut index| {
+            let mut offset = 0;
+            for axis in (0..outer).rev() {
+                offset += (index % self.shape()[axis]) as isize * self.strides[axis];
+                index /= self.shape()[axis];
+            }
+            // Wrapping: where an inner axis is empty, NumPy promises nothing about the rest.
+            self.array.data().cast_const().wrapping_offset(offset)
+        })
+    }
+
+    fn shape_error(&self, shape: &[usize], expected: &str) -> crate::error::Failure {
+        ShapeError::new_err(format!("{} has shape {shape:?}; expected {expected}", self.name)).into()
+    }
+}
+
+/// `leading` followed by `last`.
+pub fn joined(leading: &[usize], last: &[usize]) -> Vec<usize> {
+    [leading, last].concat()
+}
+
+/// A new array of zeros.
+pub struct Output<'py, T: Scalar>(Bound<'py, PyArrayDyn<T>>);
+
+impl<'py, T: Scalar> Output<'py, T> {
+    /// Zeros of the given shape; `MemoryError` where there is no room (rust-numpy would panic).
+    pub fn new(py: Python<'py>, shape: &[usize]) -> Result<Self> {
+        let zeros = get_array_module(py)?.call_method1("zeros", (shape.to_vec(), numpy::dtype::<T>(py)))?;
+        Ok(Self(zeros.cast_into().map_err(PyErr::from)?))
+    }
+
+    /// The entries, in C order.
+    pub fn entries(&mut self) -> &mut [T] {
+        // SAFETY: `numpy.zeros` made this array contiguous, and nobody else has seen it yet.
+        unsafe { self.0.as_slice_mut() }.expect("numpy.zeros returns contiguous arrays")
+    }
+
+    /// The array, for Python.
+    pub fn into_array(self) -> Bound<'py, PyAny> {
+        self.0.into_any()
+    }
+}
+
+/// `entries` as a Python array of the given shape.
+pub fn from_vec<'py, T: Scalar>(py: Python<'py>, entries: Vec<T>, shape: &[usize]) -> Result<Bound<'py, PyAny>> {
+    Ok(numpy::PyArray1::from_vec(py, entries).reshape(shape.to_vec())?.into_any())
+}

@@ -1,0 +1,66 @@
+//! The Python module `lingrad_rs._lingrad_rs`: arrays in, the core's functions without the GIL, arrays and errors out.
+//!
+//! Private to the Python package, which checks what users hand in and gives the errors its names. What is checked here
+//! again is what memory safety hangs on.
+
+mod arrays;
+mod attention;
+mod engine;
+mod error;
+mod layers;
+mod run;
+mod transformer;
+
+use pyo3::prelude::*;
+
+use crate::error::Result;
+
+/// Private: the compiled part of `lingrad_rs`.
+#[pymodule]
+mod _lingrad_rs {
+    #[pymodule_export]
+    use crate::attention::{AttentionState, attention_backward, attention_forward, measure_error};
+    #[pymodule_export]
+    use crate::layers::{
+        activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,
+        feed_forward_forward, linear_backward, linear_forward, norm_backward, norm_forward, self_attention_backward,
+        self_attention_forward,
+    };
+    #[pymodule_export]
+    use crate::transformer::{
+        TransformerTrace, transformer_backward, transformer_forward, transformer_param_shapes,
+        transformer_value_and_grad,
+    };
+    #[pymodule_export]
+    use crate::{get_num_threads, set_num_threads, simd_level};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
+
+/// The number of threads that the next call works with.
+#[pyfunction]
+fn get_num_threads(py: Python<'_>) -> usize {
+    run::num_threads(py)
+}
+
+/// Sets the number of threads that later calls work with.
+#[pyfunction]
+fn set_num_threads(py: Python<'_>, n: usize) -> Result<()> {
+    run::set_num_threads(py, n)
+}
+
+/// The vector instructions that this machine has and the kernels use.
+#[pyfunction]
+fn simd_level() -> &'static str {
+    match pulp::Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        pulp::Arch::V4(_) => "avx512",
+        #[cfg(target_arch = "x86_64")]
+        pulp::Arch::V3(_) => "avx2",
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(_) => "neon",
+        _ => "scalar",
+    }
+}
