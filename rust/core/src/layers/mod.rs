@@ -1,6 +1,6 @@
 //! The modules of a transformer: forward beside backward, one file each.
 //!
-//! Every function reads a batch of sequences as [`Rows`](crate::Rows) and overwrites contiguous outputs. `x_backward`
+//! Every function reads a batch of sequences as [`Rows`] and overwrites contiguous outputs. `x_backward`
 //! takes the gradient `dy` of any loss with respect to what `x_forward` computed, and returns the gradients with
 //! respect to its inputs. Results have the same bits for any number of threads, and in float32 the error of a
 //! weight's gradient does not grow with the number of tokens: it is summed in float64.
