@@ -8,10 +8,10 @@
 
 use std::str::FromStr;
 
+use super::expect_rows;
 use super::tiles::{for_each_tile, load};
-use super::{expect_len, expect_rows};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
 

@@ -23,13 +23,14 @@ use faer::{Accum, MatRef};
 
 use super::heads::{Part, Projected, Shaping, project, unproject};
 use super::rope::Rope;
-use super::tiles::{add_product, for_each_tile, load, matrix, product, rounded};
-use super::{expect_len, expect_rows, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, rounded};
+use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// The projections around attention.
 #[derive(Debug, Clone)]
@@ -171,7 +172,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [buffer]| {
             let count = tile.len();
             let o = inside.out.side_by_side(x.n(), tile, buffer);
-            product(y, Accum::Replace, matrix(o, count, w_o.nrows()), w_o);
+            product(y, Accum::Replace, view(o, count, w_o.nrows()), w_o);
             Ok(())
         })?;
         Ok(())
@@ -224,8 +225,8 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 let [sum] =
                     for_each_tile(ctx, rows, [], [w_o.nrows() * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
                         let count = tile.len();
-                        let o = matrix(inside.out.side_by_side(n, tile.clone(), o_tile), count, w_o.nrows());
-                        add_product(sum, o, matrix(load(dy, tile, dy_tile), count, e), buffer);
+                        let o = view(inside.out.side_by_side(n, tile.clone(), o_tile), count, w_o.nrows());
+                        add_product(sum, o, view(load(dy, tile, dy_tile), count, e), buffer);
                         Ok(())
                     })?;
                 grads.insert("w_o", rounded(&sum));

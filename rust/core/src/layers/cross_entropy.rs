@@ -5,12 +5,13 @@
 
 use faer::{Accum, MatRef};
 
-use super::tiles::{add_product, for_each_tile, load, matrix, product, round, row_sum, sized};
-use super::{expect_below, expect_len, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, round, row_sum, sized};
+use super::{expect_below, expect_shape};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// The mean over the tokens of `-log softmax(logits)[target]`, and its gradient.
 ///
@@ -49,11 +50,11 @@ pub fn linear_mean<T: Real>(
     let [loss, dw_sum] =
         for_each_tile(ctx, rows, [(dx, d)], [1, d * vocab], |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
             let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
+            let x = view(load(x, tile.clone(), x_tile), count, d);
             let logits = sized(logits, count * vocab);
             product(logits, Accum::Replace, x, w);
             loss[0] += differentiate(logits, &targets[tile], rows)?;
-            let dlogits = matrix(logits, count, vocab);
+            let dlogits = view(logits, count, vocab);
             add_product(dw, x, dlogits, buffer);
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())

@@ -5,10 +5,10 @@
 use faer::MatRef;
 use rayon::prelude::*;
 
+use super::expect_below;
 use super::tiles::{TILE, for_each_tile, round};
-use super::{expect_below, expect_len};
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
 

@@ -6,12 +6,13 @@
 use faer::{Accum, MatRef};
 
 use super::activation::{ActivationKind, apply, apply_with_slope, multiply};
-use super::tiles::{add_product, for_each_tile, load, matrix, product, round, sized};
-use super::{expect_len, expect_rows, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, round, sized};
+use super::{expect_rows, expect_shape};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// `y = act(x w_in) w_out`: `x (.., d)`, `w_in (d, f)`, `w_out (f, e)`, `y (.., e)`.
 ///
@@ -30,9 +31,9 @@ pub fn forward<T: Real>(
     for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
         let count = tile.len();
         let hidden = sized(hidden, count * f);
-        product(hidden, Accum::Replace, matrix(load(x, tile, x_tile), count, d), w_in);
+        product(hidden, Accum::Replace, view(load(x, tile, x_tile), count, d), w_in);
         apply(kind, hidden);
-        product(y, Accum::Replace, matrix(hidden, count, f), w_out);
+        product(y, Accum::Replace, view(hidden, count, f), w_out);
         Ok(())
     })?;
     Ok(())
@@ -65,16 +66,16 @@ pub fn backward<T: Real>(
         [d * f, f * e],
         |tile, [dx], [dw_in, dw_out], [x_tile, dy_tile, hidden, slope, dhidden, buffer]| {
             let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
-            let dy = matrix(load(dy, tile, dy_tile), count, e);
+            let x = view(load(x, tile.clone(), x_tile), count, d);
+            let dy = view(load(dy, tile, dy_tile), count, e);
             let (hidden, slope) = (sized(hidden, count * f), sized(slope, count * f));
             product(hidden, Accum::Replace, x, w_in);
             apply_with_slope(kind, hidden, slope);
-            add_product(dw_out, matrix(hidden, count, f), dy, buffer);
+            add_product(dw_out, view(hidden, count, f), dy, buffer);
             let dhidden = sized(dhidden, count * f);
             product(dhidden, Accum::Replace, dy, w_out.transpose());
             multiply(dhidden, slope);
-            let dhidden = matrix(dhidden, count, f);
+            let dhidden = view(dhidden, count, f);
             add_product(dw_in, x, dhidden, buffer);
             product(dx, Accum::Replace, dhidden, w_in.transpose());
             Ok(())

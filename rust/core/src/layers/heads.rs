@@ -6,11 +6,12 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use super::rope::Rope;
-use super::tiles::{TILE, add_product, for_each_tile, load, matrix, product, rounded, row_dot, row_sum, sized};
+use super::tiles::{TILE, add_product, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// Rows of heads, head by head.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ impl<T: Real> Projected<T> {
 
     /// Each head's `(n, width)`.
     pub(crate) fn views(&self, n: usize) -> Vec<MatRef<'_, T>> {
-        self.rows.chunks_exact((n * self.width).max(1)).map(|rows| matrix(rows, n, self.width)).collect()
+        self.rows.chunks_exact((n * self.width).max(1)).map(|rows| view(rows, n, self.width)).collect()
     }
 
     /// The rows of the tokens `tile`, `(tile, heads * width)`.
@@ -173,13 +174,13 @@ pub(crate) fn unproject<T: Real>(
     let sizes = parts.map(|part| part.w.map_or(0, |w| w.nrows() * w.ncols()));
     let sums = for_each_tile(ctx, x.batch() * n, [(dx, d)], sizes, |tile, [dx], sums, [x_tile, dz, buffer]| {
         let count = tile.len();
-        let x = matrix(load(x, tile.clone(), x_tile), count, d);
+        let x = view(load(x, tile.clone(), x_tile), count, d);
         dx.fill(T::ZERO);
         for (part, sum) in parts.iter().zip(sums) {
             let dz = part.pull_back(n, tile.clone(), dz);
             match part.w {
                 Some(w) => {
-                    let dz = matrix(dz, count, w.ncols());
+                    let dz = view(dz, count, w.ncols());
                     add_product(sum, x, dz, buffer);
                     product(dx, Accum::Add, dz, w.transpose());
                 }

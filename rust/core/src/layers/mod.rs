@@ -19,10 +19,6 @@ pub mod norm;
 mod rope;
 pub(crate) mod tiles;
 
-pub(crate) fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
-    if got == expected { Ok(()) } else { Err(Error::Shape(format!("{name} holds {got} numbers; expected {expected}"))) }
-}
-
 /// `matches` says what the expected shape follows from.
 pub(crate) fn expect_shape(
     name: &str,

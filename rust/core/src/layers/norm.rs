@@ -13,10 +13,10 @@
 //! dx = r (t - mean(t) - x̂ mean(t ∘ x̂)),    dgain as above,    dbias = sum of dy over the tokens.
 //! ```
 
+use super::expect_rows;
 use super::tiles::{for_each_tile, load, round, row_dot, row_sum};
-use super::{expect_len, expect_rows};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
 

@@ -111,11 +111,6 @@ pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'
     out
 }
 
-/// The contiguous rows `data` as a matrix.
-pub(crate) fn matrix<T>(data: &[T], rows: usize, width: usize) -> MatRef<'_, T> {
-    MatRef::from_row_major_slice(data, rows, width)
-}
-
 /// `out = lhs rhs`, or `out += lhs rhs`; `out` is row-major.
 pub(crate) fn product<T: Real>(out: &mut [T], accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>) {
     let out = MatMut::from_row_major_slice_mut(out, lhs.nrows(), rhs.ncols());
