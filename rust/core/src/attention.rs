@@ -114,38 +114,18 @@ impl<'a, T: Real> Heads<'a, T> {
         let shape = |text: String| Err(Error::Shape(text));
         let (h, h_kv) = (self.q.len(), self.k.len());
         if self.v.len() != h_kv {
-            return shape(format!(
-                "v has {} heads; expected {h_kv}, as many as k",
-                self.v.len()
-            ));
+            return shape(format!("v has {} heads; expected {h_kv}, as many as k", self.v.len()));
         }
         if (h_kv == 0 && h != 0) || (h_kv != 0 && h % h_kv != 0) {
             return shape(format!("q has {h} heads and k {h_kv}; expected a multiple"));
         }
         if h_kv == 0 {
-            return Ok(Sizes {
-                h,
-                h_kv,
-                n: 0,
-                m: 0,
-                d: 0,
-                dv: 0,
-            });
+            return Ok(Sizes { h, h_kv, n: 0, m: 0, d: 0, dv: 0 });
         }
-        let (n, d) = self
-            .q
-            .first()
-            .map_or((0, self.k[0].ncols()), |q| (q.nrows(), q.ncols()));
+        let (n, d) = self.q.first().map_or((0, self.k[0].ncols()), |q| (q.nrows(), q.ncols()));
         let (m, dv) = (self.k[0].nrows(), self.v[0].ncols());
-        for (name, views, rows, cols) in [
-            ("q", &self.q, n, d),
-            ("k", &self.k, m, d),
-            ("v", &self.v, m, dv),
-        ] {
-            if let Some(x) = views
-                .iter()
-                .find(|x| x.nrows() != rows || x.ncols() != cols)
-            {
+        for (name, views, rows, cols) in [("q", &self.q, n, d), ("k", &self.k, m, d), ("v", &self.v, m, dv)] {
+            if let Some(x) = views.iter().find(|x| x.nrows() != rows || x.ncols() != cols) {
                 return shape(format!(
                     "a head of {name} has shape ({}, {}); expected ({rows}, {cols})",
                     x.nrows(),
@@ -156,9 +136,7 @@ impl<'a, T: Real> Heads<'a, T> {
         if let Some(bias) = &self.key_bias
             && (bias.len() != h_kv || bias.iter().any(|b| b.nrows() != m))
         {
-            return shape(format!(
-                "key_bias does not hold {h_kv} heads of {m} numbers"
-            ));
+            return shape(format!("key_bias does not hold {h_kv} heads of {m} numbers"));
         }
         if d == 0 || dv == 0 {
             return shape(format!("d = {d} and dv = {dv}; expected at least 1"));
@@ -166,29 +144,16 @@ impl<'a, T: Real> Heads<'a, T> {
         if m == 0 {
             return shape("k has no rows (m = 0); expected at least one key".into());
         }
-        Ok(Sizes {
-            h,
-            h_kv,
-            n,
-            m,
-            d,
-            dv,
-        })
+        Ok(Sizes { h, h_kv, n, m, d, dv })
     }
 
-    fn head(&self, index: usize) -> Head<'a, T> {
+    pub(crate) fn head(&self, index: usize) -> Head<'a, T> {
         let kv = index / (self.q.len() / self.k.len());
-        Head {
-            index,
-            q: self.q[index],
-            k: self.k[kv],
-            v: self.v[kv],
-            key_bias: self.key_bias.as_ref().map(|b| b[kv]),
-        }
+        Head { index, q: self.q[index], k: self.k[kv], v: self.v[kv], key_bias: self.key_bias.as_ref().map(|b| b[kv]) }
     }
 
     /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
-    fn check_finite(&self) -> Result<()> {
+    pub(crate) fn check_finite(&self) -> Result<()> {
         for (name, views) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
             check_finite(name, views)?;
         }
@@ -241,10 +206,7 @@ impl Attention {
     fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
         self.engine.validate(self.causal)?;
         if !self.scale.is_finite() {
-            return Err(Error::Argument(format!(
-                "scale is {}; expected a finite number",
-                self.scale
-            )));
+            return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
         }
         let sizes = heads.sizes()?;
         if self.causal && sizes.n != sizes.m {
@@ -260,19 +222,11 @@ impl Attention {
     ///
     /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
     /// one; memory beyond `out` two numbers a query and a few tiles.
-    pub fn forward<T: Real>(
-        &self,
-        ctx: &Context,
-        heads: &Heads<'_, T>,
-        out: &mut [T],
-    ) -> Result<Saved<T>> {
+    pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
         let Sizes { h, n, dv, .. } = self.check(heads)?;
         expect_len("out", out.len(), h * n * dv)?;
-        let mut saved = Saved {
-            row_max: vec![T::ZERO; h * n],
-            row_scale: vec![T::ZERO; h * n],
-            constants: vec![None; h],
-        };
+        let mut saved =
+            Saved { row_max: vec![T::ZERO; h * n], row_scale: vec![T::ZERO; h * n], constants: vec![None; h] };
         if n == 0 || h == 0 {
             return Ok(saved);
         }
@@ -290,8 +244,7 @@ impl Attention {
                 match &self.engine {
                     Engine::Exact => exact::forward(ctx, &head, self, out, max, scale),
                     Engine::Polynomial(p) => {
-                        *constants =
-                            Some(polynomial::forward(ctx, &head, self, p, out, max, scale)?);
+                        *constants = Some(polynomial::forward(ctx, &head, self, p, out, max, scale)?);
                         Ok(())
                     }
                 }
@@ -310,24 +263,13 @@ impl Attention {
         dout: &[MatRef<'_, T>],
         grads: AttentionGrads<'_, T>,
     ) -> Result<()> {
-        let Sizes {
-            h,
-            h_kv,
-            n,
-            m,
-            d,
-            dv,
-        } = self.check(heads)?;
+        let Sizes { h, h_kv, n, m, d, dv } = self.check(heads)?;
         expect_len("out", out.len(), h * n * dv)?;
         expect_len("saved", saved.row_max.len(), h * n)?;
         expect_len("dq", grads.dq.len(), h * n * d)?;
         expect_len("dk", grads.dk.len(), h_kv * m * d)?;
         expect_len("dv", grads.dv.len(), h_kv * m * dv)?;
-        if dout.len() != h || dout.iter().any(|x| x.nrows() != n || x.ncols() != dv) {
-            return Err(Error::Shape(format!(
-                "dout does not hold {h} heads of shape ({n}, {dv})"
-            )));
-        }
+        expect_views("dout", dout, h, n, dv)?;
         grads.dk.fill(T::ZERO);
         grads.dv.fill(T::ZERO);
         let mut biases: Vec<Option<&mut [T]>> = match grads.dkey_bias {
@@ -364,21 +306,14 @@ impl Attention {
                             scale: &saved.row_scale[i * n..(i + 1) * n],
                         },
                     };
-                    let grads = HeadGrads {
-                        dq,
-                        dk: &mut *dk,
-                        dv: &mut *dv_,
-                        dkey_bias: db.as_deref_mut(),
-                    };
+                    let grads = HeadGrads { dq, dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() };
                     match (&self.engine, &saved.constants[i]) {
                         (Engine::Exact, _) => exact::backward(ctx, &head, self, upstream, grads)?,
                         (Engine::Polynomial(p), Some(constants)) => {
                             polynomial::backward(ctx, &head, self, p, constants, upstream, grads)?;
                         }
                         (Engine::Polynomial(_), None) => {
-                            return Err(Error::Argument(
-                                "saved comes from another engine's forward pass".into(),
-                            ));
+                            return Err(Error::Argument("saved comes from another engine's forward pass".into()));
                         }
                     }
                 }
@@ -388,12 +323,19 @@ impl Attention {
 }
 
 fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
-    if got == expected {
-        Ok(())
-    } else {
-        Err(Error::Shape(format!(
-            "{name} holds {got} numbers; expected {expected}"
-        )))
+    if got == expected { Ok(()) } else { Err(Error::Shape(format!("{name} holds {got} numbers; expected {expected}"))) }
+}
+
+/// An error where `views` are not `h` heads of shape `(n, d)`.
+pub(crate) fn expect_views<T>(name: &str, views: &[MatRef<'_, T>], h: usize, n: usize, d: usize) -> Result<()> {
+    if views.len() != h {
+        return Err(Error::Shape(format!("{name} has {} heads; expected {h}", views.len())));
+    }
+    match views.iter().find(|x| x.nrows() != n || x.ncols() != d) {
+        None => Ok(()),
+        Some(x) => {
+            Err(Error::Shape(format!("a head of {name} has shape ({}, {}); expected ({n}, {d})", x.nrows(), x.ncols())))
+        }
     }
 }
 
@@ -402,12 +344,7 @@ fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Vec<T> {
     out.par_chunks(dout.ncols())
         .enumerate()
         .map(|(i, out)| {
-            let sum: f64 = dout
-                .row(i)
-                .iter()
-                .zip(out)
-                .map(|(a, b)| a.to_f64() * b.to_f64())
-                .sum();
+            let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
             T::of(sum)
         })
         .collect()

@@ -44,14 +44,7 @@ impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>, r: usize) -> Self {
         let (n, block) = (pass.head.q.nrows(), pass.block());
         let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, r) / block);
-        Self {
-            n,
-            block,
-            blocks,
-            lag: pass.lag(),
-            run,
-            runs: blocks.div_ceil(run),
-        }
+        Self { n, block, blocks, lag: pass.lag(), run, runs: blocks.div_ceil(run) }
     }
 
     fn tokens(&self, blocks: Range<usize>) -> Range<usize> {
@@ -92,12 +85,7 @@ pub(crate) fn forward<T: Real>(
     let weights = pass.tree.weights(&pass.constants.coefficients, pass.scale);
     let starts = key_states(pass, &cut, r)?;
     let rows = cut.run * cut.block;
-    (
-        out.par_chunks_mut(rows * dv),
-        row_max.par_chunks_mut(rows),
-        row_scale.par_chunks_mut(rows),
-        starts,
-    )
+    (out.par_chunks_mut(rows * dv), row_max.par_chunks_mut(rows), row_scale.par_chunks_mut(rows), starts)
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (out, max, scale, start))| {
@@ -113,29 +101,14 @@ pub(crate) fn forward<T: Real>(
                 let (len, first) = (queries.len(), queries.start - p * rows);
                 let (max, scale) = (&mut max[first..first + len], &mut scale[first..first + len]);
                 // Without a far part nothing but the near scores has to fit in range, however low they are.
-                let lowest = if c > cut.lag {
-                    T::ZERO
-                } else {
-                    T::NEG_INFINITY
-                };
-                near.weigh(
-                    pass,
-                    queries.clone(),
-                    keys.clone(),
-                    Row::Find { max, lowest },
-                );
+                let lowest = if c > cut.lag { T::ZERO } else { T::NEG_INFINITY };
+                near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, lowest });
                 near.load_values(pass, keys.clone());
                 if c > cut.lag {
                     pass.load_queries(queries.start, len, &mut scratch.x);
-                    pass.tree
-                        .features(&scratch.x, len, r, &mut scratch.features);
+                    pass.tree.features(&scratch.x, len, r, &mut scratch.features);
                     let state = view(far.weighted(), r, e).transpose();
-                    product(
-                        view_mut(&mut scratch.values, e, len),
-                        state,
-                        view(&scratch.features, r, len),
-                        T::ONE,
-                    );
+                    product(view_mut(&mut scratch.values, e, len), state, view(&scratch.features, r, len), T::ONE);
                     for t in 0..len {
                         let by = (-max[t]).exp_nonpositive();
                         for c in 0..e {
@@ -145,26 +118,12 @@ pub(crate) fn forward<T: Real>(
                 } else {
                     scratch.values[..e * len].fill(T::ZERO);
                 }
-                let (values, weights) = (
-                    view(&near.values, e, keys.len()),
-                    view(&near.f, keys.len(), len),
-                );
-                add_product(
-                    view_mut(&mut scratch.values, e, len),
-                    values,
-                    weights,
-                    T::ONE,
-                );
+                let (values, weights) = (view(&near.values, e, keys.len()), view(&near.f, keys.len(), len));
+                add_product(view_mut(&mut scratch.values, e, len), values, weights, T::ONE);
                 for (t, scale) in scale.iter_mut().enumerate() {
                     *scale = pass.inverse(scratch.values[dv * len + t], queries.start + t)?;
                 }
-                store_transposed(
-                    &scratch.values,
-                    len,
-                    dv,
-                    &mut out[first * dv..(first + len) * dv],
-                    |t| scale[t],
-                );
+                store_transposed(&scratch.values, len, dv, &mut out[first * dv..(first + len) * dv], |t| scale[t]);
             }
             Ok(())
         })
@@ -177,11 +136,7 @@ fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Ve
         .into_par_iter()
         .map(|p| {
             let last = p + 1 == cut.runs; // nobody reads its sum
-            let keys = if last {
-                0..0
-            } else {
-                cut.tokens(edge(p)..edge(p + 1))
-            };
+            let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
             pass.key_state(keys, r)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -202,11 +157,7 @@ fn query_states<T: Real>(
         .into_par_iter()
         .rev()
         .map(|p| {
-            let queries = if p == 0 {
-                0..0
-            } else {
-                cut.tokens(p * cut.run + cut.lag..(p + 1) * cut.run + cut.lag)
-            };
+            let queries = if p == 0 { 0..0 } else { cut.tokens(p * cut.run + cut.lag..(p + 1) * cut.run + cut.lag) };
             pass.query_state(up, queries, r, factor)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -215,17 +166,8 @@ fn query_states<T: Real>(
 }
 
 /// Adds one head's gradients.
-pub(crate) fn backward<T: Real>(
-    pass: &Pass<'_, T>,
-    up: Upstream<'_, T>,
-    grads: HeadGrads<'_, T>,
-) -> Result<()> {
-    let HeadGrads {
-        dq,
-        dk,
-        dv: grad_v,
-        mut dkey_bias,
-    } = grads;
+pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+    let HeadGrads { dq, dk, dv: grad_v, mut dkey_bias } = grads;
     let (r_plus, parents, e) = (pass.potential_rank(), pass.parent_rank(), pass.e());
     let (d, dv) = (pass.head.q.ncols(), e - 1);
     let cut = Cut::new(pass, r_plus);
@@ -264,8 +206,7 @@ pub(crate) fn backward<T: Real>(
                 let dq = &mut dq[(queries.start - own) * d..(queries.end - own) * d];
                 if c > cut.lag {
                     pass.load_queries(queries.start, len, &mut scratch.x);
-                    pass.tree
-                        .features(&scratch.x, len, parents, &mut scratch.features);
+                    pass.tree.features(&scratch.x, len, parents, &mut scratch.features);
                     pass.load_upstream(&up, queries.start, len, factor, &mut scratch.values);
                     pass.pullback(far.weighted(), len, &mut scratch);
                     store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
@@ -276,12 +217,7 @@ pub(crate) fn backward<T: Real>(
                 near.score_gradients(pass, &up, queries.clone(), keys.clone());
                 let scale = T::of(pass.scale);
                 let ds = view(&near.ds, keys.len(), len);
-                add_product(
-                    view_mut(dq, len, d),
-                    ds.transpose(),
-                    pass.head.k.subrows(keys.start, keys.len()),
-                    scale,
-                );
+                add_product(view_mut(dq, len, d), ds.transpose(), pass.head.k.subrows(keys.start, keys.len()), scale);
                 let split = keys.start.max(own).min(keys.end);
                 for (part, from_halo) in [(keys.start..split, true), (split..keys.end, false)] {
                     if part.is_empty() {
@@ -290,12 +226,7 @@ pub(crate) fn backward<T: Real>(
                     let into = if from_halo {
                         halo.grads(db.is_some())
                     } else {
-                        HeadGrads {
-                            dq: &mut [],
-                            dk: &mut *dk,
-                            dv: &mut *dv_,
-                            dkey_bias: db.as_deref_mut(),
-                        }
+                        HeadGrads { dq: &mut [], dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() }
                     };
                     let origin = if from_halo { halo_start } else { own };
                     near.add_key_gradients(pass, &up, &queries, &keys, part, origin, into);
@@ -312,17 +243,9 @@ pub(crate) fn backward<T: Real>(
     // Keys, in reverse: what the far queries give.
     let r = pass.rank();
     let of_values = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts: Vec<_> = query_states(pass, &cut, &up, factor, r_plus)?
-        .into_iter()
-        .rev()
-        .collect();
+    let starts: Vec<_> = query_states(pass, &cut, &up, factor, r_plus)?.into_iter().rev().collect();
     let mut db = optional_chunks(dkey_bias, rows, cut.runs);
-    (
-        dk.par_chunks_mut(rows * d),
-        grad_v.par_chunks_mut(rows * dv),
-        db.par_iter_mut(),
-        starts,
-    )
+    (dk.par_chunks_mut(rows * d), grad_v.par_chunks_mut(rows * dv), db.par_iter_mut(), starts)
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (dk, dv_, db, start))| {
@@ -337,13 +260,7 @@ pub(crate) fn backward<T: Real>(
                     continue;
                 }
                 if c + 1 < cut.of_run(p).end {
-                    far.add_queries(
-                        pass,
-                        &up,
-                        cut.tokens(added..added + 1),
-                        factor,
-                        &mut scratch,
-                    );
+                    far.add_queries(pass, &up, cut.tokens(added..added + 1), factor, &mut scratch);
                 }
                 weigh_into(&far.state.sum()[..r * e], &of_values, e, &mut for_values);
                 let keys = cut.tokens(c..c + 1);
@@ -376,13 +293,7 @@ struct Far<T> {
 
 impl<T: Real> Far<T> {
     fn new(start: Vec<f64>, weights: Vec<f64>, e: usize) -> Self {
-        Self {
-            weighted: vec![T::ZERO; start.len()],
-            state: State::from_sum(start, e),
-            weights,
-            stale: true,
-            e,
-        }
+        Self { weighted: vec![T::ZERO; start.len()], state: State::from_sum(start, e), weights, stale: true, e }
     }
 
     fn weighted(&mut self) -> &[T] {
@@ -408,19 +319,12 @@ impl<T: Real> Far<T> {
         scratch: &mut Scratch<T>,
     ) {
         pass.load_queries(queries.start, queries.len(), &mut scratch.x);
-        pass.load_upstream(
-            up,
-            queries.start,
-            queries.len(),
-            factor,
-            &mut scratch.values,
-        );
+        pass.load_upstream(up, queries.start, queries.len(), factor, &mut scratch.values);
         self.add(pass, queries.len(), scratch);
     }
 
     fn add(&mut self, pass: &Pass<'_, T>, len: usize, scratch: &mut Scratch<T>) {
-        pass.tree
-            .features(&scratch.x, len, self.weights.len(), &mut scratch.features);
+        pass.tree.features(&scratch.x, len, self.weights.len(), &mut scratch.features);
         self.state.add(&scratch.features, &scratch.values, len);
         self.stale = true;
     }
@@ -448,12 +352,7 @@ impl<T: Real> Near<T> {
     fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
         let keys = ((cut.lag + 1) * cut.block).min(cut.n);
         let tile = || vec![T::ZERO; keys * cut.block];
-        Self {
-            f: tile(),
-            slope: tile(),
-            ds: tile(),
-            values: vec![T::ZERO; pass.e() * keys],
-        }
+        Self { f: tile(), slope: tile(), ds: tile(), values: vec![T::ZERO; pass.e() * keys] }
     }
 
     fn load_values(&mut self, pass: &Pass<'_, T>, keys: Range<usize>) {
@@ -463,34 +362,17 @@ impl<T: Real> Near<T> {
     }
 
     /// Fills `f` (and `slope`, where it differs).
-    fn weigh(
-        &mut self,
-        pass: &Pass<'_, T>,
-        queries: Range<usize>,
-        keys: Range<usize>,
-        row: Row<'_, '_, T>,
-    ) {
+    fn weigh(&mut self, pass: &Pass<'_, T>, queries: Range<usize>, keys: Range<usize>, row: Row<'_, '_, T>) {
         let (bq, bk) = (queries.len(), keys.len());
         let q = pass.head.q.subrows(queries.start, bq).transpose();
-        product(
-            view_mut(&mut self.f, bk, bq),
-            pass.head.k.subrows(keys.start, bk),
-            q,
-            T::of(pass.scale),
-        );
+        product(view_mut(&mut self.f, bk, bq), pass.head.k.subrows(keys.start, bk), q, T::of(pass.scale));
         match pass.engine.diagonal {
             Diagonal::Exact => self.weigh_exactly(pass, queries, keys, row),
             Diagonal::Polynomial => self.weigh_by_polynomial(pass, queries, keys, row),
         }
     }
 
-    fn weigh_exactly(
-        &mut self,
-        pass: &Pass<'_, T>,
-        queries: Range<usize>,
-        keys: Range<usize>,
-        row: Row<'_, '_, T>,
-    ) {
+    fn weigh_exactly(&mut self, pass: &Pass<'_, T>, queries: Range<usize>, keys: Range<usize>, row: Row<'_, '_, T>) {
         let (bq, bk) = (queries.len(), keys.len());
         let f = &mut self.f[..bk * bq];
         if let Some(log_weights) = &pass.log_weights {
@@ -508,11 +390,7 @@ impl<T: Real> Near<T> {
                         }
                     }
                     for max in &mut *max {
-                        *max = if *max == T::NEG_INFINITY {
-                            T::ZERO
-                        } else {
-                            *max
-                        };
+                        *max = if *max == T::NEG_INFINITY { T::ZERO } else { *max };
                     }
                     for row in f.chunks_exact_mut(bq) {
                         for (s, &max) in row.iter_mut().zip(&*max) {
@@ -545,12 +423,7 @@ impl<T: Real> Near<T> {
         row: Row<'_, '_, T>,
     ) {
         let bq = queries.len();
-        let a: Vec<T> = pass
-            .constants
-            .coefficients
-            .iter()
-            .map(|&a| T::of(a))
-            .collect();
+        let a: Vec<T> = pass.constants.coefficients.iter().map(|&a| T::of(a)).collect();
         let scale = match row {
             Row::Find { max, .. } => {
                 max.fill(T::ZERO);
@@ -558,12 +431,8 @@ impl<T: Real> Near<T> {
             }
             Row::Known(up) => Some(&up.rows.scale[queries.clone()]),
         };
-        for (j, (f, slope)) in self
-            .f
-            .chunks_exact_mut(bq)
-            .zip(self.slope.chunks_exact_mut(bq))
-            .enumerate()
-            .take(keys.len())
+        for (j, (f, slope)) in
+            self.f.chunks_exact_mut(bq).zip(self.slope.chunks_exact_mut(bq)).enumerate().take(keys.len())
         {
             let w = pass.weight(keys.start + j);
             for i in 0..bq {
@@ -573,11 +442,7 @@ impl<T: Real> Near<T> {
                     dp = dp * s + p;
                     p = p * s + a;
                 }
-                let by = if keys.start + j > queries.start + i {
-                    T::ZERO
-                } else {
-                    w * scale.map_or(T::ONE, |s| s[i])
-                };
+                let by = if keys.start + j > queries.start + i { T::ZERO } else { w * scale.map_or(T::ONE, |s| s[i]) };
                 f[i] = p * by;
                 slope[i] = dp * by;
             }
@@ -585,29 +450,13 @@ impl<T: Real> Near<T> {
     }
 
     /// Fills `ds`: the gradients of the scores, from `f`.
-    fn score_gradients(
-        &mut self,
-        pass: &Pass<'_, T>,
-        up: &Upstream<'_, T>,
-        queries: Range<usize>,
-        keys: Range<usize>,
-    ) {
+    fn score_gradients(&mut self, pass: &Pass<'_, T>, up: &Upstream<'_, T>, queries: Range<usize>, keys: Range<usize>) {
         let (bq, bk) = (queries.len(), keys.len());
         let dout = up.dout.subrows(queries.start, bq).transpose();
-        product(
-            view_mut(&mut self.ds, bk, bq),
-            pass.head.v.subrows(keys.start, bk),
-            dout,
-            T::ONE,
-        );
+        product(view_mut(&mut self.ds, bk, bq), pass.head.v.subrows(keys.start, bk), dout, T::ONE);
         let delta = &up.delta[queries];
-        let consistent = pass.engine.gradient == Gradient::Consistent
-            && pass.engine.diagonal == Diagonal::Polynomial;
-        let (f, slope, ds) = (
-            &self.f[..bk * bq],
-            &mut self.slope[..bk * bq],
-            &mut self.ds[..bk * bq],
-        );
+        let consistent = pass.engine.gradient == Gradient::Consistent && pass.engine.diagonal == Diagonal::Polynomial;
+        let (f, slope, ds) = (&self.f[..bk * bq], &mut self.slope[..bk * bq], &mut self.ds[..bk * bq]);
         if !consistent {
             slope.copy_from_slice(f);
         }
@@ -630,24 +479,11 @@ impl<T: Real> Near<T> {
         grads: HeadGrads<'_, T>,
     ) {
         let (d, dv, bq) = (pass.head.q.ncols(), pass.e() - 1, queries.len());
-        let (q, dout) = (
-            pass.head.q.subrows(queries.start, bq),
-            up.dout.subrows(queries.start, bq),
-        );
+        let (q, dout) = (pass.head.q.subrows(queries.start, bq), up.dout.subrows(queries.start, bq));
         let rows = |x| view(x, keys.len(), bq).subrows(part.start - keys.start, part.len());
         let (first, len) = (part.start - origin, part.len());
-        add_product(
-            view_mut(&mut grads.dk[first * d..], len, d),
-            rows(&self.ds),
-            q,
-            T::of(pass.scale),
-        );
-        add_product(
-            view_mut(&mut grads.dv[first * dv..], len, dv),
-            rows(&self.f),
-            dout,
-            T::ONE,
-        );
+        add_product(view_mut(&mut grads.dk[first * d..], len, d), rows(&self.ds), q, T::of(pass.scale));
+        add_product(view_mut(&mut grads.dv[first * dv..], len, dv), rows(&self.f), dout, T::ONE);
         if let Some(db) = grads.dkey_bias {
             // db takes f where dk takes the slope: the weight's derivative by the bias is the weight itself.
             for (j, db) in db[first..first + len].iter_mut().enumerate() {
@@ -673,29 +509,16 @@ struct Halo<T> {
 impl<T: Real> Halo<T> {
     fn new(keys: Range<usize>, d: usize, dv: usize) -> Self {
         let zeros = |width: usize| vec![T::ZERO; keys.len() * width];
-        Self {
-            start: keys.start,
-            dk: zeros(d),
-            dv: zeros(dv),
-            db: zeros(1),
-        }
+        Self { start: keys.start, dk: zeros(d), dv: zeros(dv), db: zeros(1) }
     }
 
     fn grads(&mut self, with_bias: bool) -> HeadGrads<'_, T> {
-        HeadGrads {
-            dq: &mut [],
-            dk: &mut self.dk,
-            dv: &mut self.dv,
-            dkey_bias: with_bias.then_some(&mut self.db[..]),
-        }
+        HeadGrads { dq: &mut [], dk: &mut self.dk, dv: &mut self.dv, dkey_bias: with_bias.then_some(&mut self.db[..]) }
     }
 
     fn add_to(self, d: usize, dv: usize, dk: &mut [T], grad_v: &mut [T], db: Option<&mut [T]>) {
         let into = |total: &mut [T], own: &[T], width: usize| {
-            total[self.start * width..]
-                .iter_mut()
-                .zip(own)
-                .for_each(|(t, &o)| *t += o);
+            total[self.start * width..].iter_mut().zip(own).for_each(|(t, &o)| *t += o);
         };
         into(dk, &self.dk, d);
         into(grad_v, &self.dv, dv);

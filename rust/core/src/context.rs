@@ -25,11 +25,7 @@ impl Context {
     /// `Err(Cancelled)` once someone has called [`cancel`](Self::cancel). Called once a tile.
     #[inline]
     pub fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Relaxed) {
-            Err(Error::Cancelled)
-        } else {
-            Ok(())
-        }
+        if self.cancelled.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
     }
 
     /// Sets the fraction of the work that is done, in `[0, 1]`.

@@ -86,9 +86,7 @@ impl Engine {
             return Ok(());
         };
         if p.degree == 0 {
-            return Err(Error::Argument(
-                "degree is 0; expected an integer >= 1".into(),
-            ));
+            return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));
         }
         if let Coefficients::Given(a) = &p.coefficients {
             if a.len() != p.degree + 1 {
@@ -99,9 +97,7 @@ impl Engine {
                 )));
             }
             if a.iter().any(|x| !x.is_finite()) {
-                return Err(Error::NonFinite(
-                    "coefficients holds NaN or infinity".into(),
-                ));
+                return Err(Error::NonFinite("coefficients holds NaN or infinity".into()));
             }
         }
         if causal && p.shift == Shift::Mean {

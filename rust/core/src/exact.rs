@@ -24,7 +24,7 @@ use crate::real::{Real, vectorised};
 use crate::tile::{add_product, product, view, view_mut};
 
 /// Queries, and keys, of one tile of scores.
-const TILE: usize = 128;
+pub(crate) const TILE: usize = 128;
 
 /// Writes `out` and the row factors of one head.
 pub(crate) fn forward<T: Real>(
@@ -36,11 +36,7 @@ pub(crate) fn forward<T: Real>(
     row_scale: &mut [T],
 ) -> Result<()> {
     let (m, dv) = (head.k.nrows(), head.v.ncols());
-    (
-        out.par_chunks_mut(TILE * dv),
-        row_max.par_chunks_mut(TILE),
-        row_scale.par_chunks_mut(TILE),
-    )
+    (out.par_chunks_mut(TILE * dv), row_max.par_chunks_mut(TILE), row_scale.par_chunks_mut(TILE))
         .into_par_iter()
         .enumerate()
         .try_for_each_init(
@@ -56,7 +52,7 @@ pub(crate) fn forward<T: Real>(
                     scores(head, attention, q, i0, j0, bk, &mut softmax.scores);
                     softmax.add(bk, head.v.subrows(j0, bk));
                 }
-                softmax.finish(head.index, i0, out, max, scale)
+                softmax.finish(head.index, |i| i0 + i, out, max, scale)
             },
         )
 }
@@ -72,12 +68,7 @@ fn scores<T: Real>(
     s: &mut [T],
 ) {
     let bq = q.nrows();
-    product(
-        view_mut(s, bk, bq),
-        head.k.subrows(j0, bk),
-        q.transpose(),
-        T::of(attention.scale),
-    );
+    product(view_mut(s, bk, bq), head.k.subrows(j0, bk), q.transpose(), T::of(attention.scale));
     if let Some(bias) = head.key_bias {
         add_bias(bias.subrows(j0, bk), bq, s);
     }
@@ -103,8 +94,9 @@ pub(crate) fn mask<T: Real>(i0: usize, j0: usize, bk: usize, bq: usize, s: &mut 
 }
 
 /// The running softmax of a block of queries. Sums over many keys are kept in float64.
-struct Softmax<T> {
-    scores: Vec<T>,
+pub(crate) struct Softmax<T> {
+    /// The tile of scores `(keys, queries)` that [`add`](Self::add) takes.
+    pub scores: Vec<T>,
     bq: usize,
     dv: usize,
     max: Vec<T>,
@@ -116,7 +108,7 @@ struct Softmax<T> {
 }
 
 impl<T: Real> Softmax<T> {
-    fn new(dv: usize) -> Self {
+    pub fn new(dv: usize) -> Self {
         Self {
             scores: vec![T::ZERO; TILE * TILE],
             bq: 0,
@@ -130,7 +122,7 @@ impl<T: Real> Softmax<T> {
         }
     }
 
-    fn start(&mut self, bq: usize) {
+    pub fn start(&mut self, bq: usize) {
         self.bq = bq;
         self.max[..bq].fill(T::NEG_INFINITY);
         self.sum[..bq].fill(0.0);
@@ -138,7 +130,7 @@ impl<T: Real> Softmax<T> {
     }
 
     /// Adds the keys whose scores are in `self.scores`.
-    fn add(&mut self, bk: usize, v: MatRef<'_, T>) {
+    pub fn add(&mut self, bk: usize, v: MatRef<'_, T>) {
         let bq = self.bq;
         let s = &mut self.scores[..bk * bq];
         let (max, correction) = (&mut self.max[..bq], &mut self.correction[..bq]);
@@ -153,21 +145,13 @@ impl<T: Real> Softmax<T> {
                     }
                 }
                 for (old, &max) in correction.iter_mut().zip(&*max) {
-                    // A row that has seen no key yet has -inf twice here; whatever it scales is 0.
-                    *old = if *old == T::NEG_INFINITY {
-                        T::ZERO
-                    } else {
-                        (*old - max).exp_nonpositive()
-                    };
+                    // A row that has seen no key yet has -inf here, perhaps twice; whatever it scales is 0.
+                    *old = if *old == T::NEG_INFINITY { T::ZERO } else { (*old - max).exp_nonpositive() };
                 }
                 tile_sum.fill(T::ZERO);
                 for row in s.chunks_exact_mut(bq) {
                     for ((s, &max), sum) in row.iter_mut().zip(&*max).zip(&mut *tile_sum) {
-                        let e = if *s == T::NEG_INFINITY {
-                            T::ZERO
-                        } else {
-                            (*s - max).exp_nonpositive()
-                        };
+                        let e = if *s == T::NEG_INFINITY { T::ZERO } else { (*s - max).exp_nonpositive() };
                         *s = e;
                         *sum += e;
                     }
@@ -177,12 +161,7 @@ impl<T: Real> Softmax<T> {
                 }
             },
         );
-        product(
-            view_mut(&mut self.tile_out, self.dv, bq),
-            v.transpose(),
-            view(&self.scores, bk, bq),
-            T::ONE,
-        );
+        product(view_mut(&mut self.tile_out, self.dv, bq), v.transpose(), view(&self.scores, bk, bq), T::ONE);
         let (weighted, tile_out) = (&mut self.weighted[..], &self.tile_out[..]);
         vectorised(
             #[inline(always)]
@@ -196,11 +175,11 @@ impl<T: Real> Softmax<T> {
         );
     }
 
-    /// Writes the rows, or says which one has no usable denominator.
-    fn finish(
+    /// Writes the rows, or says which one (`row(i)` of the head, for query i of the block) has no usable denominator.
+    pub fn finish(
         &mut self,
         head: usize,
-        i0: usize,
+        row: impl Fn(usize) -> usize,
         out: &mut [T],
         max: &mut [T],
         scale: &mut [T],
@@ -211,13 +190,13 @@ impl<T: Real> Softmax<T> {
                 return Err(Error::Denominator(format!(
                     "row {} of head {head} has no key to attend to: key_bias is -inf for every key that it may see; \
                      leave such rows out of q, or give one of their keys a finite bias",
-                    i0 + i
+                    row(i)
                 )));
             }
             if !(self.sum[i] > 0.0 && self.sum[i].is_finite()) {
                 return Err(Error::Denominator(format!(
-                    "row {} of head {head} has scores that overflow; scale q, k, scale or key_bias down",
-                    i0 + i
+                    "row {} of head {head} has scores that overflow; make q, k, scale or key_bias smaller",
+                    row(i)
                 )));
             }
             let inverse = 1.0 / self.sum[i];
@@ -243,15 +222,8 @@ pub(crate) fn backward<T: Real>(
     up: Upstream<'_, T>,
     grads: HeadGrads<'_, T>,
 ) -> Result<()> {
-    let (n, m, d, dv) = (
-        head.q.nrows(),
-        head.k.nrows(),
-        head.q.ncols(),
-        head.v.ncols(),
-    );
-    let p = (n.max(m) / MAX_SIDE)
-        .max(MIN_SQUARES)
-        .min(n.min(m).div_ceil(MIN_SIDE));
+    let (n, m, d, dv) = (head.q.nrows(), head.k.nrows(), head.q.ncols(), head.v.ncols());
+    let p = (n.max(m) / MAX_SIDE).max(MIN_SQUARES).min(n.min(m).div_ceil(MIN_SIDE));
     let (side_q, side_k) = (n.div_ceil(p), m.div_ceil(p));
     grads.dq.fill(T::ZERO);
     let mut dq = pieces(grads.dq, side_q * d, p);
@@ -261,32 +233,19 @@ pub(crate) fn backward<T: Real>(
         Some(db) => pieces(db, side_k, p).into_iter().map(Some).collect(),
         None => (0..p).map(|_| None).collect::<Vec<_>>(),
     };
-    let mut keys: Vec<_> = dk
-        .into_iter()
-        .zip(dv_)
-        .zip(db)
-        .map(|((dk, dv), db)| (dk, dv, db))
-        .collect();
+    let mut keys: Vec<_> = dk.into_iter().zip(dv_).zip(db).map(|((dk, dv), db)| (dk, dv, db)).collect();
     for t in 0..p {
-        keys.par_iter_mut()
-            .zip(&mut dq)
-            .enumerate()
-            .try_for_each_init(
-                || Scratch::new(),
-                |scratch, (square, ((dk, dv, db), dq))| {
-                    let (i0, j0) = ((square + t) % p * side_q, square * side_k);
-                    if attention.causal && i0 < j0 {
-                        return Ok(());
-                    }
-                    let grads = HeadGrads {
-                        dq,
-                        dk,
-                        dv,
-                        dkey_bias: db.as_deref_mut(),
-                    };
-                    backward_square(ctx, head, attention, up, (i0, j0), grads, scratch)
-                },
-            )?;
+        keys.par_iter_mut().zip(&mut dq).enumerate().try_for_each_init(
+            || Scratch::new(),
+            |scratch, (square, ((dk, dv, db), dq))| {
+                let (i0, j0) = ((square + t) % p * side_q, square * side_k);
+                if attention.causal && i0 < j0 {
+                    return Ok(());
+                }
+                let grads = HeadGrads { dq, dk, dv, dkey_bias: db.as_deref_mut() };
+                backward_square(ctx, head, attention, up, (i0, j0), grads, scratch)
+            },
+        )?;
         dq.rotate_left(1);
     }
     Ok(())
@@ -311,10 +270,7 @@ struct Scratch<T> {
 
 impl<T: Real> Scratch<T> {
     fn new() -> Self {
-        Self {
-            f: vec![T::ZERO; TILE * TILE],
-            ds: vec![T::ZERO; TILE * TILE],
-        }
+        Self { f: vec![T::ZERO; TILE * TILE], ds: vec![T::ZERO; TILE * TILE] }
     }
 }
 
@@ -343,29 +299,16 @@ fn backward_square<T: Real>(
             ctx.check()?;
             let (q, dout) = (head.q.subrows(first, bq), up.dout.subrows(first, bq));
             scores(head, attention, q, first, j0 + j, bk, &mut scratch.f);
-            product(
-                view_mut(&mut scratch.ds, bk, bq),
-                v,
-                dout.transpose(),
-                T::ONE,
-            );
+            product(view_mut(&mut scratch.ds, bk, bq), v, dout.transpose(), T::ONE);
             let (f, ds) = (&mut scratch.f[..bk * bq], &mut scratch.ds[..bk * bq]);
             let max = &up.rows.max[first..first + bq];
-            let (scale, delta) = (
-                &up.rows.scale[first..first + bq],
-                &up.delta[first..first + bq],
-            );
+            let (scale, delta) = (&up.rows.scale[first..first + bq], &up.delta[first..first + bq]);
             vectorised(
                 #[inline(always)]
                 || {
                     for (f, ds) in f.chunks_exact_mut(bq).zip(ds.chunks_exact_mut(bq)) {
                         for i in 0..bq {
-                            let e = if f[i] == T::NEG_INFINITY {
-                                T::ZERO
-                            } else {
-                                (f[i] - max[i]).exp_nonpositive()
-                            };
-                            f[i] = e * scale[i];
+                            f[i] = (f[i] - max[i]).exp_nonpositive() * scale[i];
                             ds[i] = f[i] * (ds[i] - delta[i]);
                         }
                     }
@@ -374,12 +317,7 @@ fn backward_square<T: Real>(
             let (f, ds) = (view(f, bk, bq), view(ds, bk, bq));
             add_product(view_mut(&mut grads.dv[j * dv..], bk, dv), f, dout, T::ONE);
             add_product(view_mut(&mut grads.dk[j * d..], bk, d), ds, q, c);
-            add_product(
-                view_mut(&mut grads.dq[i * d..], bq, d),
-                ds.transpose(),
-                k,
-                c,
-            );
+            add_product(view_mut(&mut grads.dq[i * d..], bq, d), ds.transpose(), k, c);
             if let Some(db) = &mut grads.dkey_bias {
                 for (db, ds) in db[j..j + bk].iter_mut().zip(ds.row_iter()) {
                     *db += ds.iter().copied().sum::<T>();

@@ -61,13 +61,10 @@ pub(crate) fn fit<T: Real>(
     causal: bool,
 ) -> Result<Vec<f64>> {
     let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
-        Mat::from_fn(rows.len(), x.ncols(), |i, c| {
-            x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64())
-        })
+        Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
     };
     let (rows, columns) = (sample(q.nrows(), 0), sample(k.nrows(), SAMPLE as u64));
-    let scores = faer::Scale(scale)
-        * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
+    let scores = faer::Scale(scale) * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
     let seen = |i: usize, j: usize| !causal || columns[j] <= rows[i];
     let mut largest: f64 = 0.0;
     let mut pairs = Vec::with_capacity(rows.len() * columns.len());
@@ -96,12 +93,10 @@ pub(crate) fn fit<T: Real>(
     }
     let size = pairs.iter().map(|(_, w)| w * w).sum::<f64>().sqrt();
     let count = pairs.len();
-    let system = Mat::from_fn(count + degree + 1, degree + 1, |row, j| {
-        match pairs.get(row) {
-            Some((s, w)) => w * (s / largest).powi(j as i32),
-            None if row - count == j => RIDGE * size,
-            None => 0.0,
-        }
+    let system = Mat::from_fn(count + degree + 1, degree + 1, |row, j| match pairs.get(row) {
+        Some((s, w)) => w * (s / largest).powi(j as i32),
+        None if row - count == j => RIDGE * size,
+        None => 0.0,
     });
     let wanted = Mat::from_fn(count + degree + 1, 1, |row, _| match pairs.get(row) {
         Some((s, w)) => w * (s.exp() - a.iter().rev().fold(0.0, |p, a| p * s + a)),

@@ -46,11 +46,7 @@ impl Monomials {
             for parent in previous.clone() {
                 let last = links[parent].1;
                 for variable in last..d as u32 {
-                    let run = if variable == last {
-                        repeats[parent] + 1
-                    } else {
-                        1
-                    };
+                    let run = if variable == last { repeats[parent] + 1 } else { 1 };
                     links.push((parent as u32, variable));
                     multinomials.push(multinomials[parent] * j as f64 / f64::from(run));
                     repeats.push(run);
@@ -59,11 +55,7 @@ impl Monomials {
             previous = previous.end..links.len();
             ranks.push(links.len());
         }
-        Self {
-            links,
-            multinomials,
-            ranks,
-        }
+        Self { links, multinomials, ranks }
     }
 
     /// Number of monomials of degree at most `degree`.
@@ -102,15 +94,7 @@ impl Monomials {
 
     /// Writes `dx = J^T u` as `(d, len)`, from the gradient `u` of the first `r` features, which it destroys. Of `f` only the features
     /// of less than the highest degree are read.
-    pub fn pullback<T: Real>(
-        &self,
-        x: &[T],
-        f: &[T],
-        len: usize,
-        r: usize,
-        u: &mut [T],
-        dx: &mut [T],
-    ) {
+    pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, u: &mut [T], dx: &mut [T]) {
         dx.fill(T::ZERO);
         vectorised(
             #[inline(always)]
@@ -160,18 +144,9 @@ mod tests {
         let weights = tree.weights(&coefficients, scale);
         for t in 0..len {
             let s: f64 = scale * (0..d).map(|c| q[c * len + t] * k[c * len + t]).sum::<f64>();
-            let expected: f64 = coefficients
-                .iter()
-                .enumerate()
-                .map(|(j, a)| a * s.powi(j as i32))
-                .sum();
-            let got: f64 = (0..r)
-                .map(|a| weights[a] * fq[a * len + t] * fk[a * len + t])
-                .sum();
-            assert!(
-                (got - expected).abs() <= 1e-12 * expected.abs().max(1.0),
-                "{got} {expected}"
-            );
+            let expected: f64 = coefficients.iter().enumerate().map(|(j, a)| a * s.powi(j as i32)).sum();
+            let got: f64 = (0..r).map(|a| weights[a] * fq[a * len + t] * fk[a * len + t]).sum();
+            assert!((got - expected).abs() <= 1e-12 * expected.abs().max(1.0), "{got} {expected}");
         }
     }
 
@@ -197,11 +172,7 @@ mod tests {
             up[c] += h;
             down[c] -= h;
             let expected = (value(&up) - value(&down)) / (2.0 * h);
-            assert!(
-                (dx[c] - expected).abs() <= 1e-8 * expected.abs().max(1.0),
-                "{} {expected}",
-                dx[c]
-            );
+            assert!((dx[c] - expected).abs() <= 1e-8 * expected.abs().max(1.0), "{} {expected}", dx[c]);
         }
     }
 }

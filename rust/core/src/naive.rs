@@ -37,50 +37,43 @@ pub struct NaiveGrads {
 }
 
 impl Naive<'_> {
-    /// `(A_ij, A'_ij)`: the weight of key j for query i before normalisation, and the factor that its score's gradient
-    /// takes in its place: the derivative of the weight, or (closed form) the weight itself.
-    fn weight(&self, i: usize, j: usize) -> (f64, f64) {
-        if self.causal && j > i {
-            return (0.0, 0.0);
-        }
-        let score: f64 = self.scale
-            * (0..self.q.ncols())
-                .map(|c| self.q[(i, c)] * self.k[(j, c)])
-                .sum::<f64>();
-        let w = self.key_bias.get(j).map_or(1.0, |b| b.exp());
+    fn score(&self, i: usize, j: usize) -> f64 {
+        self.scale * (0..self.q.ncols()).map(|c| self.q[(i, c)] * self.k[(j, c)]).sum::<f64>()
+    }
+
+    fn bias(&self, j: usize) -> f64 {
+        self.key_bias.get(j).copied().unwrap_or(0.0)
+    }
+
+    /// Row i of `(A, A')`: the weight of each key that query i sees, before normalisation, and the factor that its score's
+    /// gradient takes in its place: the derivative of the weight, or (closed form) the weight itself.
+    fn row(&self, i: usize) -> Vec<(f64, f64)> {
+        let seen = if self.causal { i + 1 } else { self.k.nrows() };
         match self.polynomial {
-            None => (w * score.exp(), w * score.exp()),
-            Some((a, gradient)) => {
-                let p: f64 = a
-                    .iter()
-                    .enumerate()
-                    .map(|(l, a)| a * score.powi(l as i32))
-                    .sum();
-                let slope: f64 = a
-                    .iter()
-                    .enumerate()
-                    .skip(1)
-                    .map(|(l, a)| l as f64 * a * score.powi(l as i32 - 1))
-                    .sum();
-                match gradient {
-                    Gradient::ClosedForm => (w * p, w * p),
-                    Gradient::Consistent => (w * p, w * slope),
-                }
+            None => {
+                let total = |j| self.score(i, j) + self.bias(j);
+                let max = (0..seen).map(total).fold(f64::NEG_INFINITY, f64::max);
+                (0..seen).map(|j| (total(j) - max).exp()).map(|a| (a, a)).collect()
             }
+            Some((a, gradient)) => (0..seen)
+                .map(|j| {
+                    let (s, w) = (self.score(i, j), self.bias(j).exp());
+                    let p: f64 = a.iter().enumerate().map(|(l, a)| a * s.powi(l as i32)).sum();
+                    let slope: f64 =
+                        a.iter().enumerate().skip(1).map(|(l, a)| l as f64 * a * s.powi(l as i32 - 1)).sum();
+                    (w * p, w * if gradient == Gradient::Consistent { slope } else { p })
+                })
+                .collect(),
         }
     }
 
     /// `f = D^-1 A`, and the score factor `D^-1 A'`.
     fn matrices(&self) -> (Mat<f64>, Mat<f64>) {
+        let rows: Vec<_> = (0..self.q.nrows()).map(|i| self.row(i)).collect();
+        let sums: Vec<f64> = rows.iter().map(|row| row.iter().map(|a| a.0).sum()).collect();
+        let entry = |i: usize, j: usize| rows[i].get(j).copied().unwrap_or((0.0, 0.0));
         let (n, m) = (self.q.nrows(), self.k.nrows());
-        let weights = |i, j| self.weight(i, j);
-        let sums: Vec<f64> = (0..n)
-            .map(|i| (0..m).map(|j| weights(i, j).0).sum())
-            .collect();
-        (
-            Mat::from_fn(n, m, |i, j| weights(i, j).0 / sums[i]),
-            Mat::from_fn(n, m, |i, j| weights(i, j).1 / sums[i]),
-        )
+        (Mat::from_fn(n, m, |i, j| entry(i, j).0 / sums[i]), Mat::from_fn(n, m, |i, j| entry(i, j).1 / sums[i]))
     }
 
     /// `out = f v`.
@@ -94,14 +87,9 @@ impl Naive<'_> {
         let (f, g) = self.matrices();
         let out = &f * self.v;
         let e = dout * self.v.transpose();
-        let delta: Vec<f64> = (0..out.nrows())
-            .map(|i| (0..out.ncols()).map(|c| dout[(i, c)] * out[(i, c)]).sum())
-            .collect();
-        let of = |x: &Mat<f64>| {
-            Mat::from_fn(f.nrows(), f.ncols(), |i, j| {
-                x[(i, j)] * (e[(i, j)] - delta[i])
-            })
-        };
+        let delta: Vec<f64> =
+            (0..out.nrows()).map(|i| (0..out.ncols()).map(|c| dout[(i, c)] * out[(i, c)]).sum()).collect();
+        let of = |x: &Mat<f64>| Mat::from_fn(f.nrows(), f.ncols(), |i, j| x[(i, j)] * (e[(i, j)] - delta[i]));
         let (db, ds) = (of(&f), of(&g));
         NaiveGrads {
             dq: faer::Scale(self.scale) * (&ds * self.k),
@@ -117,9 +105,5 @@ pub fn relative_error(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let error: f64 = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum();
     let size: f64 = b.iter().map(|b| b * b).sum();
-    if error == 0.0 {
-        0.0
-    } else {
-        (error / size).sqrt()
-    }
+    if error == 0.0 { 0.0 } else { (error / size).sqrt() }
 }

@@ -144,20 +144,9 @@ impl<'a, T: Real> Pass<'a, T> {
             head,
             engine,
             scale: attention.scale,
-            constants: Constants {
-                coefficients: Vec::new(),
-                query_shift: Vec::new(),
-                key_shift: Vec::new(),
-            },
+            constants: Constants { coefficients: Vec::new(), query_shift: Vec::new(), key_shift: Vec::new() },
             // The forward pass needs no more than the degree of p.
-            tree: Monomials::new(
-                d,
-                if constants.is_some() {
-                    potential_degree
-                } else {
-                    engine.degree
-                },
-            ),
+            tree: Monomials::new(d, if constants.is_some() { potential_degree } else { engine.degree }),
             log_weights: None,
         };
         let fit_it = constants.is_none();
@@ -186,20 +175,9 @@ impl<'a, T: Real> Pass<'a, T> {
                 // polynomial is later than all of them.
                 let tokens = |x: MatRef<'a, T>| {
                     let all = x.nrows();
-                    x.subrows(
-                        0,
-                        if causal {
-                            all.min((self.lag() + 1) * self.block())
-                        } else {
-                            all
-                        },
-                    )
+                    x.subrows(0, if causal { all.min((self.lag() + 1) * self.block()) } else { all })
                 };
-                let weight = |j: usize| {
-                    self.log_weights
-                        .as_ref()
-                        .map_or(1.0, |l| l[j].to_f64().exp())
-                };
+                let weight = |j: usize| self.log_weights.as_ref().map_or(1.0, |l| l[j].to_f64().exp());
                 fit::fit(
                     degree,
                     (tokens(self.head.q), &self.constants.query_shift),
@@ -222,9 +200,8 @@ impl<'a, T: Real> Pass<'a, T> {
             let own = self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
             let beta = &self.constants.key_shift;
             let row = self.head.k.row(j);
-            let by_shift: f64 = (0..alpha.len())
-                .map(|c| alpha[c].to_f64() * (row[c].to_f64() - beta[c].to_f64()))
-                .sum();
+            let by_shift: f64 =
+                (0..alpha.len()).map(|c| alpha[c].to_f64() * (row[c].to_f64() - beta[c].to_f64())).sum();
             own + self.scale * by_shift
         };
         let biases: Vec<f64> = (0..self.head.k.nrows()).into_par_iter().map(bias).collect();
@@ -263,9 +240,9 @@ impl<'a, T: Real> Pass<'a, T> {
         let a = &self.constants.coefficients;
         match self.engine.gradient {
             Gradient::Consistent => a.clone(),
-            Gradient::ClosedForm => std::iter::once(0.0)
-                .chain(a.iter().enumerate().map(|(j, a)| a / (j + 1) as f64))
-                .collect(),
+            Gradient::ClosedForm => {
+                std::iter::once(0.0).chain(a.iter().enumerate().map(|(j, a)| a / (j + 1) as f64)).collect()
+            }
         }
     }
 
@@ -289,9 +266,7 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     pub fn weight(&self, j: usize) -> T {
-        self.log_weights
-            .as_ref()
-            .map_or(T::ONE, |l| l[j].exp_nonpositive())
+        self.log_weights.as_ref().map_or(T::ONE, |l| l[j].exp_nonpositive())
     }
 
     pub fn load_queries(&self, start: usize, len: usize, x: &mut [T]) {
@@ -371,8 +346,7 @@ impl<'a, T: Real> Pass<'a, T> {
             self.ctx.check()?;
             let len = Self::tile(r).min(tokens.end - start);
             load(start, len, &mut scratch.x, &mut scratch.values);
-            self.tree
-                .features(&scratch.x, len, r, &mut scratch.features);
+            self.tree.features(&scratch.x, len, r, &mut scratch.features);
             state.add(&scratch.features, &scratch.values, len);
         }
         Ok(state.finish())
@@ -408,41 +382,30 @@ impl<'a, T: Real> Pass<'a, T> {
     fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
         let (r, e, dv) = (self.rank(), self.e(), self.e() - 1);
         let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, r), r)?;
-        let state = weigh(
-            &state,
-            &self.tree.weights(&self.constants.coefficients, self.scale),
-            e,
-        );
+        let state = weigh(&state, &self.tree.weights(&self.constants.coefficients, self.scale), e);
         let tile = Self::tile(r);
         row_max.fill(T::ZERO);
-        (
-            out.par_chunks_mut(tile * dv),
-            row_scale.par_chunks_mut(tile),
+        (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile)).into_par_iter().enumerate().try_for_each_init(
+            || Scratch::new(self, tile, r, 0),
+            |scratch, (i, (out, scale))| {
+                self.ctx.check()?;
+                let (start, len) = (i * tile, scale.len());
+                self.load_queries(start, len, &mut scratch.x);
+                self.tree.features(&scratch.x, len, r, &mut scratch.features);
+                let values = &mut scratch.values;
+                product(
+                    view_mut(values, e, len),
+                    view(&state, r, e).transpose(),
+                    view(&scratch.features, r, len),
+                    T::ONE,
+                );
+                for (t, scale) in scale.iter_mut().enumerate() {
+                    *scale = self.inverse(values[dv * len + t], start + t)?;
+                }
+                store_transposed(values, len, dv, out, |t| scale[t]);
+                Ok(())
+            },
         )
-            .into_par_iter()
-            .enumerate()
-            .try_for_each_init(
-                || Scratch::new(self, tile, r, 0),
-                |scratch, (i, (out, scale))| {
-                    self.ctx.check()?;
-                    let (start, len) = (i * tile, scale.len());
-                    self.load_queries(start, len, &mut scratch.x);
-                    self.tree
-                        .features(&scratch.x, len, r, &mut scratch.features);
-                    let values = &mut scratch.values;
-                    product(
-                        view_mut(values, e, len),
-                        view(&state, r, e).transpose(),
-                        view(&scratch.features, r, len),
-                        T::ONE,
-                    );
-                    for (t, scale) in scale.iter_mut().enumerate() {
-                        *scale = self.inverse(values[dv * len + t], start + t)?;
-                    }
-                    store_transposed(values, len, dv, out, |t| scale[t]);
-                    Ok(())
-                },
-            )
     }
 
     /// `1/D_i`, or what to do about a denominator that has none.
@@ -457,38 +420,26 @@ impl<'a, T: Real> Pass<'a, T> {
                  that it may see; leave such rows out of q, or give one of their keys a finite bias"
             )));
         }
-        Err(Error::Denominator(
-            if denominator.finite() && denominator <= T::ZERO {
-                format!(
-                    "row {row} of head {head} has the denominator {:.3e}, which is not positive: its scores lie outside the \
+        Err(Error::Denominator(if denominator.finite() && denominator <= T::ZERO {
+            format!(
+                "row {row} of head {head} has the denominator {:.3e}, which is not positive: its scores lie outside the \
                  region where this polynomial of degree {} resembles exp; use an even degree with \
                  coefficients=\"taylor\", a smaller scale, or Exact()",
-                    denominator.to_f64(),
-                    self.engine.degree
-                )
-            } else {
-                format!(
-                    "row {row} of head {head} has a denominator that overflows or underflows: its scores are too large for a \
+                denominator.to_f64(),
+                self.engine.degree
+            )
+        } else {
+            format!(
+                "row {row} of head {head} has a denominator that overflows or underflows: its scores are too large for a \
                  polynomial of degree {}; use Exact()",
-                    self.engine.degree
-                )
-            },
-        ))
+                self.engine.degree
+            )
+        }))
     }
 
     fn backward(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
-        let HeadGrads {
-            dq,
-            dk,
-            dv: grad_v,
-            dkey_bias,
-        } = grads;
-        let (r, r_plus, parents, e) = (
-            self.rank(),
-            self.potential_rank(),
-            self.parent_rank(),
-            self.e(),
-        );
+        let HeadGrads { dq, dk, dv: grad_v, dkey_bias } = grads;
+        let (r, r_plus, parents, e) = (self.rank(), self.potential_rank(), self.parent_rank(), self.e());
         let (d, dv) = (self.head.q.ncols(), e - 1);
         let tile = Self::tile(r_plus);
         let (n, m) = (self.head.q.nrows(), self.head.k.nrows());
@@ -502,8 +453,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
                 self.load_queries(start, len, &mut scratch.x);
-                self.tree
-                    .features(&scratch.x, len, parents, &mut scratch.features);
+                self.tree.features(&scratch.x, len, parents, &mut scratch.features);
                 self.load_upstream(&up, start, len, |i| up.rows.scale[i], &mut scratch.values);
                 self.pullback(&state, len, scratch);
                 store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
@@ -512,24 +462,13 @@ impl<'a, T: Real> Pass<'a, T> {
         )?;
         drop(state);
 
-        let state = self.whole_state(
-            n,
-            |queries| self.query_state(&up, queries, r_plus, |i| up.rows.scale[i]),
-            r_plus,
-        )?;
+        let state =
+            self.whole_state(n, |queries| self.query_state(&up, queries, r_plus, |i| up.rows.scale[i]), r_plus)?;
         let weighted = weigh(&state, &potential, e);
-        let of_values = weigh(
-            &state[..r * e],
-            &self.tree.weights(&self.constants.coefficients, self.scale),
-            e,
-        );
+        let of_values = weigh(&state[..r * e], &self.tree.weights(&self.constants.coefficients, self.scale), e);
         drop(state);
         let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
-        (
-            dk.par_chunks_mut(tile * d),
-            grad_v.par_chunks_mut(tile * dv),
-            db.par_iter_mut(),
-        )
+        (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
@@ -541,12 +480,7 @@ impl<'a, T: Real> Pass<'a, T> {
                         &weighted,
                         &of_values,
                         scratch,
-                        HeadGrads {
-                            dq: &mut [],
-                            dk,
-                            dv,
-                            dkey_bias: db.as_deref_mut(),
-                        },
+                        HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() },
                     );
                     Ok(())
                 },
@@ -556,23 +490,10 @@ impl<'a, T: Real> Pass<'a, T> {
     /// `scratch.dx = J_φ(x)^T state values`, for the tokens, features and values in `scratch`.
     pub fn pullback(&self, state: &[T], len: usize, scratch: &mut Scratch<T>) {
         let (r_plus, e) = (self.potential_rank(), self.e());
-        let Scratch {
-            x,
-            values,
-            features,
-            u,
-            dx,
-            ..
-        } = scratch;
-        product(
-            view_mut(u, r_plus, len),
-            view(state, r_plus, e),
-            view(values, e, len),
-            T::ONE,
-        );
+        let Scratch { x, values, features, u, dx, .. } = scratch;
+        product(view_mut(u, r_plus, len), view(state, r_plus, e), view(values, e, len), T::ONE);
         let d = self.head.q.ncols();
-        self.tree
-            .pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
+        self.tree.pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
     }
 
     /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's weights.
@@ -589,22 +510,10 @@ impl<'a, T: Real> Pass<'a, T> {
         let len = grads.dk.len() / d;
         self.load_keys(start, len, &mut scratch.x);
         self.load_values(start, len, false, &mut scratch.values);
-        self.tree
-            .features(&scratch.x, len, r, &mut scratch.features);
+        self.tree.features(&scratch.x, len, r, &mut scratch.features);
         self.pullback(potential, len, scratch);
-        let Scratch {
-            values,
-            features,
-            out,
-            dx,
-            ..
-        } = scratch;
-        product(
-            view_mut(out, e, len),
-            view(of_values, r, e).transpose(),
-            view(features, r, len),
-            T::ONE,
-        );
+        let Scratch { values, features, out, dx, .. } = scratch;
+        product(view_mut(out, e, len), view(of_values, r, e).transpose(), view(features, r, len), T::ONE);
         for t in 0..len {
             let w = self.weight(start + t);
             let mut db = out[dv * len + t];
@@ -624,31 +533,10 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// The gradients behind the shifts: see the top of this file.
     fn backward_through_shift(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
-        let (n, m, d, dv) = (
-            self.head.q.nrows(),
-            self.head.k.nrows(),
-            self.head.q.ncols(),
-            self.e() - 1,
-        );
-        let Constants {
-            query_shift: alpha,
-            key_shift: beta,
-            ..
-        } = &self.constants;
-        let (mut dk, mut dv_, mut db) = (
-            vec![T::ZERO; m * d],
-            vec![T::ZERO; m * dv],
-            vec![T::ZERO; m],
-        );
-        self.backward(
-            up,
-            HeadGrads {
-                dq: &mut *grads.dq,
-                dk: &mut dk,
-                dv: &mut dv_,
-                dkey_bias: Some(&mut db),
-            },
-        )?;
+        let (n, m, d, dv) = (self.head.q.nrows(), self.head.k.nrows(), self.head.q.ncols(), self.e() - 1);
+        let Constants { query_shift: alpha, key_shift: beta, .. } = &self.constants;
+        let (mut dk, mut dv_, mut db) = (vec![T::ZERO; m * d], vec![T::ZERO; m * dv], vec![T::ZERO; m]);
+        self.backward(up, HeadGrads { dq: &mut *grads.dq, dk: &mut dk, dv: &mut dv_, dkey_bias: Some(&mut db) })?;
         let c = T::of(self.scale);
         for (dk, &db) in dk.chunks_mut(d).zip(&db) {
             for (dk, &alpha) in dk.iter_mut().zip(alpha) {
@@ -659,17 +547,15 @@ impl<'a, T: Real> Pass<'a, T> {
             let mut dalpha = column_sums(grads.dq, d);
             let mut dbeta = column_sums(&dk, d);
             for (col, (dalpha, dbeta)) in dalpha.iter_mut().zip(&mut dbeta).enumerate() {
-                let through_bias: f64 = (0..m)
-                    .map(|j| db[j].to_f64() * (self.head.k[(j, col)].to_f64() - beta[col].to_f64()))
-                    .sum();
+                let through_bias: f64 =
+                    (0..m).map(|j| db[j].to_f64() * (self.head.k[(j, col)].to_f64() - beta[col].to_f64())).sum();
                 *dalpha = (self.scale * through_bias - *dalpha) / n as f64;
                 *dbeta = -*dbeta / m as f64;
             }
             add_to_rows(grads.dq, &dalpha);
             add_to_rows(&mut dk, &dbeta);
         }
-        let into =
-            |total: &mut [T], own: &[T]| total.iter_mut().zip(own).for_each(|(t, &o)| *t += o);
+        let into = |total: &mut [T], own: &[T]| total.iter_mut().zip(own).for_each(|(t, &o)| *t += o);
         into(grads.dk, &dk);
         into(grads.dv, &dv_);
         if let Some(total) = grads.dkey_bias {
@@ -700,14 +586,7 @@ impl<T: Real> Scratch<T> {
     pub fn new(pass: &Pass<'_, T>, len: usize, r: usize, r_plus: usize) -> Self {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
         let (d, e) = (pass.head.q.ncols(), pass.e());
-        Self {
-            x: zeros(d),
-            values: zeros(e),
-            features: zeros(r),
-            out: zeros(e),
-            u: zeros(r_plus),
-            dx: zeros(d),
-        }
+        Self { x: zeros(d), values: zeros(e), features: zeros(r), out: zeros(e), u: zeros(r_plus), dx: zeros(d) }
     }
 }
 
@@ -726,13 +605,7 @@ impl<T: Real> State<T> {
     }
 
     pub fn from_sum(sum: Vec<f64>, e: usize) -> Self {
-        Self {
-            pending: vec![T::ZERO; sum.len()],
-            tokens: 0,
-            r: sum.len() / e,
-            e,
-            sum,
-        }
+        Self { pending: vec![T::ZERO; sum.len()], tokens: 0, r: sum.len() / e, e, sum }
     }
 
     /// Adds `features values^T`, of `(r, len)` and `(e, len)`.
@@ -781,11 +654,7 @@ pub(crate) fn weigh<T: Real>(state: &[f64], weights: &[f64], e: usize) -> Vec<T>
 
 /// [`weigh`], into a buffer.
 pub(crate) fn weigh_into<T: Real>(state: &[f64], weights: &[f64], e: usize, weighted: &mut [T]) {
-    for ((to, from), &w) in weighted
-        .chunks_exact_mut(e)
-        .zip(state.chunks_exact(e))
-        .zip(weights)
-    {
+    for ((to, from), &w) in weighted.chunks_exact_mut(e).zip(state.chunks_exact(e)).zip(weights) {
         for (to, &from) in to.iter_mut().zip(from) {
             *to = T::of(from * w);
         }
@@ -800,11 +669,7 @@ pub(crate) fn add(sum: &mut [f64], x: &[f64]) {
 }
 
 /// `x` in chunks of `len`, or as many `None`.
-pub(crate) fn optional_chunks<T>(
-    x: Option<&mut [T]>,
-    len: usize,
-    count: usize,
-) -> Vec<Option<&mut [T]>> {
+pub(crate) fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Option<&mut [T]>> {
     match x {
         Some(x) => x.chunks_mut(len).map(Some).collect(),
         None => (0..count).map(|_| None).collect(),
@@ -813,9 +678,7 @@ pub(crate) fn optional_chunks<T>(
 
 /// The mean row.
 fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
-    x.col_iter()
-        .map(|c| T::of(c.iter().map(|x| x.to_f64()).sum::<f64>() / x.nrows() as f64))
-        .collect()
+    x.col_iter().map(|c| T::of(c.iter().map(|x| x.to_f64()).sum::<f64>() / x.nrows() as f64)).collect()
 }
 
 fn column_sums<T: Real>(x: &[T], width: usize) -> Vec<f64> {

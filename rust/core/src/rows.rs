@@ -16,11 +16,9 @@ impl<'a, T> Rows<'a, T> {
     /// The sequences `blocks`, each `(n, d)`; an empty batch still has a width.
     pub fn new(blocks: Vec<MatRef<'a, T>>, n: usize, d: usize) -> Result<Self> {
         match blocks.iter().find(|b| b.nrows() != n || b.ncols() != d) {
-            Some(b) => Err(Error::Shape(format!(
-                "a sequence has shape ({}, {}); expected ({n}, {d})",
-                b.nrows(),
-                b.ncols()
-            ))),
+            Some(b) => {
+                Err(Error::Shape(format!("a sequence has shape ({}, {}); expected ({n}, {d})", b.nrows(), b.ncols())))
+            }
             None => Ok(Self { blocks, n, d }),
         }
     }
@@ -28,14 +26,10 @@ impl<'a, T> Rows<'a, T> {
     /// `data` of shape `(batch, n, d)`, contiguous.
     pub fn from_slice(data: &'a [T], batch: usize, n: usize, d: usize) -> Result<Self> {
         if data.len() != batch * n * d {
-            return Err(Error::Shape(format!(
-                "{} numbers; expected {batch} x {n} x {d}",
-                data.len()
-            )));
+            return Err(Error::Shape(format!("{} numbers; expected {batch} x {n} x {d}", data.len())));
         }
-        let blocks = (0..batch)
-            .map(|b| MatRef::from_row_major_slice(&data[b * n * d..(b + 1) * n * d], n, d))
-            .collect();
+        let blocks =
+            (0..batch).map(|b| MatRef::from_row_major_slice(&data[b * n * d..(b + 1) * n * d], n, d)).collect();
         Self::new(blocks, n, d)
     }
 

@@ -16,33 +16,17 @@ pub(crate) fn view_mut<T>(buffer: &mut [T], rows: usize, cols: usize) -> MatMut<
 }
 
 /// `dst = alpha lhs rhs`, on this thread.
-pub(crate) fn product<T: Real>(
-    dst: MatMut<'_, T>,
-    lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
-    alpha: T,
-) {
+pub(crate) fn product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
     matmul(dst, Accum::Replace, lhs, rhs, alpha, Par::Seq);
 }
 
 /// `dst += alpha lhs rhs`, on this thread.
-pub(crate) fn add_product<T: Real>(
-    dst: MatMut<'_, T>,
-    lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
-    alpha: T,
-) {
+pub(crate) fn add_product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
     matmul(dst, Accum::Add, lhs, rhs, alpha, Par::Seq);
 }
 
 /// Copies rows `start..start + len` of `x` into `dst` as `(d, len)`, less `shift`.
-pub(crate) fn load_transposed<T: Real>(
-    x: MatRef<'_, T>,
-    start: usize,
-    len: usize,
-    shift: &[T],
-    dst: &mut [T],
-) {
+pub(crate) fn load_transposed<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shift: &[T], dst: &mut [T]) {
     for c in 0..x.ncols() {
         let column = x.col(c).subrows(start, len);
         let by = shift.get(c).copied().unwrap_or(T::ZERO);

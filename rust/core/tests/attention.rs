@@ -1,7 +1,8 @@
 //! The engines against the float64 oracle: out and every gradient, both dtypes, all options.
 
-use faer::{ColRef, Mat, MatRef};
+use faer::{ColRef, Mat};
 use lingrad_core::engine::{Coefficients, Diagonal, Engine, Gradient, Polynomial, Shift};
+use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
 use proptest::prelude::*;
@@ -20,9 +21,7 @@ fn normal(seed: u64, n: usize, d: usize, size: f64) -> Mat<f64> {
         state ^= state << 17;
         (state >> 11) as f64 / (1u64 << 53) as f64
     };
-    Mat::from_fn(n, d, |_, _| {
-        size * ((0..12).map(|_| uniform()).sum::<f64>() - 6.0)
-    })
+    Mat::from_fn(n, d, |_, _| size * ((0..12).map(|_| uniform()).sum::<f64>() - 6.0))
 }
 
 #[derive(Debug, Clone)]
@@ -42,27 +41,12 @@ struct Case {
 
 impl Case {
     fn new(engine: Engine, n: usize, causal: bool) -> Self {
-        let attention = Attention {
-            engine,
-            causal,
-            scale: 0.4,
-        };
-        Self {
-            n,
-            m: n,
-            d: 5,
-            dv: 3,
-            group: 1,
-            heads: 1,
-            bias: false,
-            attention,
-            size: 0.8,
-            seed: 7,
-        }
+        let attention = Attention { engine, causal, scale: 0.4 };
+        Self { n, m: n, d: 5, dv: 3, group: 1, heads: 1, bias: false, attention, size: 0.8, seed: 7 }
     }
 }
 
-struct Result_<T> {
+struct Output<T> {
     out: Vec<T>,
     dq: Vec<T>,
     dk: Vec<T>,
@@ -92,15 +76,7 @@ impl<T: Real> Data<T> {
             (0..case.heads)
                 .map(|h| {
                     let x = normal(case.seed + 31 + h as u64, case.m, 1, 1.0);
-                    (0..case.m)
-                        .map(|j| {
-                            if j % 5 == 3 {
-                                T::NEG_INFINITY
-                            } else {
-                                T::of(x[(j, 0)])
-                            }
-                        })
-                        .collect()
+                    (0..case.m).map(|j| if j % 5 == 3 { T::NEG_INFINITY } else { T::of(x[(j, 0)]) }).collect()
                 })
                 .collect()
         });
@@ -114,27 +90,19 @@ impl<T: Real> Data<T> {
     }
 
     fn heads(&self) -> Heads<'_, T> {
-        let views =
-            |x: &'_ [Mat<T>]| -> Vec<MatRef<'_, T>> { x.iter().map(|x| x.as_ref()).collect() };
         Heads {
             q: self.q.iter().map(|x| x.as_ref()).collect(),
             k: self.k.iter().map(|x| x.as_ref()).collect(),
-            v: {
-                let _ = views;
-                self.v.iter().map(|x| x.as_ref()).collect()
-            },
-            key_bias: self
-                .bias
-                .as_ref()
-                .map(|b| b.iter().map(|b| ColRef::from_slice(b)).collect()),
+            v: self.v.iter().map(|x| x.as_ref()).collect(),
+            key_bias: self.bias.as_ref().map(|b| b.iter().map(|b| ColRef::from_slice(b)).collect()),
         }
     }
 }
 
-fn run<T: Real>(case: &Case, data: &Data<T>) -> lingrad_core::Result<Result_<T>> {
+fn run<T: Real>(case: &Case, data: &Data<T>) -> lingrad_core::Result<Output<T>> {
     let nan = |len: usize| vec![T::of(f64::NAN); len];
     let h = case.heads * case.group;
-    let mut result = Result_ {
+    let mut result = Output {
         out: nan(h * case.n * case.dv),
         dq: nan(h * case.n * case.d),
         dk: nan(case.heads * case.m * case.d),
@@ -150,31 +118,17 @@ fn run<T: Real>(case: &Case, data: &Data<T>) -> lingrad_core::Result<Result_<T>>
         dv: &mut result.dv,
         dkey_bias: case.bias.then_some(&mut result.db[..]),
     };
-    case.attention
-        .backward(&ctx, &heads, &saved, &result.out, &dout, grads)?;
+    case.attention.backward(&ctx, &heads, &saved, &result.out, &dout, grads)?;
     Ok(result)
 }
 
 /// The oracle's answer, with the same weights (exp, or the polynomial).
-fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>) -> Result_<f64> {
-    let flat = |x: &Mat<f64>| -> Vec<f64> {
-        x.row_iter()
-            .flat_map(|r| r.iter().copied().collect::<Vec<_>>())
-            .collect()
-    };
-    let mut result = Result_ {
-        out: vec![],
-        dq: vec![],
-        dk: vec![],
-        dv: vec![],
-        db: vec![],
-    };
+fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>) -> Output<f64> {
+    let flat =
+        |x: &Mat<f64>| -> Vec<f64> { x.row_iter().flat_map(|r| r.iter().copied().collect::<Vec<_>>()).collect() };
+    let mut result = Output { out: vec![], dq: vec![], dk: vec![], dv: vec![], db: vec![] };
     for kv in 0..case.heads {
-        let (mut dk, mut dv, mut db) = (
-            Mat::zeros(case.m, case.d),
-            Mat::zeros(case.m, case.dv),
-            vec![0.0; case.m],
-        );
+        let (mut dk, mut dv, mut db) = (Mat::zeros(case.m, case.d), Mat::zeros(case.m, case.dv), vec![0.0; case.m]);
         for h in kv * case.group..(kv + 1) * case.group {
             let naive = Naive {
                 q: data.q[h].as_ref(),
@@ -190,9 +144,7 @@ fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>)
             result.dq.extend(flat(&grads.dq));
             dk += grads.dk;
             dv += grads.dv;
-            db.iter_mut()
-                .zip(grads.dkey_bias)
-                .for_each(|(a, b)| *a += b);
+            db.iter_mut().zip(grads.dkey_bias).for_each(|(a, b)| *a += b);
         }
         result.dk.extend(flat(&dk));
         result.dv.extend(flat(&dv));
@@ -207,18 +159,12 @@ fn check<T: Real>(case: &Case, limit: f64) {
         Engine::Polynomial(p) => {
             let a = match &p.coefficients {
                 Coefficients::Given(a) => a.clone(),
-                _ => (0..=p.degree)
-                    .map(|j| 1.0 / (1..=j).product::<usize>() as f64)
-                    .collect(),
+                _ => (0..=p.degree).map(|j| 1.0 / (1..=j).product::<usize>() as f64).collect(),
             };
             Some((a, p.gradient))
         }
     };
-    let expected = oracle(
-        case,
-        &Data::draw(case),
-        polynomial.as_ref().map(|(a, g)| (&a[..], *g)),
-    );
+    let expected = oracle(case, &Data::draw(case), polynomial.as_ref().map(|(a, g)| (&a[..], *g)));
     let got = run(case, &Data::<T>::draw(case)).unwrap();
     let wide = |x: &[T]| -> Vec<f64> { x.iter().map(|x| x.to_f64()).collect() };
     let mut pairs = vec![
@@ -233,15 +179,9 @@ fn check<T: Real>(case: &Case, limit: f64) {
     for (name, got, expected) in pairs {
         // A single key leaves gradients that are exactly 0: then the error itself has to be rounding.
         let size: f64 = expected.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let error = if size <= 1e-12 {
-            got.iter().map(|x| x * x).sum::<f64>().sqrt()
-        } else {
-            relative_error(&got, expected)
-        };
-        assert!(
-            error <= limit,
-            "{name}: error {error:.2e} over {limit:.0e} in {case:?}"
-        );
+        let error =
+            if size <= 1e-12 { got.iter().map(|x| x * x).sum::<f64>().sqrt() } else { relative_error(&got, expected) };
+        assert!(error <= limit, "{name}: error {error:.2e} over {limit:.0e} in {case:?}");
     }
 }
 
@@ -251,12 +191,7 @@ fn both(case: &Case) {
 }
 
 fn polynomial(degree: usize, gradient: Gradient) -> Polynomial {
-    Polynomial {
-        degree,
-        gradient,
-        diagonal: Diagonal::Polynomial,
-        ..Default::default()
-    }
+    Polynomial { degree, gradient, diagonal: Diagonal::Polynomial, ..Default::default() }
 }
 
 const SIZES: [usize; 7] = [1, 2, 63, 64, 65, 300, 1000];
@@ -266,33 +201,12 @@ fn exact_engine_matches_the_oracle() {
     for n in SIZES {
         for causal in [false, true] {
             both(&Case::new(Engine::Exact, n, causal));
-            both(&Case {
-                bias: true,
-                seed: 3,
-                ..Case::new(Engine::Exact, n, false)
-            });
+            both(&Case { bias: true, seed: 3, ..Case::new(Engine::Exact, n, false) });
         }
     }
-    both(&Case {
-        n: 40,
-        m: 333,
-        bias: true,
-        group: 2,
-        heads: 2,
-        ..Case::new(Engine::Exact, 0, false)
-    });
-    both(&Case {
-        n: 333,
-        m: 40,
-        ..Case::new(Engine::Exact, 0, false)
-    });
-    both(&Case {
-        n: 2500,
-        m: 2500,
-        d: 2,
-        dv: 2,
-        ..Case::new(Engine::Exact, 0, true)
-    });
+    both(&Case { n: 40, m: 333, bias: true, group: 2, heads: 2, ..Case::new(Engine::Exact, 0, false) });
+    both(&Case { n: 333, m: 40, ..Case::new(Engine::Exact, 0, false) });
+    both(&Case { n: 2500, m: 2500, d: 2, dv: 2, ..Case::new(Engine::Exact, 0, true) });
 }
 
 #[test]
@@ -300,40 +214,21 @@ fn polynomial_engine_matches_the_oracle_of_the_same_polynomial() {
     for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
         for causal in [false, true] {
             for n in SIZES {
-                both(&Case::new(
-                    Engine::Polynomial(polynomial(2, gradient)),
-                    n,
-                    causal,
-                ));
+                both(&Case::new(Engine::Polynomial(polynomial(2, gradient)), n, causal));
             }
             for degree in [1, 3, 4] {
                 // Odd degrees need small scores for positive denominators.
-                let case = Case::new(
-                    Engine::Polynomial(polynomial(degree, gradient)),
-                    200,
-                    causal,
-                );
+                let case = Case::new(Engine::Polynomial(polynomial(degree, gradient)), 200, causal);
                 both(&Case { size: 0.5, ..case });
             }
-            let given = Polynomial {
-                coefficients: Coefficients::Given(vec![1.5, 0.7, 0.6]),
-                ..polynomial(2, gradient)
-            };
+            let given =
+                Polynomial { coefficients: Coefficients::Given(vec![1.5, 0.7, 0.6]), ..polynomial(2, gradient) };
             both(&Case::new(Engine::Polynomial(given), 200, causal));
         }
         let many = Case::new(Engine::Polynomial(polynomial(2, gradient)), 150, true);
-        both(&Case {
-            group: 2,
-            heads: 3,
-            ..many
-        });
+        both(&Case { group: 2, heads: 3, ..many });
         let biased = Case::new(Engine::Polynomial(polynomial(2, gradient)), 0, false);
-        both(&Case {
-            n: 40,
-            m: 333,
-            bias: true,
-            ..biased
-        });
+        both(&Case { n: 40, m: 333, bias: true, ..biased });
     }
 }
 
@@ -348,27 +243,10 @@ fn biases_reach_every_part_of_the_causal_scan() {
 
 #[test]
 fn an_exact_window_over_everything_is_exact_attention() {
-    let wide = Polynomial {
-        window: 1000,
-        diagonal: Diagonal::Exact,
-        ..Default::default()
-    };
-    let case = Case {
-        size: 3.0,
-        bias: true,
-        ..Case::new(Engine::Polynomial(wide), 300, true)
-    };
-    let exact = Case {
-        attention: Attention {
-            engine: Engine::Exact,
-            ..case.attention.clone()
-        },
-        ..case.clone()
-    };
-    let (got, expected) = (
-        run(&case, &Data::<f64>::draw(&case)).unwrap(),
-        oracle(&exact, &Data::draw(&exact), None),
-    );
+    let wide = Polynomial { window: 1000, diagonal: Diagonal::Exact, ..Default::default() };
+    let case = Case { size: 3.0, bias: true, ..Case::new(Engine::Polynomial(wide), 300, true) };
+    let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+    let (got, expected) = (run(&case, &Data::<f64>::draw(&case)).unwrap(), oracle(&exact, &Data::draw(&exact), None));
     for (got, expected) in [
         (got.out, expected.out),
         (got.dq, expected.dq),
@@ -385,32 +263,14 @@ fn an_exact_window_over_everything_is_exact_attention() {
 fn consistent_gradient_error(case: &Case) -> f64 {
     let data = Data::<f64>::draw(case);
     let got = run(case, &data).unwrap();
-    let (direction, h) = (
-        Data::<f64>::draw(&Case {
-            seed: case.seed + 1,
-            ..case.clone()
-        }),
-        1e-4,
-    );
+    let (direction, h) = (Data::<f64>::draw(&Case { seed: case.seed + 1, ..case.clone() }), 1e-4);
     let moved = |sign: f64| {
-        let along = |x: &[Mat<f64>], d: &[Mat<f64>]| {
-            x.iter()
-                .zip(d)
-                .map(|(x, d)| x + faer::Scale(sign * h) * d)
-                .collect()
-        };
-        let bias = data
-            .bias
-            .as_ref()
-            .zip(direction.bias.as_ref())
-            .map(|(x, d)| {
-                let along =
-                    |(x, d): (&f64, &f64)| if x.is_finite() { x + sign * h * d } else { *x };
-                x.iter()
-                    .zip(d)
-                    .map(|(x, d)| x.iter().zip(d).map(along).collect())
-                    .collect()
-            });
+        let along =
+            |x: &[Mat<f64>], d: &[Mat<f64>]| x.iter().zip(d).map(|(x, d)| x + faer::Scale(sign * h) * d).collect();
+        let bias = data.bias.as_ref().zip(direction.bias.as_ref()).map(|(x, d)| {
+            let along = |(x, d): (&f64, &f64)| if x.is_finite() { x + sign * h * d } else { *x };
+            x.iter().zip(d).map(|(x, d)| x.iter().zip(d).map(along).collect()).collect()
+        });
         let data = Data {
             q: along(&data.q, &direction.q),
             k: along(&data.k, &direction.k),
@@ -419,45 +279,33 @@ fn consistent_gradient_error(case: &Case) -> f64 {
             bias,
         };
         let out = run(case, &data).unwrap().out;
-        let dout = data.dout.iter().flat_map(|x| {
-            x.row_iter()
-                .flat_map(|r| r.iter().copied().collect::<Vec<_>>())
-                .collect::<Vec<_>>()
-        });
+        let dout = data
+            .dout
+            .iter()
+            .flat_map(|x| x.row_iter().flat_map(|r| r.iter().copied().collect::<Vec<_>>()).collect::<Vec<_>>());
         out.iter().zip(dout).map(|(a, b)| a * b).sum::<f64>()
     };
     let expected = (moved(1.0) - moved(-1.0)) / (2.0 * h);
     let dot = |g: &[f64], d: &[Mat<f64>]| -> f64 {
         g.iter()
-            .zip(d.iter().flat_map(|x| {
-                x.row_iter()
-                    .flat_map(|r| r.iter().copied().collect::<Vec<_>>())
-                    .collect::<Vec<_>>()
-            }))
+            .zip(
+                d.iter()
+                    .flat_map(|x| x.row_iter().flat_map(|r| r.iter().copied().collect::<Vec<_>>()).collect::<Vec<_>>()),
+            )
             .map(|(a, b)| a * b)
             .sum()
     };
-    let mut by_gradient =
-        dot(&got.dq, &direction.q) + dot(&got.dk, &direction.k) + dot(&got.dv, &direction.v);
+    let mut by_gradient = dot(&got.dq, &direction.q) + dot(&got.dk, &direction.k) + dot(&got.dv, &direction.v);
     if let Some(bias) = &direction.bias {
-        by_gradient += got
-            .db
-            .iter()
-            .zip(bias.iter().flatten())
-            .filter(|(_, d)| d.is_finite())
-            .map(|(a, b)| a * b)
-            .sum::<f64>();
+        by_gradient +=
+            got.db.iter().zip(bias.iter().flatten()).filter(|(_, d)| d.is_finite()).map(|(a, b)| a * b).sum::<f64>();
     }
     (by_gradient - expected).abs() / expected.abs()
 }
 
 #[test]
 fn consistent_gradient_passes_central_differences() {
-    for (causal, shift) in [
-        (false, Shift::None),
-        (true, Shift::None),
-        (false, Shift::Mean),
-    ] {
+    for (causal, shift) in [(false, Shift::None), (true, Shift::None), (false, Shift::Mean)] {
         for diagonal in [Diagonal::Exact, Diagonal::Polynomial] {
             for degree in [1, 2, 3, 4] {
                 let engine = Polynomial {
@@ -468,48 +316,29 @@ fn consistent_gradient_passes_central_differences() {
                     window: 20,
                     ..Default::default()
                 };
-                let case = Case {
-                    size: 0.5,
-                    bias: true,
-                    ..Case::new(Engine::Polynomial(engine), 300, causal)
-                };
+                let case = Case { size: 0.5, bias: true, ..Case::new(Engine::Polynomial(engine), 300, causal) };
                 let error = consistent_gradient_error(&case);
                 assert!(error <= 1e-6, "{error:.2e} in {case:?}");
             }
         }
     }
-    let error = consistent_gradient_error(&Case {
-        bias: true,
-        ..Case::new(Engine::Exact, 300, true)
-    });
+    let error = consistent_gradient_error(&Case { bias: true, ..Case::new(Engine::Exact, 300, true) });
     assert!(error <= 1e-6, "exact: {error:.2e}");
 }
 
 fn error_of_out(case: &Case) -> f64 {
     let data = Data::<f64>::draw(case);
-    relative_error(
-        &run(case, &data).unwrap().out,
-        &oracle(case, &data, None).out,
-    )
+    relative_error(&run(case, &data).unwrap().out, &oracle(case, &data, None).out)
 }
 
 #[test]
 fn fitted_coefficients_and_mean_shifts_lower_the_error() {
     let base = Polynomial::default();
     for causal in [false, true] {
-        let taylor = Case {
-            size: 1.0,
-            ..Case::new(Engine::Polynomial(base.clone()), 600, causal)
-        };
+        let taylor = Case { size: 1.0, ..Case::new(Engine::Polynomial(base.clone()), 600, causal) };
         let mut fitted = taylor.clone();
-        fitted.attention.engine = Engine::Polynomial(Polynomial {
-            coefficients: Coefficients::Fitted,
-            ..base.clone()
-        });
-        assert!(
-            error_of_out(&fitted) <= 0.9 * error_of_out(&taylor),
-            "causal = {causal}"
-        );
+        fitted.attention.engine = Engine::Polynomial(Polynomial { coefficients: Coefficients::Fitted, ..base.clone() });
+        assert!(error_of_out(&fitted) <= 0.9 * error_of_out(&taylor), "causal = {causal}");
     }
 }
 
@@ -517,14 +346,7 @@ fn fitted_coefficients_and_mean_shifts_lower_the_error() {
 fn a_mean_shift_makes_distant_keys_harmless() {
     let case = Case {
         size: 0.3,
-        ..Case::new(
-            Engine::Polynomial(Polynomial {
-                shift: Shift::Mean,
-                ..Default::default()
-            }),
-            400,
-            false,
-        )
+        ..Case::new(Engine::Polynomial(Polynomial { shift: Shift::Mean, ..Default::default() }), 400, false)
     };
     let near = Data::<f64>::draw(&case);
     let mut far = Data::<f64>::draw(&case);
@@ -538,12 +360,7 @@ fn a_mean_shift_makes_distant_keys_harmless() {
 
 #[test]
 fn one_thread_equals_many_bitwise() {
-    let pool = |threads| {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap()
-    };
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let engines = [
         Engine::Exact,
         Engine::Polynomial(Polynomial::default()),
@@ -551,17 +368,11 @@ fn one_thread_equals_many_bitwise() {
     ];
     for engine in engines {
         for causal in [false, true] {
-            let case = Case {
-                size: 0.4,
-                group: 2,
-                ..Case::new(engine.clone(), 1500, causal)
-            };
+            let case = Case { size: 0.4, group: 2, ..Case::new(engine.clone(), 1500, causal) };
             let data = Data::<f32>::draw(&case);
             let one = pool(1).install(|| run(&case, &data).unwrap());
             let many = pool(7).install(|| run(&case, &data).unwrap());
-            assert!(
-                one.out == many.out && one.dq == many.dq && one.dk == many.dk && one.dv == many.dv
-            );
+            assert!(one.out == many.out && one.dq == many.dq && one.dk == many.dk && one.dv == many.dv);
         }
     }
 }
@@ -569,27 +380,11 @@ fn one_thread_equals_many_bitwise() {
 #[test]
 fn float32_errors_do_not_grow_with_the_length() {
     let error = |n: usize, engine: Engine| {
-        let case = Case {
-            n: 256,
-            m: n,
-            d: 2,
-            dv: 2,
-            ..Case::new(engine, 0, false)
-        };
-        let got: Vec<f64> = run(&case, &Data::<f32>::draw(&case))
-            .unwrap()
-            .out
-            .iter()
-            .map(|x| f64::from(*x))
-            .collect();
+        let case = Case { n: 256, m: n, d: 2, dv: 2, ..Case::new(engine, 0, false) };
+        let got: Vec<f64> = run(&case, &Data::<f32>::draw(&case)).unwrap().out.iter().map(|x| f64::from(*x)).collect();
         let expected = run(&case, &Data::<f64>::draw(&case)).unwrap().out;
         // Averages over more keys are smaller, so the error is taken against the size of v, which is 1.
-        got.iter()
-            .zip(&expected)
-            .map(|(a, b)| (a - b).powi(2))
-            .sum::<f64>()
-            .sqrt()
-            / (got.len() as f64).sqrt()
+        got.iter().zip(&expected).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / (got.len() as f64).sqrt()
     };
     for engine in [Engine::Exact, Engine::Polynomial(Polynomial::default())] {
         let long = error(400_000, engine);
@@ -605,54 +400,23 @@ fn a_row_without_a_usable_denominator_is_an_error_that_says_what_to_do() {
         Ok(_) => panic!("no error"),
     };
     let odd = Engine::Polynomial(polynomial(1, Gradient::Consistent));
-    assert!(
-        message(&Case {
-            size: 4.0,
-            ..Case::new(odd, 50, true)
-        })
-        .contains("Exact()")
-    );
+    assert!(message(&Case { size: 4.0, ..Case::new(odd, 50, true) }).contains("Exact()"));
     let huge = Engine::Polynomial(polynomial(4, Gradient::Consistent));
-    assert!(
-        message(&Case {
-            size: 1e9,
-            ..Case::new(huge, 50, false)
-        })
-        .contains("Exact()")
-    );
-    assert!(
-        message(&Case {
-            size: 1e25,
-            ..Case::new(Engine::Exact, 50, false)
-        })
-        .contains("overflow")
-    );
+    assert!(message(&Case { size: 1e9, ..Case::new(huge, 50, false) }).contains("Exact()"));
+    assert!(message(&Case { size: 1e25, ..Case::new(Engine::Exact, 50, false) }).contains("overflow"));
     let case = Case::new(Engine::Exact, 10, true);
     let mut data = Data::<f64>::draw(&case);
-    data.bias = Some(vec![
-        (0..10)
-            .map(|j| if j < 2 { f64::NEG_INFINITY } else { 0.0 })
-            .collect(),
-    ]);
+    data.bias = Some(vec![(0..10).map(|j| if j < 2 { f64::NEG_INFINITY } else { 0.0 }).collect()]);
     for engine in [Engine::Exact, Engine::Polynomial(Polynomial::default())] {
-        let mut case = Case {
-            bias: true,
-            ..case.clone()
-        };
+        let mut case = Case { bias: true, ..case.clone() };
         case.attention.engine = engine;
-        assert!(
-            matches!(run(&case, &data), Err(Error::Denominator(text)) if text.contains("no key"))
-        );
+        assert!(matches!(run(&case, &data), Err(Error::Denominator(text)) if text.contains("no key")));
     }
 }
 
 #[test]
 fn a_lone_very_negative_score_is_still_a_whole_softmax() {
-    let case = Case {
-        size: 30.0,
-        seed: 5,
-        ..Case::new(Engine::Polynomial(Polynomial::default()), 100, true)
-    };
+    let case = Case { size: 30.0, seed: 5, ..Case::new(Engine::Polynomial(Polynomial::default()), 100, true) };
     let error = error_of_out(&case);
     assert!(error <= 1e-10, "{error:.2e}"); // 100 tokens lie in the exact window
 }
@@ -664,34 +428,48 @@ fn cancelled_work_stops_with_an_error() {
     let ctx = Context::new();
     ctx.cancel();
     let mut out = vec![0.0; case.n * case.dv];
-    assert_eq!(
-        case.attention.forward(&ctx, &data.heads(), &mut out).err(),
-        Some(Error::Cancelled)
-    );
+    assert_eq!(case.attention.forward(&ctx, &data.heads(), &mut out).err(), Some(Error::Cancelled));
 }
 
 #[test]
 fn nan_and_infinity_are_refused_by_name() {
-    let case = Case {
-        bias: true,
-        ..Case::new(Engine::Polynomial(Polynomial::default()), 70, false)
-    };
+    let case = Case { bias: true, ..Case::new(Engine::Polynomial(Polynomial::default()), 70, false) };
     let poisons: [(&str, fn(&mut Data<f32>)); 4] = [
         ("q", |d| d.q[0][(69, 2)] = f32::NAN),
         ("k", |d| d.k[0][(0, 0)] = f32::INFINITY),
         ("v", |d| d.v[0][(5, 1)] = f32::NEG_INFINITY),
-        ("key_bias", |d| {
-            d.bias.as_mut().unwrap()[0][4] = f32::INFINITY
-        }),
+        ("key_bias", |d| d.bias.as_mut().unwrap()[0][4] = f32::INFINITY),
     ];
     for (name, poison) in poisons {
         let mut data = Data::draw(&case);
         poison(&mut data);
         let error = run(&case, &data).err();
-        assert!(
-            matches!(&error, Some(Error::NonFinite(text)) if text.starts_with(name)),
-            "{name}: {error:?}"
-        );
+        assert!(matches!(&error, Some(Error::NonFinite(text)) if text.starts_with(name)), "{name}: {error:?}");
+    }
+}
+
+#[test]
+fn the_measured_error_is_the_true_one_on_all_rows_and_covers_it_on_a_sample() {
+    for causal in [false, true] {
+        let case = Case {
+            group: 2,
+            bias: true,
+            ..Case::new(Engine::Polynomial(polynomial(2, Gradient::Consistent)), 400, causal)
+        };
+        let data = Data::<f64>::draw(&case);
+        let got = run(&case, &data).unwrap();
+        let truth = relative_error(&got.out, &oracle(&case, &data, None).out);
+        let views: Vec<_> =
+            got.out.chunks(case.n * case.dv).map(|x| faer::MatRef::from_row_major_slice(x, case.n, case.dv)).collect();
+        let measure = |samples, seed| {
+            measure_error(&Context::new(), &data.heads(), causal, case.attention.scale, &views, samples, seed).unwrap()
+        };
+        let whole = measure(10_000, 0);
+        assert_eq!(whole.rows, 800);
+        assert!((whole.relative - truth).abs() <= 1e-10 * truth && whole.low == whole.high);
+        // 95% intervals: of 40 some 38 hold the truth; 33 or fewer has a probability below 1e-3.
+        let covered = (0..40).map(|seed| measure(100, seed)).filter(|e| e.low <= truth && truth <= e.high).count();
+        assert!(covered >= 33, "{covered} of 40, causal = {causal}");
     }
 }
 

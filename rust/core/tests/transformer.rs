@@ -4,6 +4,7 @@ mod support;
 
 use std::collections::BTreeMap;
 
+use lingrad_core::engine::{Gradient, Polynomial};
 use lingrad_core::layers::activation::ActivationKind;
 use lingrad_core::layers::{cross_entropy, linear, norm};
 use lingrad_core::transformer::{Config, Input, Norm, Params, backward, forward, value_and_grad};
@@ -45,6 +46,17 @@ fn variants() -> Vec<(&'static str, Config)> {
                 activation: ActivationKind::GeluTanh,
                 causal: false,
                 rope: false,
+                ..tiny()
+            },
+        ),
+        (
+            "consistent polynomial, not causal",
+            Config {
+                causal: false,
+                engine: Engine::Polynomial(Polynomial {
+                    gradient: Gradient::Consistent,
+                    ..Polynomial::default()
+                }),
                 ..tiny()
             },
         ),
