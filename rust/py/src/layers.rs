@@ -124,12 +124,7 @@ pub fn activation_forward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str) -> 
 
 /// `dx`.
 #[pyfunction]
-pub fn activation_backward<'py>(
-    py: Python<'py>,
-    x: Any<'_, 'py>,
-    kind: &str,
-    dy: Any<'_, 'py>,
-) -> Result<Array<'py>> {
+pub fn activation_backward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str, dy: Any<'_, 'py>) -> Result<Array<'py>> {
     let kind: ActivationKind = kind.parse()?;
     by_dtype!(x, T => {
         let x = View::<T>::new("x", x)?;
