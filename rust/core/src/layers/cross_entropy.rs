@@ -16,26 +16,15 @@ use crate::rows::Rows;
 ///
 /// `logits (.., vocab)`, `targets` one a token, `dlogits (.., vocab)`. NaN or infinite losses are an error.
 /// Time `O(n vocab)`.
-pub fn mean<T: Real>(
-    ctx: &Context,
-    logits: &Rows<'_, T>,
-    targets: &[u32],
-    dlogits: &mut [T],
-) -> Result<f64> {
+pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogits: &mut [T]) -> Result<f64> {
     let (rows, vocab) = (logits.batch() * logits.n(), logits.d());
     check(rows, targets, vocab)?;
     expect_len("dlogits", dlogits.len(), rows * vocab)?;
-    let [loss] = for_each_tile(
-        ctx,
-        rows,
-        [(dlogits, vocab)],
-        [1],
-        |tile, [dlogits], [loss], [buffer]| {
-            dlogits.copy_from_slice(load(logits, tile.clone(), buffer));
-            loss[0] += differentiate(dlogits, &targets[tile], rows)?;
-            Ok(())
-        },
-    )?;
+    let [loss] = for_each_tile(ctx, rows, [(dlogits, vocab)], [1], |tile, [dlogits], [loss], [buffer]| {
+        dlogits.copy_from_slice(load(logits, tile.clone(), buffer));
+        loss[0] += differentiate(dlogits, &targets[tile], rows)?;
+        Ok(())
+    })?;
     Ok(loss[0] / rows as f64)
 }
 
@@ -57,12 +46,8 @@ pub fn linear_mean<T: Real>(
     check(rows, targets, vocab)?;
     expect_len("dx", dx.len(), rows * d)?;
     expect_len("dw", dw.len(), d * vocab)?;
-    let [loss, dw_sum] = for_each_tile(
-        ctx,
-        rows,
-        [(dx, d)],
-        [1, d * vocab],
-        |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
+    let [loss, dw_sum] =
+        for_each_tile(ctx, rows, [(dx, d)], [1, d * vocab], |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
             let count = tile.len();
             let x = matrix(load(x, tile.clone(), x_tile), count, d);
             let logits = sized(logits, count * vocab);
@@ -72,8 +57,7 @@ pub fn linear_mean<T: Real>(
             add_product(dw, x, dlogits, buffer);
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())
-        },
-    )?;
+        })?;
     round(&dw_sum, dw);
     Ok(loss[0] / rows as f64)
 }
@@ -82,9 +66,7 @@ pub(crate) fn check(rows: usize, targets: &[u32], vocab: usize) -> Result<()> {
     expect_len("targets", targets.len(), rows)?;
     expect_below("targets", targets, vocab, "vocabulary's size")?;
     if rows == 0 {
-        return Err(Error::Argument(
-            "the mean loss of no tokens; expected at least one token".into(),
-        ));
+        return Err(Error::Argument("the mean loss of no tokens; expected at least one token".into()));
     }
     Ok(())
 }
@@ -137,8 +119,5 @@ fn largest<T: Real>(row: &[T]) -> T {
             lanes[l] = lanes[l].larger(x[l]);
         }
     }
-    lanes
-        .iter()
-        .chain(rest)
-        .fold(T::NEG_INFINITY, |max, x| max.larger(*x))
+    lanes.iter().chain(rest).fold(T::NEG_INFINITY, |max, x| max.larger(*x))
 }

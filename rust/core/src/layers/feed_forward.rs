@@ -27,25 +27,14 @@ pub fn forward<T: Real>(
     let (d, f, e) = check(x, w_in, w_out)?;
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * e)?;
-    for_each_tile(
-        ctx,
-        rows,
-        [(y, e)],
-        [],
-        |tile, [y], [], [x_tile, hidden]| {
-            let count = tile.len();
-            let hidden = sized(hidden, count * f);
-            product(
-                hidden,
-                Accum::Replace,
-                matrix(load(x, tile, x_tile), count, d),
-                w_in,
-            );
-            apply(kind, hidden);
-            product(y, Accum::Replace, matrix(hidden, count, f), w_out);
-            Ok(())
-        },
-    )?;
+    for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
+        let count = tile.len();
+        let hidden = sized(hidden, count * f);
+        product(hidden, Accum::Replace, matrix(load(x, tile, x_tile), count, d), w_in);
+        apply(kind, hidden);
+        product(y, Accum::Replace, matrix(hidden, count, f), w_out);
+        Ok(())
+    })?;
     Ok(())
 }
 
@@ -97,23 +86,12 @@ pub fn backward<T: Real>(
 }
 
 /// The widths d, f and e.
-fn check<T: Real>(
-    x: &Rows<'_, T>,
-    w_in: MatRef<'_, T>,
-    w_out: MatRef<'_, T>,
-) -> Result<(usize, usize, usize)> {
+fn check<T: Real>(x: &Rows<'_, T>, w_in: MatRef<'_, T>, w_out: MatRef<'_, T>) -> Result<(usize, usize, usize)> {
     let (d, f, e) = (x.d(), w_in.ncols(), w_out.ncols());
     expect_shape("w_in", w_in.shape(), (d, f), format_args!("x of width {d}"))?;
-    expect_shape(
-        "w_out",
-        w_out.shape(),
-        (f, e),
-        format_args!("w_in of shape {:?}", w_in.shape()),
-    )?;
+    expect_shape("w_out", w_out.shape(), (f, e), format_args!("w_in of shape {:?}", w_in.shape()))?;
     if f == 0 {
-        return Err(Error::Shape(
-            "w_in has no columns (d_ff = 0); expected at least one".into(),
-        ));
+        return Err(Error::Shape("w_in has no columns (d_ff = 0); expected at least one".into()));
     }
     Ok((d, f, e))
 }
