@@ -105,8 +105,10 @@ def integer(name: str, value: object, least: int) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise ArgumentError(f"{name} is {value!r}; expected an integer >= {least}")
     result = operator.index(value)
-    if not least <= result < 2**63:
-        raise ArgumentError(f"{name} is {result}; expected {least} <= {name} < 2**63")
+    if result < least:
+        raise ArgumentError(f"{name} is {result}; expected an integer >= {least}")
+    if result >= 2**63:
+        raise ArgumentError(f"{name} is {result}; expected an integer below 2**63")
     return result
 
 

@@ -6,6 +6,34 @@ from numpy.typing import NDArray
 
 from .engines import Engine
 
+__all__ = [
+    "AttentionState",
+    "TransformerTrace",
+    "__version__",
+    "activation_backward",
+    "activation_forward",
+    "attention_backward",
+    "attention_forward",
+    "embedding_backward",
+    "embedding_forward",
+    "feed_forward_backward",
+    "feed_forward_forward",
+    "get_num_threads",
+    "linear_backward",
+    "linear_forward",
+    "measure_error",
+    "norm_backward",
+    "norm_forward",
+    "self_attention_backward",
+    "self_attention_forward",
+    "set_num_threads",
+    "simd_level",
+    "transformer_backward",
+    "transformer_forward",
+    "transformer_param_shapes",
+    "transformer_value_and_grad",
+]
+
 __version__: str
 
 _Array = NDArray[Any]

@@ -1,10 +1,10 @@
 //! The modules: forward beside backward. Their parameters are small, so they are copied where the core wants slices.
 
-use lingrad_core::attention::{Attention, check_finite};
+use lingrad_core::attention::{self, Attention};
 use lingrad_core::layers::activation::{self, ActivationKind};
 use lingrad_core::layers::attention_block::{SelfAttention, Weights};
 use lingrad_core::layers::{embedding, feed_forward, linear, norm};
-use lingrad_core::{Context, MatRef, Rows};
+use lingrad_core::{Context, Error, MatRef, Rows};
 use numpy::PyReadonlyArrayDyn;
 use numpy::prelude::*;
 use pyo3::prelude::*;
@@ -18,6 +18,12 @@ use crate::run::run;
 type Array<'py> = Bound<'py, PyAny>;
 /// Token ids, C-contiguous.
 type Tokens<'py> = PyReadonlyArrayDyn<'py, u32>;
+
+/// An error where an argument holds NaN or infinity. (Arguments of modules have no heads to tell of.)
+pub fn check_finite<T: Scalar>(name: &str, views: &[MatRef<'_, T>]) -> lingrad_core::Result<()> {
+    attention::check_finite(name, views)
+        .map_err(|_| Error::NonFinite(format!("{name} holds NaN or infinity; expected finite numbers")))
+}
 
 fn check_params<T: Scalar>(params: &[(&str, MatRef<'_, T>)]) -> lingrad_core::Result<()> {
     params.iter().try_for_each(|(name, param)| check_finite(name, &[*param]))
@@ -118,12 +124,7 @@ pub fn activation_forward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str) -> 
 
 /// `dx`.
 #[pyfunction]
-pub fn activation_backward<'py>(
-    py: Python<'py>,
-    x: Any<'_, 'py>,
-    kind: &str,
-    dy: Any<'_, 'py>,
-) -> Result<Array<'py>> {
+pub fn activation_backward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str, dy: Any<'_, 'py>) -> Result<Array<'py>> {
     let kind: ActivationKind = kind.parse()?;
     by_dtype!(x, T => {
         let x = View::<T>::new("x", x)?;
@@ -306,7 +307,7 @@ fn self_attention<'a, T: Scalar>(
             score_bound: options.score_bound,
         },
         [(_, w), (_, w_v)] => Weights::Combined { w, w_v },
-        _ => return Err(lingrad_core::Error::Shape("expected 2 or 4 weights".into())),
+        _ => return Err(Error::Shape("expected 2 or 4 weights".into())),
     };
     let scale = options.scale.unwrap_or_else(|| SelfAttention::default_scale(&weights));
     let attention = Attention { engine: options.engine.0, causal: options.causal, scale };

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use lingrad_core::attention::check_finite;
 use lingrad_core::transformer::{self, Backward, Config, Input, Params, Trace};
 use lingrad_core::{Error, Rows};
 use numpy::prelude::*;
@@ -14,7 +13,7 @@ use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
 use crate::attention::{Estimate, estimate};
 use crate::engine::AnyEngine;
 use crate::error::{Result, ShapeError};
-use crate::layers::slice;
+use crate::layers::{check_finite, slice};
 use crate::run::run;
 
 /// The fields of `lingrad_rs.TransformerConfig`.
