@@ -34,7 +34,7 @@ except ImportError as missing:
 __all__ = ["main"]
 
 _BYTES = 256  # the vocabulary: a token is a byte
-_SAMPLES = 64  # rows of each head whose error is measured
+_SAMPLES = 256  # rows of each head whose error is measured
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::context::Context;
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::{exact, polynomial};
 
@@ -188,13 +188,13 @@ pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> 
 
 const ROWS_A_CHECK: usize = 4096;
 
-/// x - x is 0 for finite x and NaN otherwise, so the sum tells of the whole row.
+/// 0 x is 0 for finite x and NaN otherwise, so the sum tells of the whole row.
 fn row_is_finite<T: Real>(row: faer::RowRef<'_, T>) -> bool {
     match row.try_as_row_major() {
         Some(row) => {
             let mut sum = T::ZERO;
             for &x in row.as_slice() {
-                sum += x - x;
+                sum += x * T::ZERO;
             }
             sum == T::ZERO
         }
@@ -320,10 +320,6 @@ impl Attention {
                 Ok(())
             })
     }
-}
-
-fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
-    if got == expected { Ok(()) } else { Err(Error::Shape(format!("{name} holds {got} numbers; expected {expected}"))) }
 }
 
 /// An error where `views` are not `h` heads of shape `(n, d)`.

@@ -22,3 +22,8 @@ pub enum Error {
 
 /// What every fallible function of the crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error where a slice does not hold `expected` numbers.
+pub(crate) fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
+    if got == expected { Ok(()) } else { Err(Error::Shape(format!("{name} holds {got} numbers; expected {expected}"))) }
+}

@@ -19,13 +19,11 @@ use faer::{MatMut, MatRef};
 use crate::attention::{Attention, check_finite};
 use crate::context::Context;
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::layers::activation::ActivationKind;
 use crate::layers::attention_block::{self, Inside, SelfAttention, Weights};
 use crate::layers::tiles::add_into;
-use crate::layers::{
-    cross_entropy, embedding, expect_len, expect_rows, feed_forward, linear, norm,
-};
+use crate::layers::{cross_entropy, embedding, expect_rows, feed_forward, linear, norm};
 use crate::measure::{ErrorEstimate, measure_error};
 use crate::real::Real;
 use crate::rows::Rows;
@@ -49,9 +47,7 @@ impl FromStr for Norm {
         match name {
             "rms" => Ok(Self::Rms),
             "layer" => Ok(Self::Layer),
-            _ => Err(Error::Argument(format!(
-                "norm is \"{name}\"; expected \"rms\" or \"layer\""
-            ))),
+            _ => Err(Error::Argument(format!("norm is \"{name}\"; expected \"rms\" or \"layer\""))),
         }
     }
 }
@@ -172,12 +168,7 @@ impl Config {
         };
         for i in 0..self.n_layers {
             norm(format!("layers.{i}.attn_norm"), &mut shapes);
-            for (name, shape) in [
-                ("w_q", [d, d]),
-                ("w_k", [d, d_kv]),
-                ("w_v", [d, d_kv]),
-                ("w_o", [d, d]),
-            ] {
+            for (name, shape) in [("w_q", [d, d]), ("w_k", [d, d_kv]), ("w_v", [d, d_kv]), ("w_o", [d, d])] {
                 shapes.push((format!("layers.{i}.attn.{name}"), shape.to_vec()));
             }
             norm(format!("layers.{i}.ffn_norm"), &mut shapes);
@@ -203,13 +194,7 @@ pub fn forward<T: Real>(
     let model = Model::new(ctx, config, params, 2 * config.n_layers + 1)?;
     let trace = model.layers_forward(input)?;
     let last = model.norm.forward(ctx, &trace.rows(config.n_layers)?)?;
-    linear::forward(
-        ctx,
-        &Rows::from_slice(&last, trace.batch, trace.n, config.d_model)?,
-        model.head,
-        None,
-        y,
-    )?;
+    linear::forward(ctx, &Rows::from_slice(&last, trace.batch, trace.n, config.d_model)?, model.head, None, y)?;
     model.stage_done();
     Ok(trace)
 }
@@ -229,9 +214,7 @@ pub fn backward<T: Real>(
     let model = Model::new(ctx, config, params, 3 * config.n_layers + 1)?;
     let (batch, n) = input.sizes();
     if (trace.batch, trace.n, trace.inputs.len()) != (batch, n, config.n_layers + 1) {
-        return Err(Error::Argument(
-            "the trace comes from the forward pass of another model or input".into(),
-        ));
+        return Err(Error::Argument("the trace comes from the forward pass of another model or input".into()));
     }
     expect_rows("dy", dy, batch, n, config.vocab_size)?;
     let mut grads = Grads::new();
@@ -334,28 +317,14 @@ struct NormParams<T> {
 type Grads<T> = BTreeMap<String, Vec<T>>;
 
 impl<'a, T: Real> Model<'a, T> {
-    fn new(
-        ctx: &'a Context,
-        config: &Config,
-        params: &Params<'a, T>,
-        stages: usize,
-    ) -> Result<Self> {
+    fn new(ctx: &'a Context, config: &Config, params: &Params<'a, T>, stages: usize) -> Result<Self> {
         config.validate()?;
         check_params(config, params)?;
         let matrix = |name: &str| params[name];
         let norm = |name: String| NormParams {
-            gain: matrix(&format!("{name}.gain"))
-                .row(0)
-                .iter()
-                .copied()
-                .collect(),
-            bias: (config.norm == Norm::Layer).then(|| {
-                matrix(&format!("{name}.bias"))
-                    .row(0)
-                    .iter()
-                    .copied()
-                    .collect()
-            }),
+            gain: matrix(&format!("{name}.gain")).row(0).iter().copied().collect(),
+            bias: (config.norm == Norm::Layer)
+                .then(|| matrix(&format!("{name}.bias")).row(0).iter().copied().collect()),
             name,
         };
         let layers = (0..config.n_layers)
@@ -377,11 +346,7 @@ impl<'a, T: Real> Model<'a, T> {
                     attn_norm: norm(format!("{name}.attn_norm")),
                     attn: SelfAttention {
                         weights,
-                        attention: Attention {
-                            engine: config.engine.clone(),
-                            causal: config.causal,
-                            scale,
-                        },
+                        attention: Attention { engine: config.engine.clone(), causal: config.causal, scale },
                     },
                     ffn_norm: norm(format!("{name}.ffn_norm")),
                     w_in: weight("ffn.w_in"),
@@ -405,8 +370,7 @@ impl<'a, T: Real> Model<'a, T> {
 
     fn stage_done(&self) {
         self.stages_done.set(self.stages_done.get() + 1);
-        self.ctx
-            .set_progress(self.stages_done.get() as f64 / self.stages as f64);
+        self.ctx.set_progress(self.stages_done.get() as f64 / self.stages as f64);
     }
 
     fn layers_forward(&self, input: &Input<'_, T>) -> Result<Trace<T>> {
@@ -416,9 +380,7 @@ impl<'a, T: Real> Model<'a, T> {
         }
         let mut x = vec![T::ZERO; batch * n * d];
         match input {
-            Input::Tokens { tokens, .. } => {
-                embedding::forward(self.ctx, tokens, self.embed, &mut x)?
-            }
+            Input::Tokens { tokens, .. } => embedding::forward(self.ctx, tokens, self.embed, &mut x)?,
             Input::Embeddings(rows) => {
                 expect_rows("x", rows, batch, n, d)?;
                 check_finite("x", rows.blocks())?;
@@ -427,12 +389,7 @@ impl<'a, T: Real> Model<'a, T> {
                 }
             }
         }
-        let mut trace = Trace {
-            inputs: Vec::with_capacity(self.layers.len() + 1),
-            batch,
-            n,
-            d,
-        };
+        let mut trace = Trace { inputs: Vec::with_capacity(self.layers.len() + 1), batch, n, d };
         trace.inputs.push(x);
         for (i, layer) in self.layers.iter().enumerate() {
             let next = self.layer_forward(layer, &trace, i)?;
@@ -447,14 +404,7 @@ impl<'a, T: Real> Model<'a, T> {
         self.stage_done();
         let normed = layer.ffn_norm.forward(self.ctx, &trace.like(&z)?)?;
         let mut next = vec![T::ZERO; z.len()];
-        feed_forward::forward(
-            self.ctx,
-            &trace.like(&normed)?,
-            layer.w_in,
-            layer.w_out,
-            self.activation,
-            &mut next,
-        )?;
+        feed_forward::forward(self.ctx, &trace.like(&normed)?, layer.w_in, layer.w_out, self.activation, &mut next)?;
         add_into(&mut next, &z);
         self.stage_done();
         Ok(next)
@@ -520,15 +470,7 @@ impl<'a, T: Real> Model<'a, T> {
         let error = if samples > 0 {
             let Attention { causal, scale, .. } = layer.attn.attention;
             let heads = inside.heads(&trace.like(&normed)?);
-            Some(measure_error(
-                self.ctx,
-                &heads,
-                causal,
-                scale,
-                &inside.out(trace.n),
-                samples,
-                i as u64,
-            )?)
+            Some(measure_error(self.ctx, &heads, causal, scale, &inside.out(trace.n), samples, i as u64)?)
         } else {
             None
         };
@@ -553,45 +495,20 @@ impl<'a, T: Real> Model<'a, T> {
             drop(normed);
             grads.insert(format!("{}.ffn.w_in", layer.name), dw_in);
             grads.insert(format!("{}.ffn.w_out", layer.name), dw_out);
-            add_into(
-                dx,
-                &layer
-                    .ffn_norm
-                    .backward(self.ctx, &z_rows, &through, grads)?,
-            );
+            add_into(dx, &layer.ffn_norm.backward(self.ctx, &z_rows, &through, grads)?);
         }
         drop(z);
         self.stage_done();
 
-        let weights = layer.attn.pull_back(
-            self.ctx,
-            &trace.like(&normed)?,
-            &inside,
-            &trace.like(dx)?,
-            &mut through,
-        )?;
+        let weights = layer.attn.pull_back(self.ctx, &trace.like(&normed)?, &inside, &trace.like(dx)?, &mut through)?;
         drop((normed, inside));
-        grads.extend(
-            weights
-                .into_iter()
-                .map(|(name, grad)| (format!("{}.attn.{name}", layer.name), grad)),
-        );
-        add_into(
-            dx,
-            &layer
-                .attn_norm
-                .backward(self.ctx, &trace.rows(i)?, &through, grads)?,
-        );
+        grads.extend(weights.into_iter().map(|(name, grad)| (format!("{}.attn.{name}", layer.name), grad)));
+        add_into(dx, &layer.attn_norm.backward(self.ctx, &trace.rows(i)?, &through, grads)?);
         self.stage_done();
         Ok(LayerReport { error })
     }
 
-    fn embedding_backward(
-        &self,
-        input: &Input<'_, T>,
-        dx: &[T],
-        grads: &mut Grads<T>,
-    ) -> Result<()> {
+    fn embedding_backward(&self, input: &Input<'_, T>, dx: &[T], grads: &mut Grads<T>) -> Result<()> {
         let mut dembed = zeros(self.embed);
         if let Input::Tokens { tokens, batch, n } = input {
             let dx = Rows::from_slice(dx, *batch, *n, self.d_model)?;
@@ -620,13 +537,7 @@ impl<T: Real> NormParams<T> {
     }
 
     /// The gradient with respect to `x`; those of the parameters go to `grads`.
-    fn backward(
-        &self,
-        ctx: &Context,
-        x: &Rows<'_, T>,
-        dy: &[T],
-        grads: &mut Grads<T>,
-    ) -> Result<Vec<T>> {
+    fn backward(&self, ctx: &Context, x: &Rows<'_, T>, dy: &[T], grads: &mut Grads<T>) -> Result<Vec<T>> {
         let dy = Rows::from_slice(dy, x.batch(), x.n(), x.d())?;
         let mut dx = vec![T::ZERO; x.batch() * x.n() * x.d()];
         let mut dgain = vec![T::ZERO; x.d()];
@@ -634,9 +545,7 @@ impl<T: Real> NormParams<T> {
             norm::rms_backward(ctx, x, &self.gain, EPS, &dy, &mut dx, &mut dgain)?;
         } else {
             let mut dbias = vec![T::ZERO; x.d()];
-            norm::layer_backward(
-                ctx, x, &self.gain, EPS, &dy, &mut dx, &mut dgain, &mut dbias,
-            )?;
+            norm::layer_backward(ctx, x, &self.gain, EPS, &dy, &mut dx, &mut dgain, &mut dbias)?;
             grads.insert(format!("{}.bias", self.name), dbias);
         }
         grads.insert(format!("{}.gain", self.name), dgain);
@@ -653,15 +562,9 @@ fn check_params<T: Real>(config: &Config, params: &Params<'_, T>) -> Result<()> 
     let shapes = config.param_shapes();
     for (name, shape) in &shapes {
         let Some(param) = params.get(name) else {
-            return Err(Error::Argument(format!(
-                "the parameter {name} is missing; expected shape {shape:?}"
-            )));
+            return Err(Error::Argument(format!("the parameter {name} is missing; expected shape {shape:?}")));
         };
-        let expected = if let [rows, cols] = shape[..] {
-            (rows, cols)
-        } else {
-            (1, shape[0])
-        };
+        let expected = if let [rows, cols] = shape[..] { (rows, cols) } else { (1, shape[0]) };
         if param.shape() != expected {
             return Err(Error::Shape(format!(
                 "the parameter {name} has shape {:?}; expected {expected:?}",
@@ -677,9 +580,7 @@ fn check_params<T: Real>(config: &Config, params: &Params<'_, T>) -> Result<()> 
     if params.len() > shapes.len() {
         let known: BTreeSet<_> = shapes.iter().map(|(name, _)| name).collect();
         if let Some(name) = params.keys().find(|name| !known.contains(name)) {
-            return Err(Error::Argument(format!(
-                "the model has no parameter {name}; see Config::param_shapes"
-            )));
+            return Err(Error::Argument(format!("the model has no parameter {name}; see Config::param_shapes")));
         }
     }
     Ok(())

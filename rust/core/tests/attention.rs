@@ -434,7 +434,8 @@ fn cancelled_work_stops_with_an_error() {
 #[test]
 fn nan_and_infinity_are_refused_by_name() {
     let case = Case { bias: true, ..Case::new(Engine::Polynomial(Polynomial::default()), 70, false) };
-    let poisons: [(&str, fn(&mut Data<f32>)); 4] = [
+    type Poison = fn(&mut Data<f32>);
+    let poisons: [(&str, Poison); 4] = [
         ("q", |d| d.q[0][(69, 2)] = f32::NAN),
         ("k", |d| d.k[0][(0, 0)] = f32::INFINITY),
         ("v", |d| d.v[0][(5, 1)] = f32::NEG_INFINITY),

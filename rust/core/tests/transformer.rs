@@ -31,32 +31,16 @@ fn tiny() -> Config {
 fn variants() -> Vec<(&'static str, Config)> {
     vec![
         ("causal with rope", tiny()),
-        (
-            "grouped queries, bounded scores",
-            Config {
-                n_kv_heads: 1,
-                score_bound: Some(3.0),
-                ..tiny()
-            },
-        ),
+        ("grouped queries, bounded scores", Config { n_kv_heads: 1, score_bound: Some(3.0), ..tiny() }),
         (
             "LayerNorm, gelu, not causal, no rope",
-            Config {
-                norm: Norm::Layer,
-                activation: ActivationKind::GeluTanh,
-                causal: false,
-                rope: false,
-                ..tiny()
-            },
+            Config { norm: Norm::Layer, activation: ActivationKind::GeluTanh, causal: false, rope: false, ..tiny() },
         ),
         (
             "consistent polynomial, not causal",
             Config {
                 causal: false,
-                engine: Engine::Polynomial(Polynomial {
-                    gradient: Gradient::Consistent,
-                    ..Polynomial::default()
-                }),
+                engine: Engine::Polynomial(Polynomial { gradient: Gradient::Consistent, ..Polynomial::default() }),
                 ..tiny()
             },
         ),
@@ -69,16 +53,9 @@ type Owned<T> = BTreeMap<String, (Vec<T>, usize, usize)>;
 fn random_params<T: Real>(config: &Config) -> Owned<T> {
     let mut params = Owned::new();
     for (seed, (name, shape)) in config.param_shapes().into_iter().enumerate() {
-        let (rows, cols) = if shape.len() == 2 {
-            (shape[0], shape[1])
-        } else {
-            (1, shape[0])
-        };
+        let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
         let offset = if name.ends_with("gain") { 1.0 } else { 0.0 };
-        let data = numbers(seed as u64, rows * cols)
-            .iter()
-            .map(|x| T::of(offset + 0.4 * x))
-            .collect();
+        let data = numbers(seed as u64, rows * cols).iter().map(|x| T::of(offset + 0.4 * x)).collect();
         params.insert(name, (data, rows, cols));
     }
     params
@@ -86,19 +63,12 @@ fn random_params<T: Real>(config: &Config) -> Owned<T> {
 
 fn views<T>(params: &Owned<T>) -> Params<'_, T> {
     (params.iter())
-        .map(|(name, (data, rows, cols))| {
-            (
-                name.clone(),
-                MatRef::from_row_major_slice(data, *rows, *cols),
-            )
-        })
+        .map(|(name, (data, rows, cols))| (name.clone(), MatRef::from_row_major_slice(data, *rows, *cols)))
         .collect()
 }
 
 fn tokens(count: usize, vocab: usize, seed: usize) -> Vec<u32> {
-    (0..count)
-        .map(|i| ((i * i + seed * i + seed) % vocab) as u32)
-        .collect()
+    (0..count).map(|i| ((i * i + seed * i + seed) % vocab) as u32).collect()
 }
 
 #[test]
@@ -108,16 +78,12 @@ fn gradients_of_the_loss_match_central_differences() {
         let ctx = Context::new();
         let params = random_params::<f64>(&config);
         let (x, targets) = (tokens(batch * n, 5, 1), tokens(batch * n, 5, 2));
-        let value = |params: &Owned<f64>| {
-            value_and_grad(&ctx, &config, &views(params), &x, &targets, batch, n, 0).unwrap()
-        };
+        let value =
+            |params: &Owned<f64>| value_and_grad(&ctx, &config, &views(params), &x, &targets, batch, n, 0).unwrap();
         let (loss, result) = value(&params);
         assert!(loss > 0.0 && loss <= 10.0, "{what}: loss {loss}");
         assert_eq!(ctx.progress(), 1.0);
-        assert_eq!(
-            result.grads.keys().collect::<Vec<_>>(),
-            params.keys().collect::<Vec<_>>()
-        );
+        assert_eq!(result.grads.keys().collect::<Vec<_>>(), params.keys().collect::<Vec<_>>());
         for (name, grad) in &result.grads {
             let mut at = params.clone();
             let data = params[name].0.clone();
@@ -150,15 +116,7 @@ fn pullback_of_embeddings_matches_central_differences() {
         let (_, trace) = model(&x);
         let x_rows = rows(&x, batch, n, d);
         let dy_rows = rows(&dy, batch, n, vocab);
-        let result = backward(
-            &ctx,
-            &config,
-            &params,
-            &Input::Embeddings(&x_rows),
-            &trace,
-            &dy_rows,
-        )
-        .unwrap();
+        let result = backward(&ctx, &config, &params, &Input::Embeddings(&x_rows), &trace, &dy_rows).unwrap();
         assert_pullback(what, |x| model(x).0, &x, &dy, &result.dx);
         assert!(result.grads["embed"].iter().all(|x| *x == 0.0));
     }
@@ -173,34 +131,21 @@ fn value_and_grad_is_forward_then_the_loss_then_backward() {
         let params = views(&params);
         let vocab = config.vocab_size;
         let (x, targets) = (tokens(batch * n, vocab, 1), tokens(batch * n, vocab, 2));
-        let input = Input::Tokens {
-            tokens: &x,
-            batch,
-            n,
-        };
+        let input = Input::Tokens { tokens: &x, batch, n };
         let mut logits = nan(batch * n * vocab);
         let trace = forward(&ctx, &config, &params, &input, &mut logits).unwrap();
         assert_eq!(ctx.progress(), 1.0);
         let mut dlogits = nan(logits.len());
-        let loss = cross_entropy::mean(
-            &ctx,
-            &rows(&logits, batch, n, vocab),
-            &targets,
-            &mut dlogits,
-        )
-        .unwrap();
+        let loss = cross_entropy::mean(&ctx, &rows(&logits, batch, n, vocab), &targets, &mut dlogits).unwrap();
         let dlogits = rows(&dlogits, batch, n, vocab);
         let apart = backward(&ctx, &config, &params, &input, &trace, &dlogits).unwrap();
-        let (fused_loss, fused) =
-            value_and_grad(&ctx, &config, &params, &x, &targets, batch, n, 0).unwrap();
+        let (fused_loss, fused) = value_and_grad(&ctx, &config, &params, &x, &targets, batch, n, 0).unwrap();
         assert_close("loss", &[fused_loss], &[loss], SAME);
         assert_close("dx", &fused.dx, &apart.dx, SAME);
         for (name, grad) in &apart.grads {
             assert_close(&format!("{what}: {name}"), &fused.grads[name], grad, SAME);
         }
-        assert!(
-            fused.reports.len() == 2 && fused.reports.iter().all(|report| report.error.is_none())
-        );
+        assert!(fused.reports.len() == 2 && fused.reports.iter().all(|report| report.error.is_none()));
     }
 }
 
@@ -220,23 +165,8 @@ fn residuals_pass_everything_on_where_the_blocks_give_nothing() {
     let dy = numbers(2, n * vocab);
     let dy = rows(&dy, batch, n, vocab);
     let mut y = nan(n * vocab);
-    let trace = forward(
-        &ctx,
-        &config,
-        &views(&params),
-        &Input::Embeddings(&x),
-        &mut y,
-    )
-    .unwrap();
-    let result = backward(
-        &ctx,
-        &config,
-        &views(&params),
-        &Input::Embeddings(&x),
-        &trace,
-        &dy,
-    )
-    .unwrap();
+    let trace = forward(&ctx, &config, &views(&params), &Input::Embeddings(&x), &mut y).unwrap();
+    let result = backward(&ctx, &config, &views(&params), &Input::Embeddings(&x), &trace, &dy).unwrap();
 
     let gain = &params["norm.gain"].0;
     let head = views(&params)["head"];
@@ -244,40 +174,15 @@ fn residuals_pass_everything_on_where_the_blocks_give_nothing() {
     norm::rms_forward(&ctx, &x, gain, 1e-5, &mut last).unwrap();
     linear::forward(&ctx, &rows(&last, batch, n, d), head, None, &mut expected).unwrap();
     assert_close("y", &y, &expected, SAME);
-    let (mut dlast, mut dhead, mut dx, mut dgain) =
-        (nan(n * d), nan(d * vocab), nan(n * d), nan(d));
-    linear::backward(
-        &ctx,
-        &rows(&last, batch, n, d),
-        head,
-        &dy,
-        &mut dlast,
-        &mut dhead,
-        None,
-    )
-    .unwrap();
-    norm::rms_backward(
-        &ctx,
-        &x,
-        gain,
-        1e-5,
-        &rows(&dlast, batch, n, d),
-        &mut dx,
-        &mut dgain,
-    )
-    .unwrap();
+    let (mut dlast, mut dhead, mut dx, mut dgain) = (nan(n * d), nan(d * vocab), nan(n * d), nan(d));
+    linear::backward(&ctx, &rows(&last, batch, n, d), head, &dy, &mut dlast, &mut dhead, None).unwrap();
+    norm::rms_backward(&ctx, &x, gain, 1e-5, &rows(&dlast, batch, n, d), &mut dx, &mut dgain).unwrap();
     assert_close("dx", &result.dx, &dx, SAME);
     for i in 0..2 {
         assert!(support::norm(&result.grads[&format!("layers.{i}.attn.w_o")]) > 0.0);
-        assert_eq!(
-            support::norm(&result.grads[&format!("layers.{i}.attn.w_v")]),
-            0.0
-        );
+        assert_eq!(support::norm(&result.grads[&format!("layers.{i}.attn.w_v")]), 0.0);
         assert!(support::norm(&result.grads[&format!("layers.{i}.ffn.w_out")]) > 0.0);
-        assert_eq!(
-            support::norm(&result.grads[&format!("layers.{i}.ffn.w_in")]),
-            0.0
-        );
+        assert_eq!(support::norm(&result.grads[&format!("layers.{i}.ffn.w_in")]), 0.0);
     }
 }
 
@@ -288,17 +193,8 @@ fn one_thread_equals_many_bitwise() {
         let params = random_params::<f32>(&config);
         let (x, targets) = (tokens(batch * n, 5, 1), tokens(batch * n, 5, 2));
         assert_same_on_any_threads(what, || {
-            let (loss, result) = value_and_grad(
-                &Context::new(),
-                &config,
-                &views(&params),
-                &x,
-                &targets,
-                batch,
-                n,
-                0,
-            )
-            .unwrap();
+            let (loss, result) =
+                value_and_grad(&Context::new(), &config, &views(&params), &x, &targets, batch, n, 0).unwrap();
             (loss, result.dx, result.grads)
         });
     }
@@ -311,10 +207,8 @@ fn float32_agrees_with_float64() {
         let (params, params32) = (random_params::<f64>(&config), random_params::<f32>(&config));
         let (x, targets) = (tokens(n, 5, 1), tokens(n, 5, 2));
         let ctx = Context::new();
-        let (loss, result) =
-            value_and_grad(&ctx, &config, &views(&params), &x, &targets, batch, n, 0).unwrap();
-        let (loss32, result32) =
-            value_and_grad(&ctx, &config, &views(&params32), &x, &targets, batch, n, 0).unwrap();
+        let (loss, result) = value_and_grad(&ctx, &config, &views(&params), &x, &targets, batch, n, 0).unwrap();
+        let (loss32, result32) = value_and_grad(&ctx, &config, &views(&params32), &x, &targets, batch, n, 0).unwrap();
         assert_close("loss", &[loss32], &[loss], FLOAT32);
         for (name, grad) in &result.grads {
             let grad32: Vec<f64> = result32.grads[name].iter().map(|x| *x as f64).collect();
@@ -329,8 +223,7 @@ fn layers_report_the_measured_error_where_it_is_asked_for() {
     let config = tiny();
     let params = random_params::<f64>(&config);
     let x = tokens(40, 5, 1);
-    let (_, result) =
-        value_and_grad(&Context::new(), &config, &views(&params), &x, &x, 1, 40, 16).unwrap();
+    let (_, result) = value_and_grad(&Context::new(), &config, &views(&params), &x, &x, 1, 40, 16).unwrap();
     assert_eq!(result.reports.len(), 2);
     for report in result.reports {
         let error = report.error.expect("an estimate");
@@ -345,115 +238,38 @@ fn an_empty_input_gives_empty_results() {
     let params = random_params::<f64>(&config);
     let params = views(&params);
     for (batch, n) in [(0, 3), (2, 0)] {
-        let input = Input::Tokens {
-            tokens: &[],
-            batch,
-            n,
-        };
+        let input = Input::Tokens { tokens: &[], batch, n };
         let trace = forward(&ctx, &config, &params, &input, &mut []).unwrap();
         let dy = rows(&[], batch, n, 5);
         let result = backward(&ctx, &config, &params, &input, &trace, &dy).unwrap();
         assert!(result.dx.is_empty());
         assert!(result.grads.values().flatten().all(|x| *x == 0.0));
         let result = value_and_grad(&ctx, &config, &params, &[], &[], batch, n, 0);
-        assert!(matches!(
-            assert_message(result, &["no tokens"]),
-            Error::Argument(_)
-        ));
+        assert!(matches!(assert_message(result, &["no tokens"]), Error::Argument(_)));
     }
 }
 
 #[test]
 fn config_names_what_does_not_fit() {
     for (config, parts) in [
-        (
-            Config {
-                n_layers: 0,
-                ..tiny()
-            },
-            &["n_layers is 0"][..],
-        ),
-        (
-            Config {
-                d_model: 0,
-                ..tiny()
-            },
-            &["d_model is 0"],
-        ),
+        (Config { n_layers: 0, ..tiny() }, &["n_layers is 0"][..]),
+        (Config { d_model: 0, ..tiny() }, &["d_model is 0"]),
         (Config { d_ff: 0, ..tiny() }, &["d_ff is 0"]),
-        (
-            Config {
-                vocab_size: 0,
-                ..tiny()
-            },
-            &["vocab_size is 0"],
-        ),
-        (
-            Config {
-                n_heads: 0,
-                ..tiny()
-            },
-            &["n_heads is 0"],
-        ),
-        (
-            Config {
-                n_heads: 3,
-                ..tiny()
-            },
-            &["n_heads is 3", "d_model = 8"],
-        ),
-        (
-            Config {
-                n_kv_heads: 0,
-                ..tiny()
-            },
-            &["n_kv_heads is 0", "n_heads = 2"],
-        ),
-        (
-            Config {
-                n_kv_heads: 3,
-                ..tiny()
-            },
-            &["n_kv_heads is 3", "n_heads = 2"],
-        ),
-        (
-            Config {
-                n_heads: 8,
-                n_kv_heads: 8,
-                ..tiny()
-            },
-            &["rope", "width 1", "even"],
-        ),
-        (
-            Config {
-                score_bound: Some(-1.0),
-                ..tiny()
-            },
-            &["score_bound is -1", "> 0"],
-        ),
-        (
-            Config {
-                score_bound: Some(f64::INFINITY),
-                ..tiny()
-            },
-            &["score_bound is inf"],
-        ),
+        (Config { vocab_size: 0, ..tiny() }, &["vocab_size is 0"]),
+        (Config { n_heads: 0, ..tiny() }, &["n_heads is 0"]),
+        (Config { n_heads: 3, ..tiny() }, &["n_heads is 3", "d_model = 8"]),
+        (Config { n_kv_heads: 0, ..tiny() }, &["n_kv_heads is 0", "n_heads = 2"]),
+        (Config { n_kv_heads: 3, ..tiny() }, &["n_kv_heads is 3", "n_heads = 2"]),
+        (Config { n_heads: 8, n_kv_heads: 8, ..tiny() }, &["rope", "width 1", "even"]),
+        (Config { score_bound: Some(-1.0), ..tiny() }, &["score_bound is -1", "> 0"]),
+        (Config { score_bound: Some(f64::INFINITY), ..tiny() }, &["score_bound is inf"]),
     ] {
-        assert!(matches!(
-            assert_message(config.validate(), parts),
-            Error::Argument(_)
-        ));
+        assert!(matches!(assert_message(config.validate(), parts), Error::Argument(_)));
     }
-    assert_message(
-        "batch".parse::<Norm>(),
-        &["norm is \"batch\"", "\"rms\" or \"layer\""],
-    );
+    assert_message("batch".parse::<Norm>(), &["norm is \"batch\"", "\"rms\" or \"layer\""]);
     assert_message(
         "tanh".parse::<ActivationKind>(),
-        &[
-            "activation is \"tanh\"",
-            "\"relu\", \"silu\" or \"gelu_tanh\"",
-        ],
+        &["activation is \"tanh\"", "\"relu\", \"silu\" or \"gelu_tanh\""],
     );
 }
 
@@ -467,14 +283,8 @@ fn arguments_are_named_where_they_do_not_fit() {
     };
     let x = [0, 1, 2];
     grad(&good, &x, &x).unwrap();
-    assert_message(
-        grad(&good, &[0, 1, 5], &x),
-        &["tokens holds 5 at position 2", "less than 5"],
-    );
-    assert_message(
-        grad(&good, &x, &[7, 1, 2]),
-        &["targets holds 7 at position 0", "less than 5"],
-    );
+    assert_message(grad(&good, &[0, 1, 5], &x), &["tokens holds 5 at position 2", "less than 5"]);
+    assert_message(grad(&good, &x, &[7, 1, 2]), &["targets holds 7 at position 0", "less than 5"]);
     assert_message(grad(&good, &x, &[1, 2]), &["targets holds 2", "expected 3"]);
     assert_message(grad(&good, &[1, 2], &x), &["tokens holds 2", "expected 3"]);
 
@@ -485,61 +295,30 @@ fn arguments_are_named_where_they_do_not_fit() {
     };
     let missing = changed(&|params| drop(params.remove("layers.1.ffn.w_in")));
     assert_message(missing, &["layers.1.ffn.w_in is missing", "[8, 6]"]);
-    let unexpected =
-        changed(&|params| drop(params.insert("layers.2.attn.w_q".into(), (vec![0.0], 1, 1))));
+    let unexpected = changed(&|params| drop(params.insert("layers.2.attn.w_q".into(), (vec![0.0], 1, 1))));
     assert_message(unexpected, &["no parameter layers.2.attn.w_q"]);
     let shape = changed(&|params| drop(params.insert("head".into(), (vec![0.0; 10], 2, 5))));
-    assert!(matches!(
-        assert_message(shape, &["head has shape (2, 5)", "(8, 5)"]),
-        Error::Shape(_)
-    ));
+    assert!(matches!(assert_message(shape, &["head has shape (2, 5)", "(8, 5)"]), Error::Shape(_)));
     let infinite = changed(&|params| params.get_mut("norm.gain").unwrap().0[3] = f64::INFINITY);
-    assert!(matches!(
-        assert_message(infinite, &["norm.gain holds NaN or infinity"]),
-        Error::NonFinite(_)
-    ));
+    assert!(matches!(assert_message(infinite, &["norm.gain holds NaN or infinity"]), Error::NonFinite(_)));
 
     let params = views(&good);
-    let input = Input::Tokens {
-        tokens: &x,
-        batch: 1,
-        n: 3,
-    };
+    let input = Input::Tokens { tokens: &x, batch: 1, n: 3 };
     let mut y = nan(15);
-    assert_message(
-        forward(&ctx, &config, &params, &input, &mut y[..14]),
-        &["y holds 14", "expected 15"],
-    );
+    assert_message(forward(&ctx, &config, &params, &input, &mut y[..14]), &["y holds 14", "expected 15"]);
     let trace = forward(&ctx, &config, &params, &input, &mut y).unwrap();
     let dy = numbers(1, 12);
     let result = backward(&ctx, &config, &params, &input, &trace, &rows(&dy, 1, 3, 4));
     assert_message(result, &["dy has shape (1, 3, 4)", "(1, 3, 5)"]);
-    let other = Input::Tokens {
-        tokens: &x[..2],
-        batch: 1,
-        n: 2,
-    };
-    assert_message(
-        backward(
-            &ctx,
-            &config,
-            &params,
-            &other,
-            &trace,
-            &rows(&dy[..10], 1, 2, 5),
-        ),
-        &["trace"],
-    );
+    let other = Input::Tokens { tokens: &x[..2], batch: 1, n: 2 };
+    assert_message(backward(&ctx, &config, &params, &other, &trace, &rows(&dy[..10], 1, 2, 5)), &["trace"]);
     let narrow = rows(&dy, 1, 3, 4);
     let result = forward(&ctx, &config, &params, &Input::Embeddings(&narrow), &mut y);
     assert_message(result, &["x has shape (1, 3, 4)", "(1, 3, 8)"]);
     let unknown = vec![f64::NAN; 24];
     let unknown = rows(&unknown, 1, 3, 8);
     let result = forward(&ctx, &config, &params, &Input::Embeddings(&unknown), &mut y);
-    assert!(matches!(
-        assert_message(result, &["x holds NaN"]),
-        Error::NonFinite(_)
-    ));
+    assert!(matches!(assert_message(result, &["x holds NaN"]), Error::NonFinite(_)));
 
     ctx.cancel();
     assert!(matches!(grad(&good, &x, &x), Err(Error::Cancelled)));

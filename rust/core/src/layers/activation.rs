@@ -8,10 +8,10 @@
 
 use std::str::FromStr;
 
+use super::expect_rows;
 use super::tiles::{for_each_tile, load};
-use super::{expect_len, expect_rows};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
 
@@ -34,20 +34,15 @@ impl FromStr for ActivationKind {
             "relu" => Ok(Self::Relu),
             "silu" => Ok(Self::Silu),
             "gelu_tanh" => Ok(Self::GeluTanh),
-            _ => Err(Error::Argument(format!(
-                "activation is \"{name}\"; expected \"relu\", \"silu\" or \"gelu_tanh\""
-            ))),
+            _ => {
+                Err(Error::Argument(format!("activation is \"{name}\"; expected \"relu\", \"silu\" or \"gelu_tanh\"")))
+            }
         }
     }
 }
 
 /// `y = act(x)`, both `(.., d)`. A NaN stays NaN. Time `O(n d)`.
-pub fn forward<T: Real>(
-    ctx: &Context,
-    kind: ActivationKind,
-    x: &Rows<'_, T>,
-    y: &mut [T],
-) -> Result<()> {
+pub fn forward<T: Real>(ctx: &Context, kind: ActivationKind, x: &Rows<'_, T>, y: &mut [T]) -> Result<()> {
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * x.d())?;
     for_each_tile(ctx, rows, [(y, x.d())], [], |tile, [y], [], [x_tile]| {
@@ -69,19 +64,13 @@ pub fn backward<T: Real>(
     expect_rows("dy", dy, x.batch(), x.n(), x.d())?;
     let rows = x.batch() * x.n();
     expect_len("dx", dx.len(), rows * x.d())?;
-    for_each_tile(
-        ctx,
-        rows,
-        [(dx, x.d())],
-        [],
-        |tile, [dx], [], [x_tile, dy_tile]| {
-            let count = tile.len() * x.d();
-            load(x, tile.clone(), x_tile);
-            apply_with_slope(kind, &mut x_tile[..count], dx);
-            multiply(dx, load(dy, tile, dy_tile));
-            Ok(())
-        },
-    )?;
+    for_each_tile(ctx, rows, [(dx, x.d())], [], |tile, [dx], [], [x_tile, dy_tile]| {
+        let count = tile.len() * x.d();
+        load(x, tile.clone(), x_tile);
+        apply_with_slope(kind, &mut x_tile[..count], dx);
+        multiply(dx, load(dy, tile, dy_tile));
+        Ok(())
+    })?;
     Ok(())
 }
 
@@ -142,10 +131,7 @@ fn map_with_slope<T: Real>(x: &mut [T], slope: &mut [T], f: impl Fn(T) -> (T, T)
 /// The value and the slope; a NaN is not below 0, so it stays.
 #[inline(always)]
 fn relu<T: Real>(x: T) -> (T, T) {
-    (
-        if x < T::ZERO { T::ZERO } else { x },
-        if x > T::ZERO { T::ONE } else { T::ZERO },
-    )
+    (if x < T::ZERO { T::ZERO } else { x }, if x > T::ZERO { T::ONE } else { T::ZERO })
 }
 
 #[inline(always)]
@@ -160,10 +146,7 @@ fn gelu_tanh<T: Real>(x: T) -> (T, T) {
     let limit = T::of(64.0);
     let z = if x > limit { limit } else { x };
     let z = if z < -limit { -limit } else { z };
-    let (a, b) = (
-        T::of(2.0 * SQRT_2_OVER_PI),
-        T::of(2.0 * SQRT_2_OVER_PI * 0.044715),
-    );
+    let (a, b) = (T::of(2.0 * SQRT_2_OVER_PI), T::of(2.0 * SQRT_2_OVER_PI * 0.044715));
     let square = z * z;
     let (s, t) = sigmoid(z * (a + b * square));
     (x * s, s * (T::ONE + z * t * (a + T::of(3.0) * b * square)))
@@ -178,9 +161,5 @@ fn sigmoid<T: Real>(x: T) -> (T, T) {
     let e = (if positive { -x } else { x }).exp_nonpositive();
     let large = T::ONE / (T::ONE + e);
     let small = e * large;
-    if positive {
-        (large, small)
-    } else {
-        (small, large)
-    }
+    if positive { (large, small) } else { (small, large) }
 }

@@ -23,13 +23,14 @@ use faer::{Accum, MatRef};
 
 use super::heads::{Part, Projected, Shaping, project, unproject};
 use super::rope::Rope;
-use super::tiles::{add_product, for_each_tile, load, matrix, product, rounded};
-use super::{expect_len, expect_rows, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, rounded};
+use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// The projections around attention.
 #[derive(Debug, Clone)]
@@ -98,10 +99,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
     pub fn default_scale(weights: &Weights<'_, T>) -> f64 {
         match weights {
             Weights::Combined { w, .. } => (w.ncols() as f64).sqrt().recip(),
-            Weights::Heads {
-                score_bound: Some(bound),
-                ..
-            } => *bound,
+            Weights::Heads { score_bound: Some(bound), .. } => *bound,
             Weights::Heads { w_q, n_heads, .. } => (*n_heads as f64 / w_q.ncols() as f64).sqrt(),
         }
     }
@@ -142,44 +140,19 @@ impl<'a, T: Real> SelfAttention<'a, T> {
     pub(crate) fn inside(&self, ctx: &Context, x: &Rows<'_, T>) -> Result<Inside<T>> {
         let Widths { h, h_kv, d, dv, .. } = self.widths(x.d())?;
         let (q, k, v, rope) = match self.weights {
-            Weights::Combined { w, w_v } => (
-                project(ctx, x, "q", w, 1, Shaping::NONE)?,
-                None,
-                project(ctx, x, "v", w_v, 1, Shaping::NONE)?,
-                None,
-            ),
-            Weights::Heads {
-                w_q,
-                w_k,
-                w_v,
-                rope,
-                score_bound,
-                ..
-            } => {
+            Weights::Combined { w, w_v } => {
+                (project(ctx, x, "q", w, 1, Shaping::NONE)?, None, project(ctx, x, "v", w_v, 1, Shaping::NONE)?, None)
+            }
+            Weights::Heads { w_q, w_k, w_v, rope, score_bound, .. } => {
                 let rope = rope.then(|| Rope::new(x.n(), d));
-                let shaping = Shaping {
-                    unit: score_bound.is_some(),
-                    rope: rope.as_ref(),
-                };
+                let shaping = Shaping { unit: score_bound.is_some(), rope: rope.as_ref() };
                 let q = project(ctx, x, "q", w_q, h, shaping)?;
                 let k = project(ctx, x, "k", w_k, h_kv, shaping)?;
-                (
-                    q,
-                    Some(k),
-                    project(ctx, x, "v", w_v, h_kv, Shaping::NONE)?,
-                    rope,
-                )
+                (q, Some(k), project(ctx, x, "v", w_v, h_kv, Shaping::NONE)?, rope)
             }
         };
         let out = Projected::zeros(x.batch() * x.n(), h, dv);
-        let mut inside = Inside {
-            q,
-            k,
-            v,
-            rope,
-            out,
-            saved: None,
-        };
+        let mut inside = Inside { q, k, v, rope, out, saved: None };
         if x.batch() * x.n() > 0 {
             let mut out = std::mem::take(&mut inside.out.rows);
             inside.saved = Some(self.attention.forward(ctx, &inside.heads(x), &mut out)?);
@@ -189,13 +162,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
     }
 
     /// From the heads' outputs to `y`.
-    pub(crate) fn finish(
-        &self,
-        ctx: &Context,
-        x: &Rows<'_, T>,
-        inside: &Inside<T>,
-        y: &mut [T],
-    ) -> Result<()> {
+    pub(crate) fn finish(&self, ctx: &Context, x: &Rows<'_, T>, inside: &Inside<T>, y: &mut [T]) -> Result<()> {
         let (rows, e) = (x.batch() * x.n(), self.output_width());
         expect_len("y", y.len(), rows * e)?;
         let Weights::Heads { w_o, .. } = self.weights else {
@@ -205,7 +172,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [buffer]| {
             let count = tile.len();
             let o = inside.out.side_by_side(x.n(), tile, buffer);
-            product(y, Accum::Replace, matrix(o, count, w_o.nrows()), w_o);
+            product(y, Accum::Replace, view(o, count, w_o.nrows()), w_o);
             Ok(())
         })?;
         Ok(())
@@ -231,27 +198,11 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         if let Some(saved) = &inside.saved {
             let dout = match self.weights {
                 Weights::Combined { .. } => None,
-                Weights::Heads { w_o, .. } => {
-                    Some(project(ctx, dy, "dout", w_o.transpose(), h, Shaping::NONE)?)
-                }
+                Weights::Heads { w_o, .. } => Some(project(ctx, dy, "dout", w_o.transpose(), h, Shaping::NONE)?),
             };
-            let dout = dout
-                .as_ref()
-                .map_or_else(|| dy.blocks().to_vec(), |dout| dout.views(n));
-            let grads = AttentionGrads {
-                dq: &mut dq,
-                dk: &mut dk,
-                dv: &mut dv,
-                dkey_bias: None,
-            };
-            self.attention.backward(
-                ctx,
-                &inside.heads(x),
-                saved,
-                &inside.out.rows,
-                &dout,
-                grads,
-            )?;
+            let dout = dout.as_ref().map_or_else(|| dy.blocks().to_vec(), |dout| dout.views(n));
+            let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
+            self.attention.backward(ctx, &inside.heads(x), saved, &inside.out.rows, &dout, grads)?;
         }
         let (w_q, w_k, w_v, names) = match self.weights {
             Weights::Combined { w, w_v } => (w, None, w_v, ["w", "", "w_v"]),
@@ -261,50 +212,23 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         // Keys that are x itself have, like the queries of the paper's form, nothing to undo.
         let k = inside.k.as_ref().unwrap_or(&inside.q);
         let parts = [
-            Part {
-                w: Some(w_q),
-                rows: &inside.q,
-                rope,
-                gradient: &dq,
-            },
-            Part {
-                w: w_k,
-                rows: k,
-                rope,
-                gradient: &dk,
-            },
-            Part {
-                w: Some(w_v),
-                rows: &inside.v,
-                rope: None,
-                gradient: &dv,
-            },
+            Part { w: Some(w_q), rows: &inside.q, rope, gradient: &dq },
+            Part { w: w_k, rows: k, rope, gradient: &dk },
+            Part { w: Some(w_v), rows: &inside.v, rope: None, gradient: &dv },
         ];
-        let mut grads: BTreeMap<_, _> = names
-            .into_iter()
-            .zip(unproject(ctx, x, parts, dx)?)
-            .collect();
+        let mut grads: BTreeMap<_, _> = names.into_iter().zip(unproject(ctx, x, parts, dx)?).collect();
         match self.weights {
             Weights::Combined { .. } => {
                 grads.remove("");
             }
             Weights::Heads { w_o, .. } => {
-                let [sum] = for_each_tile(
-                    ctx,
-                    rows,
-                    [],
-                    [w_o.nrows() * e],
-                    |tile, [], [sum], [o_tile, dy_tile, buffer]| {
+                let [sum] =
+                    for_each_tile(ctx, rows, [], [w_o.nrows() * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
                         let count = tile.len();
-                        let o = matrix(
-                            inside.out.side_by_side(n, tile.clone(), o_tile),
-                            count,
-                            w_o.nrows(),
-                        );
-                        add_product(sum, o, matrix(load(dy, tile, dy_tile), count, e), buffer);
+                        let o = view(inside.out.side_by_side(n, tile.clone(), o_tile), count, w_o.nrows());
+                        add_product(sum, o, view(load(dy, tile, dy_tile), count, e), buffer);
                         Ok(())
-                    },
-                )?;
+                    })?;
                 grads.insert("w_o", rounded(&sum));
             }
         }
@@ -322,52 +246,21 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 let e = width_of_heads("w_v", w_v.ncols(), "heads", 1)?;
                 expect_shape("w", w.shape(), (width, width), x)?;
                 expect_shape("w_v", w_v.shape(), (width, e), x)?;
-                Ok(Widths {
-                    h: 1,
-                    h_kv: 1,
-                    d: width,
-                    dv: e,
-                    e,
-                })
+                Ok(Widths { h: 1, h_kv: 1, d: width, dv: e, e })
             }
-            Weights::Heads {
-                w_q,
-                w_k,
-                w_v,
-                w_o,
-                n_heads: h,
-                n_kv_heads: h_kv,
-                rope,
-                score_bound,
-            } => {
+            Weights::Heads { w_q, w_k, w_v, w_o, n_heads: h, n_kv_heads: h_kv, rope, score_bound } => {
                 check_heads(h, h_kv)?;
                 check_score_bound(score_bound)?;
                 let d = width_of_heads("w_q", w_q.ncols(), "n_heads", h)?;
                 let dv = width_of_heads("w_v", w_v.ncols(), "n_kv_heads", h_kv)?;
                 expect_shape("w_q", w_q.shape(), (width, h * d), x)?;
-                expect_shape(
-                    "w_k",
-                    w_k.shape(),
-                    (width, h_kv * d),
-                    format_args!("{x} and {h_kv} key heads of w_q"),
-                )?;
+                expect_shape("w_k", w_k.shape(), (width, h_kv * d), format_args!("{x} and {h_kv} key heads of w_q"))?;
                 expect_shape("w_v", w_v.shape(), (width, h_kv * dv), x)?;
-                expect_shape(
-                    "w_o",
-                    w_o.shape(),
-                    (h * dv, w_o.ncols()),
-                    format_args!("{h} heads of w_v"),
-                )?;
+                expect_shape("w_o", w_o.shape(), (h * dv, w_o.ncols()), format_args!("{h} heads of w_v"))?;
                 if rope {
                     check_rope(d)?;
                 }
-                Ok(Widths {
-                    h,
-                    h_kv,
-                    d,
-                    dv,
-                    e: w_o.ncols(),
-                })
+                Ok(Widths { h, h_kv, d, dv, e: w_o.ncols() })
             }
         }
     }
@@ -378,10 +271,7 @@ impl<T: Real> Inside<T> {
     pub(crate) fn heads<'b>(&'b self, x: &Rows<'b, T>) -> Heads<'b, T> {
         Heads {
             q: self.q.views(x.n()),
-            k: self
-                .k
-                .as_ref()
-                .map_or_else(|| x.blocks().to_vec(), |k| k.views(x.n())),
+            k: self.k.as_ref().map_or_else(|| x.blocks().to_vec(), |k| k.views(x.n())),
             v: self.v.views(x.n()),
             key_bias: None,
         }
@@ -399,9 +289,7 @@ pub(crate) fn check_heads(n_heads: usize, n_kv_heads: usize) -> Result<()> {
         return Err(Error::Argument("n_heads is 0; expected at least 1".into()));
     }
     if n_kv_heads == 0 || !n_heads.is_multiple_of(n_kv_heads) {
-        return Err(Error::Argument(format!(
-            "n_kv_heads is {n_kv_heads}; expected a divisor of n_heads = {n_heads}"
-        )));
+        return Err(Error::Argument(format!("n_kv_heads is {n_kv_heads}; expected a divisor of n_heads = {n_heads}")));
     }
     Ok(())
 }
@@ -409,9 +297,9 @@ pub(crate) fn check_heads(n_heads: usize, n_kv_heads: usize) -> Result<()> {
 /// An error unless the bound, if any, is a positive number.
 pub(crate) fn check_score_bound(score_bound: Option<f64>) -> Result<()> {
     match score_bound {
-        Some(bound) if !(bound.is_finite() && bound > 0.0) => Err(Error::Argument(format!(
-            "score_bound is {bound}; expected a finite number > 0"
-        ))),
+        Some(bound) if !(bound.is_finite() && bound > 0.0) => {
+            Err(Error::Argument(format!("score_bound is {bound}; expected a finite number > 0")))
+        }
         _ => Ok(()),
     }
 }
@@ -421,9 +309,7 @@ pub(crate) fn check_rope(d: usize) -> Result<()> {
     if d.is_multiple_of(2) {
         Ok(())
     } else {
-        Err(Error::Argument(format!(
-            "rope=True with heads of width {d}; expected an even width"
-        )))
+        Err(Error::Argument(format!("rope=True with heads of width {d}; expected an even width")))
     }
 }
 

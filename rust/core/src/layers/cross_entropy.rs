@@ -5,37 +5,27 @@
 
 use faer::{Accum, MatRef};
 
-use super::tiles::{add_product, for_each_tile, load, matrix, product, round, row_sum, sized};
-use super::{expect_below, expect_len, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, round, row_sum, sized};
+use super::{expect_below, expect_shape};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// The mean over the tokens of `-log softmax(logits)[target]`, and its gradient.
 ///
 /// `logits (.., vocab)`, `targets` one a token, `dlogits (.., vocab)`. NaN or infinite losses are an error.
 /// Time `O(n vocab)`.
-pub fn mean<T: Real>(
-    ctx: &Context,
-    logits: &Rows<'_, T>,
-    targets: &[u32],
-    dlogits: &mut [T],
-) -> Result<f64> {
+pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogits: &mut [T]) -> Result<f64> {
     let (rows, vocab) = (logits.batch() * logits.n(), logits.d());
     check(rows, targets, vocab)?;
     expect_len("dlogits", dlogits.len(), rows * vocab)?;
-    let [loss] = for_each_tile(
-        ctx,
-        rows,
-        [(dlogits, vocab)],
-        [1],
-        |tile, [dlogits], [loss], [buffer]| {
-            dlogits.copy_from_slice(load(logits, tile.clone(), buffer));
-            loss[0] += differentiate(dlogits, &targets[tile], rows)?;
-            Ok(())
-        },
-    )?;
+    let [loss] = for_each_tile(ctx, rows, [(dlogits, vocab)], [1], |tile, [dlogits], [loss], [buffer]| {
+        dlogits.copy_from_slice(load(logits, tile.clone(), buffer));
+        loss[0] += differentiate(dlogits, &targets[tile], rows)?;
+        Ok(())
+    })?;
     Ok(loss[0] / rows as f64)
 }
 
@@ -57,23 +47,18 @@ pub fn linear_mean<T: Real>(
     check(rows, targets, vocab)?;
     expect_len("dx", dx.len(), rows * d)?;
     expect_len("dw", dw.len(), d * vocab)?;
-    let [loss, dw_sum] = for_each_tile(
-        ctx,
-        rows,
-        [(dx, d)],
-        [1, d * vocab],
-        |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
+    let [loss, dw_sum] =
+        for_each_tile(ctx, rows, [(dx, d)], [1, d * vocab], |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
             let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
+            let x = view(load(x, tile.clone(), x_tile), count, d);
             let logits = sized(logits, count * vocab);
             product(logits, Accum::Replace, x, w);
             loss[0] += differentiate(logits, &targets[tile], rows)?;
-            let dlogits = matrix(logits, count, vocab);
+            let dlogits = view(logits, count, vocab);
             add_product(dw, x, dlogits, buffer);
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())
-        },
-    )?;
+        })?;
     round(&dw_sum, dw);
     Ok(loss[0] / rows as f64)
 }
@@ -82,9 +67,7 @@ pub(crate) fn check(rows: usize, targets: &[u32], vocab: usize) -> Result<()> {
     expect_len("targets", targets.len(), rows)?;
     expect_below("targets", targets, vocab, "vocabulary's size")?;
     if rows == 0 {
-        return Err(Error::Argument(
-            "the mean loss of no tokens; expected at least one token".into(),
-        ));
+        return Err(Error::Argument("the mean loss of no tokens; expected at least one token".into()));
     }
     Ok(())
 }
@@ -137,8 +120,5 @@ fn largest<T: Real>(row: &[T]) -> T {
             lanes[l] = lanes[l].larger(x[l]);
         }
     }
-    lanes
-        .iter()
-        .chain(rest)
-        .fold(T::NEG_INFINITY, |max, x| max.larger(*x))
+    lanes.iter().chain(rest).fold(T::NEG_INFINITY, |max, x| max.larger(*x))
 }

@@ -5,20 +5,15 @@
 use faer::MatRef;
 use rayon::prelude::*;
 
+use super::expect_below;
 use super::tiles::{TILE, for_each_tile, round};
-use super::{expect_below, expect_len};
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
 
 /// `y_i = embed[tokens_i]`: `embed (vocab, d)`, `y (tokens, d)`. Time `O(n d)`.
-pub fn forward<T: Real>(
-    ctx: &Context,
-    tokens: &[u32],
-    embed: MatRef<'_, T>,
-    y: &mut [T],
-) -> Result<()> {
+pub fn forward<T: Real>(ctx: &Context, tokens: &[u32], embed: MatRef<'_, T>, y: &mut [T]) -> Result<()> {
     let d = embed.ncols();
     expect_below("tokens", tokens, embed.nrows(), "rows of embed")?;
     expect_len("y", y.len(), tokens.len() * d)?;
@@ -61,25 +56,20 @@ pub fn backward<T: Real>(
         positions[*end] = i;
         *end += 1;
     }
-    dembed
-        .par_chunks_mut(d.max(1))
-        .enumerate()
-        .try_for_each_init(
-            || vec![0.0; d],
-            |sum, (token, out)| {
-                let start = if token == 0 { 0 } else { ends[token - 1] };
-                sum.fill(0.0);
-                for (count, i) in positions[start..ends[token]].iter().enumerate() {
-                    if count % TILE == 0 {
-                        ctx.check()?;
-                    }
-                    let row = dy.blocks()[i / dy.n()].row(i % dy.n());
-                    sum.iter_mut()
-                        .zip(row.iter())
-                        .for_each(|(sum, x)| *sum += x.to_f64());
+    dembed.par_chunks_mut(d.max(1)).enumerate().try_for_each_init(
+        || vec![0.0; d],
+        |sum, (token, out)| {
+            let start = if token == 0 { 0 } else { ends[token - 1] };
+            sum.fill(0.0);
+            for (count, i) in positions[start..ends[token]].iter().enumerate() {
+                if count % TILE == 0 {
+                    ctx.check()?;
                 }
-                round(sum, out);
-                Ok(())
-            },
-        )
+                let row = dy.blocks()[i / dy.n()].row(i % dy.n());
+                sum.iter_mut().zip(row.iter()).for_each(|(sum, x)| *sum += x.to_f64());
+            }
+            round(sum, out);
+            Ok(())
+        },
+    )
 }

@@ -6,12 +6,13 @@
 use faer::{Accum, MatRef};
 
 use super::activation::{ActivationKind, apply, apply_with_slope, multiply};
-use super::tiles::{add_product, for_each_tile, load, matrix, product, round, sized};
-use super::{expect_len, expect_rows, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, round, sized};
+use super::{expect_rows, expect_shape};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// `y = act(x w_in) w_out`: `x (.., d)`, `w_in (d, f)`, `w_out (f, e)`, `y (.., e)`.
 ///
@@ -27,25 +28,14 @@ pub fn forward<T: Real>(
     let (d, f, e) = check(x, w_in, w_out)?;
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * e)?;
-    for_each_tile(
-        ctx,
-        rows,
-        [(y, e)],
-        [],
-        |tile, [y], [], [x_tile, hidden]| {
-            let count = tile.len();
-            let hidden = sized(hidden, count * f);
-            product(
-                hidden,
-                Accum::Replace,
-                matrix(load(x, tile, x_tile), count, d),
-                w_in,
-            );
-            apply(kind, hidden);
-            product(y, Accum::Replace, matrix(hidden, count, f), w_out);
-            Ok(())
-        },
-    )?;
+    for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
+        let count = tile.len();
+        let hidden = sized(hidden, count * f);
+        product(hidden, Accum::Replace, view(load(x, tile, x_tile), count, d), w_in);
+        apply(kind, hidden);
+        product(y, Accum::Replace, view(hidden, count, f), w_out);
+        Ok(())
+    })?;
     Ok(())
 }
 
@@ -76,16 +66,16 @@ pub fn backward<T: Real>(
         [d * f, f * e],
         |tile, [dx], [dw_in, dw_out], [x_tile, dy_tile, hidden, slope, dhidden, buffer]| {
             let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
-            let dy = matrix(load(dy, tile, dy_tile), count, e);
+            let x = view(load(x, tile.clone(), x_tile), count, d);
+            let dy = view(load(dy, tile, dy_tile), count, e);
             let (hidden, slope) = (sized(hidden, count * f), sized(slope, count * f));
             product(hidden, Accum::Replace, x, w_in);
             apply_with_slope(kind, hidden, slope);
-            add_product(dw_out, matrix(hidden, count, f), dy, buffer);
+            add_product(dw_out, view(hidden, count, f), dy, buffer);
             let dhidden = sized(dhidden, count * f);
             product(dhidden, Accum::Replace, dy, w_out.transpose());
             multiply(dhidden, slope);
-            let dhidden = matrix(dhidden, count, f);
+            let dhidden = view(dhidden, count, f);
             add_product(dw_in, x, dhidden, buffer);
             product(dx, Accum::Replace, dhidden, w_in.transpose());
             Ok(())
@@ -97,23 +87,12 @@ pub fn backward<T: Real>(
 }
 
 /// The widths d, f and e.
-fn check<T: Real>(
-    x: &Rows<'_, T>,
-    w_in: MatRef<'_, T>,
-    w_out: MatRef<'_, T>,
-) -> Result<(usize, usize, usize)> {
+fn check<T: Real>(x: &Rows<'_, T>, w_in: MatRef<'_, T>, w_out: MatRef<'_, T>) -> Result<(usize, usize, usize)> {
     let (d, f, e) = (x.d(), w_in.ncols(), w_out.ncols());
     expect_shape("w_in", w_in.shape(), (d, f), format_args!("x of width {d}"))?;
-    expect_shape(
-        "w_out",
-        w_out.shape(),
-        (f, e),
-        format_args!("w_in of shape {:?}", w_in.shape()),
-    )?;
+    expect_shape("w_out", w_out.shape(), (f, e), format_args!("w_in of shape {:?}", w_in.shape()))?;
     if f == 0 {
-        return Err(Error::Shape(
-            "w_in has no columns (d_ff = 0); expected at least one".into(),
-        ));
+        return Err(Error::Shape("w_in has no columns (d_ff = 0); expected at least one".into()));
     }
     Ok((d, f, e))
 }

@@ -6,13 +6,12 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use super::rope::Rope;
-use super::tiles::{
-    TILE, add_product, for_each_tile, load, matrix, product, rounded, row_dot, row_sum, sized,
-};
+use super::tiles::{TILE, add_product, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// Rows of heads, head by head.
 #[derive(Debug)]
@@ -49,46 +48,22 @@ pub(crate) struct Part<'a, T> {
 
 impl<T> Shaping<'_, T> {
     /// Nothing.
-    pub(crate) const NONE: Self = Self {
-        unit: false,
-        rope: None,
-    };
+    pub(crate) const NONE: Self = Self { unit: false, rope: None };
 }
 
 impl<T: Real> Projected<T> {
     pub(crate) fn zeros(tokens: usize, heads: usize, width: usize) -> Self {
-        Self {
-            rows: vec![T::ZERO; tokens * heads * width],
-            heads,
-            width,
-            inverse_norms: Vec::new(),
-        }
+        Self { rows: vec![T::ZERO; tokens * heads * width], heads, width, inverse_norms: Vec::new() }
     }
 
     /// Each head's `(n, width)`.
     pub(crate) fn views(&self, n: usize) -> Vec<MatRef<'_, T>> {
-        self.rows
-            .chunks_exact((n * self.width).max(1))
-            .map(|rows| matrix(rows, n, self.width))
-            .collect()
+        self.rows.chunks_exact((n * self.width).max(1)).map(|rows| view(rows, n, self.width)).collect()
     }
 
     /// The rows of the tokens `tile`, `(tile, heads * width)`.
-    pub(crate) fn side_by_side<'s>(
-        &self,
-        n: usize,
-        tile: Range<usize>,
-        buffer: &'s mut Vec<T>,
-    ) -> &'s [T] {
-        gather(
-            &self.rows,
-            self.heads,
-            self.width,
-            n,
-            tile,
-            buffer,
-            |_, _, _| {},
-        )
+    pub(crate) fn side_by_side<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
+        gather(&self.rows, self.heads, self.width, n, tile, buffer, |_, _, _| {})
     }
 }
 
@@ -117,12 +92,7 @@ pub(crate) fn project<T: Real>(
     }
     let tiles = n.div_ceil(TILE);
     let mut tasks: Vec<Task<'_, T>> = (0..x.batch() * tiles)
-        .map(|i| Task {
-            block: i / tiles,
-            start: i % tiles * TILE,
-            heads: Vec::new(),
-            inverse_norms: Vec::new(),
-        })
+        .map(|i| Task { block: i / tiles, start: i % tiles * TILE, heads: Vec::new(), inverse_norms: Vec::new() })
         .collect();
     for (i, head) in all.rows.chunks_mut(n * width).enumerate() {
         for (tile, rows) in head.chunks_mut(TILE * width).enumerate() {
@@ -134,27 +104,18 @@ pub(crate) fn project<T: Real>(
             tasks[i / heads * tiles + tile].inverse_norms.push(norms);
         }
     }
-    tasks
-        .into_par_iter()
-        .try_for_each_init(Vec::new, |buffer, mut task| {
-            ctx.check()?;
-            let count = TILE.min(n - task.start);
-            let side_by_side = sized(buffer, count * heads * width);
-            product(
-                side_by_side,
-                Accum::Replace,
-                x.blocks()[task.block].subrows(task.start, count),
-                w,
-            );
-            for (head, rows) in task.heads.iter_mut().enumerate() {
-                let from = side_by_side
-                    .chunks_exact(heads * width)
-                    .map(|row| &row[head * width..][..width]);
-                let norms = task.inverse_norms.get_mut(head).map(|norms| &mut **norms);
-                shape(name, from, rows, norms, task.start, shaping.rope)?;
-            }
-            Ok(())
-        })?;
+    tasks.into_par_iter().try_for_each_init(Vec::new, |buffer, mut task| {
+        ctx.check()?;
+        let count = TILE.min(n - task.start);
+        let side_by_side = sized(buffer, count * heads * width);
+        product(side_by_side, Accum::Replace, x.blocks()[task.block].subrows(task.start, count), w);
+        for (head, rows) in task.heads.iter_mut().enumerate() {
+            let from = side_by_side.chunks_exact(heads * width).map(|row| &row[head * width..][..width]);
+            let norms = task.inverse_norms.get_mut(head).map(|norms| &mut **norms);
+            shape(name, from, rows, norms, task.start, shaping.rope)?;
+        }
+        Ok(())
+    })?;
     Ok(all)
 }
 
@@ -178,11 +139,7 @@ fn shape<'a, T: Real>(
                     if !square.is_finite() {
                         return Err(too_long(name));
                     }
-                    let inverse = if square > 0.0 {
-                        square.sqrt().recip()
-                    } else {
-                        0.0
-                    };
+                    let inverse = if square > 0.0 { square.sqrt().recip() } else { 0.0 };
                     norms[i] = T::of(inverse);
                     for x in row.iter_mut() {
                         *x = T::of(x.to_f64() * inverse);
@@ -215,61 +172,42 @@ pub(crate) fn unproject<T: Real>(
 ) -> Result<[Vec<T>; 3]> {
     let (n, d) = (x.n(), x.d());
     let sizes = parts.map(|part| part.w.map_or(0, |w| w.nrows() * w.ncols()));
-    let sums = for_each_tile(
-        ctx,
-        x.batch() * n,
-        [(dx, d)],
-        sizes,
-        |tile, [dx], sums, [x_tile, dz, buffer]| {
-            let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
-            dx.fill(T::ZERO);
-            for (part, sum) in parts.iter().zip(sums) {
-                let dz = part.pull_back(n, tile.clone(), dz);
-                match part.w {
-                    Some(w) => {
-                        let dz = matrix(dz, count, w.ncols());
-                        add_product(sum, x, dz, buffer);
-                        product(dx, Accum::Add, dz, w.transpose());
-                    }
-                    None => dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz),
+    let sums = for_each_tile(ctx, x.batch() * n, [(dx, d)], sizes, |tile, [dx], sums, [x_tile, dz, buffer]| {
+        let count = tile.len();
+        let x = view(load(x, tile.clone(), x_tile), count, d);
+        dx.fill(T::ZERO);
+        for (part, sum) in parts.iter().zip(sums) {
+            let dz = part.pull_back(n, tile.clone(), dz);
+            match part.w {
+                Some(w) => {
+                    let dz = view(dz, count, w.ncols());
+                    add_product(sum, x, dz, buffer);
+                    product(dx, Accum::Add, dz, w.transpose());
                 }
+                None => dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz),
             }
-            Ok(())
-        },
-    )?;
+        }
+        Ok(())
+    })?;
     Ok(sums.map(|sum| rounded(&sum)))
 }
 
 impl<T: Real> Part<'_, T> {
     /// The gradient of the tokens `tile` with respect to the projection, `(tile, heads * width)`.
     fn pull_back<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
-        let Projected {
-            rows,
-            heads,
-            width,
-            inverse_norms,
-        } = self.rows;
-        gather(
-            self.gradient,
-            *heads,
-            *width,
-            n,
-            tile,
-            buffer,
-            |index, position, g| {
-                if let Some(inverse) = inverse_norms.get(index) {
-                    let u = &rows[index * width..][..*width];
-                    let along = T::of(row_dot(u, g, |u, g| u * g));
-                    for (g, u) in g.iter_mut().zip(u) {
-                        *g = (*g - *u * along) * *inverse;
-                    }
+        let Projected { rows, heads, width, inverse_norms } = self.rows;
+        gather(self.gradient, *heads, *width, n, tile, buffer, |index, position, g| {
+            if let Some(inverse) = inverse_norms.get(index) {
+                let u = &rows[index * width..][..*width];
+                let along = T::of(row_dot(u, g, |u, g| u * g));
+                for (g, u) in g.iter_mut().zip(u) {
+                    *g = (*g - *u * along) * *inverse;
                 }
-                if let Some(rope) = self.rope {
-                    rope.turn_back(position, g);
-                }
-            },
-        )
+            }
+            if let Some(rope) = self.rope {
+                rope.turn_back(position, g);
+            }
+        })
     }
 }
 

@@ -4,23 +4,18 @@
 
 use faer::{Accum, MatRef};
 
-use super::tiles::{add_product, for_each_tile, load, matrix, product, round};
-use super::{expect_len, expect_rows, expect_shape};
+use super::tiles::{add_product, for_each_tile, load, product, round};
+use super::{expect_rows, expect_shape};
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::view;
 
 /// `y = x w + b`: `x (.., d)`, `w (d, e)`, `b (e,)`, `y (.., e)`.
 ///
 /// Time `O(n d e)`; memory beyond the output a tile a thread.
-pub fn forward<T: Real>(
-    ctx: &Context,
-    x: &Rows<'_, T>,
-    w: MatRef<'_, T>,
-    b: Option<&[T]>,
-    y: &mut [T],
-) -> Result<()> {
+pub fn forward<T: Real>(ctx: &Context, x: &Rows<'_, T>, w: MatRef<'_, T>, b: Option<&[T]>, y: &mut [T]) -> Result<()> {
     let (d, e) = (x.d(), w.ncols());
     expect_shape("w", w.shape(), (d, e), format_args!("x of width {d}"))?;
     if let Some(b) = b {
@@ -37,7 +32,7 @@ pub fn forward<T: Real>(
             }
             _ => Accum::Replace,
         };
-        product(y, accum, matrix(load(x, tile, x_tile), count, d), w);
+        product(y, accum, view(load(x, tile, x_tile), count, d), w);
         Ok(())
     })?;
     Ok(())
@@ -65,28 +60,21 @@ pub fn backward<T: Real>(
         expect_len("db", db.len(), e)?;
     }
     let bias = if db.is_some() { e } else { 0 };
-    let [dw_sum, db_sum] = for_each_tile(
-        ctx,
-        rows,
-        [(dx, d)],
-        [d * e, bias],
-        |tile, [dx], [dw, db], [x_tile, dy_tile, buffer]| {
+    let [dw_sum, db_sum] =
+        for_each_tile(ctx, rows, [(dx, d)], [d * e, bias], |tile, [dx], [dw, db], [x_tile, dy_tile, buffer]| {
             let count = tile.len();
-            let x = matrix(load(x, tile.clone(), x_tile), count, d);
+            let x = view(load(x, tile.clone(), x_tile), count, d);
             let dy = load(dy, tile, dy_tile);
             if bias > 0 {
                 for dy in dy.chunks_exact(bias) {
-                    db.iter_mut()
-                        .zip(dy)
-                        .for_each(|(db, dy)| *db += dy.to_f64());
+                    db.iter_mut().zip(dy).for_each(|(db, dy)| *db += dy.to_f64());
                 }
             }
-            let dy = matrix(dy, count, e);
+            let dy = view(dy, count, e);
             product(dx, Accum::Replace, dy, w.transpose());
             add_product(dw, x, dy, buffer);
             Ok(())
-        },
-    )?;
+        })?;
     round(&dw_sum, dw);
     if let Some(db) = db {
         round(&db_sum, db);

@@ -1,6 +1,6 @@
 //! The modules of a transformer: forward beside backward, one file each.
 //!
-//! Every function reads a batch of sequences as [`Rows`](crate::Rows) and overwrites contiguous outputs. `x_backward`
+//! Every function reads a batch of sequences as [`Rows`] and overwrites contiguous outputs. `x_backward`
 //! takes the gradient `dy` of any loss with respect to what `x_forward` computed, and returns the gradients with
 //! respect to its inputs. Results have the same bits for any number of threads, and in float32 the error of a
 //! weight's gradient does not grow with the number of tokens: it is summed in float64.
@@ -19,16 +19,6 @@ pub mod norm;
 mod rope;
 pub(crate) mod tiles;
 
-pub(crate) fn expect_len(name: &str, got: usize, expected: usize) -> Result<()> {
-    if got == expected {
-        Ok(())
-    } else {
-        Err(Error::Shape(format!(
-            "{name} holds {got} numbers; expected {expected}"
-        )))
-    }
-}
-
 /// `matches` says what the expected shape follows from.
 pub(crate) fn expect_shape(
     name: &str,
@@ -39,27 +29,13 @@ pub(crate) fn expect_shape(
     if got == expected {
         Ok(())
     } else {
-        Err(Error::Shape(format!(
-            "{name} has shape {got:?}; expected {expected:?} to match {matches}"
-        )))
+        Err(Error::Shape(format!("{name} has shape {got:?}; expected {expected:?} to match {matches}")))
     }
 }
 
-pub(crate) fn expect_rows<T>(
-    name: &str,
-    got: &Rows<'_, T>,
-    batch: usize,
-    n: usize,
-    d: usize,
-) -> Result<()> {
+pub(crate) fn expect_rows<T>(name: &str, got: &Rows<'_, T>, batch: usize, n: usize, d: usize) -> Result<()> {
     let (got, expected) = ((got.batch(), got.n(), got.d()), (batch, n, d));
-    if got == expected {
-        Ok(())
-    } else {
-        Err(Error::Shape(format!(
-            "{name} has shape {got:?}; expected {expected:?}"
-        )))
-    }
+    if got == expected { Ok(()) } else { Err(Error::Shape(format!("{name} has shape {got:?}; expected {expected:?}"))) }
 }
 
 /// An error naming the first of `ids` that is not below `count`.

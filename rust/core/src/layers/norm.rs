@@ -13,21 +13,15 @@
 //! dx = r (t - mean(t) - x̂ mean(t ∘ x̂)),    dgain as above,    dbias = sum of dy over the tokens.
 //! ```
 
+use super::expect_rows;
 use super::tiles::{for_each_tile, load, round, row_dot, row_sum};
-use super::{expect_len, expect_rows};
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_len};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
 
 /// RMSNorm of `x (.., d)` with `gain (d,)`. Time `O(n d)`.
-pub fn rms_forward<T: Real>(
-    ctx: &Context,
-    x: &Rows<'_, T>,
-    gain: &[T],
-    eps: f64,
-    y: &mut [T],
-) -> Result<()> {
+pub fn rms_forward<T: Real>(ctx: &Context, x: &Rows<'_, T>, gain: &[T], eps: f64, y: &mut [T]) -> Result<()> {
     forward(ctx, x, gain, None, eps, y)
 }
 
@@ -129,12 +123,8 @@ fn backward<T: Real>(
     }
     let centred = dbias.is_some();
     let bias = if centred { d } else { 0 };
-    let [dgain_sum, dbias_sum] = for_each_tile(
-        ctx,
-        rows,
-        [(dx, d)],
-        [d, bias],
-        |tile, [dx], [dgain, dbias], [x_tile, dy_tile]| {
+    let [dgain_sum, dbias_sum] =
+        for_each_tile(ctx, rows, [(dx, d)], [d, bias], |tile, [dx], [dgain, dbias], [x_tile, dy_tile]| {
             let len = dx.len();
             load(x, tile.clone(), x_tile);
             let dy = load(dy, tile, dy_tile);
@@ -153,11 +143,7 @@ fn backward<T: Real>(
                             *dbias += dy.to_f64();
                         }
                         let along = T::of(row_dot(dx, x, |t, x| t * x) / d as f64);
-                        let shift = if centred {
-                            T::of(row_sum(dx, |t| t) / d as f64)
-                        } else {
-                            T::ZERO
-                        };
+                        let shift = if centred { T::of(row_sum(dx, |t| t) / d as f64) } else { T::ZERO };
                         for i in 0..d {
                             dx[i] = r * (dx[i] - shift - x[i] * along);
                         }
@@ -165,8 +151,7 @@ fn backward<T: Real>(
                     Ok(())
                 },
             )
-        },
-    )?;
+        })?;
     round(&dgain_sum, dgain);
     if let Some(dbias) = dbias {
         round(&dbias_sum, dbias);
@@ -179,9 +164,7 @@ fn check(d: usize, eps: f64) -> Result<()> {
         return Err(Error::Shape("x has width 0; expected at least 1".into()));
     }
     if !(eps.is_finite() && eps >= 0.0) {
-        return Err(Error::Argument(format!(
-            "eps is {eps}; expected a finite number >= 0"
-        )));
+        return Err(Error::Argument(format!("eps is {eps}; expected a finite number >= 0")));
     }
     Ok(())
 }

@@ -30,30 +30,21 @@ impl<T: Real> Rope<T> {
     /// addition theorem, `cos(a + b) = cos a cos b - sin a sin b` and `sin(a + b) = sin a cos b + cos a sin b`.
     pub(crate) fn new(n: usize, d: usize) -> Self {
         let half = d / 2;
-        let frequencies: Vec<f64> = (0..half)
-            .map(|i| BASE.powf(-2.0 * i as f64 / d as f64))
-            .collect();
-        let angle = |position: usize| {
-            frequencies
-                .iter()
-                .map(move |f| (position as f64 * f).sin_cos())
-        };
+        let frequencies: Vec<f64> = (0..half).map(|i| BASE.powf(-2.0 * i as f64 / d as f64)).collect();
+        let angle = |position: usize| frequencies.iter().map(move |f| (position as f64 * f).sin_cos());
         let near: Vec<(f64, f64)> = (0..BLOCK.min(n)).flat_map(angle).collect();
         let mut table = vec![T::ZERO; n * d];
-        table
-            .par_chunks_mut(BLOCK * d)
-            .enumerate()
-            .for_each(|(block, rows)| {
-                let far: Vec<(f64, f64)> = angle(block * BLOCK).collect();
-                for (row, near) in rows.chunks_exact_mut(d).zip(near.chunks_exact(half)) {
-                    let (cos, sin) = row.split_at_mut(half);
-                    for i in 0..half {
-                        let ((sin_a, cos_a), (sin_b, cos_b)) = (far[i], near[i]);
-                        cos[i] = T::of(cos_a * cos_b - sin_a * sin_b);
-                        sin[i] = T::of(sin_a * cos_b + cos_a * sin_b);
-                    }
+        table.par_chunks_mut(BLOCK * d).enumerate().for_each(|(block, rows)| {
+            let far: Vec<(f64, f64)> = angle(block * BLOCK).collect();
+            for (row, near) in rows.chunks_exact_mut(d).zip(near.chunks_exact(half)) {
+                let (cos, sin) = row.split_at_mut(half);
+                for i in 0..half {
+                    let ((sin_a, cos_a), (sin_b, cos_b)) = (far[i], near[i]);
+                    cos[i] = T::of(cos_a * cos_b - sin_a * sin_b);
+                    sin[i] = T::of(sin_a * cos_b + cos_a * sin_b);
                 }
-            });
+            }
+        });
         Self { table, d }
     }
 

@@ -28,13 +28,7 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
     rows: usize,
     outputs: [(&mut [T], usize); OUT],
     sums: [usize; SUM],
-    body: impl Fn(
-        Range<usize>,
-        [&mut [T]; OUT],
-        &mut [Vec<f64>; SUM],
-        &mut [Vec<T>; SCRATCH],
-    ) -> Result<()>
-    + Sync,
+    body: impl Fn(Range<usize>, [&mut [T]; OUT], &mut [Vec<f64>; SUM], &mut [Vec<T>; SCRATCH]) -> Result<()> + Sync,
 ) -> Result<[Vec<f64>; SUM]> {
     let partitions = (PARTIAL_SUMS / sums.iter().sum::<usize>().max(1)).clamp(4, PARTITIONS);
     let partition = rows.div_ceil(TILE).div_ceil(partitions).max(1) * TILE;
@@ -45,27 +39,18 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
             let mut scratch = std::array::from_fn(|_| Vec::new());
             for (tile, outputs) in split(range, TILE, outputs) {
                 ctx.check()?;
-                body(
-                    tile,
-                    outputs.map(|(slice, _)| slice),
-                    &mut partial,
-                    &mut scratch,
-                )?;
+                body(tile, outputs.map(|(slice, _)| slice), &mut partial, &mut scratch)?;
             }
             Ok(partial)
         })
         .collect::<Result<Vec<_>>>()?;
     let mut partials = partials.into_iter();
-    let mut total = partials
-        .next()
-        .unwrap_or_else(|| sums.map(|len| vec![0.0; len]));
+    let mut total = partials.next().unwrap_or_else(|| sums.map(|len| vec![0.0; len]));
     for partial in partials {
         for (total, partial) in total.iter_mut().zip(&partial) {
             (total.par_chunks_mut(4096), partial.par_chunks(4096))
                 .into_par_iter()
-                .for_each(|(total, partial)| {
-                    total.iter_mut().zip(partial).for_each(|(a, b)| *a += b)
-                });
+                .for_each(|(total, partial)| total.iter_mut().zip(partial).for_each(|(a, b)| *a += b));
         }
     }
     Ok(total)
@@ -104,11 +89,7 @@ pub(crate) fn sized<T: Real>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
 }
 
 /// Copies the rows `range` of `x`, its sequences one after the other, to a contiguous buffer.
-pub(crate) fn load<'s, T: Real>(
-    x: &Rows<'_, T>,
-    range: Range<usize>,
-    buffer: &'s mut Vec<T>,
-) -> &'s [T] {
+pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
     let d = x.d();
     let out = sized(buffer, range.len() * d);
     let mut row = range.start;
@@ -130,29 +111,14 @@ pub(crate) fn load<'s, T: Real>(
     out
 }
 
-/// The contiguous rows `data` as a matrix.
-pub(crate) fn matrix<T>(data: &[T], rows: usize, width: usize) -> MatRef<'_, T> {
-    MatRef::from_row_major_slice(data, rows, width)
-}
-
 /// `out = lhs rhs`, or `out += lhs rhs`; `out` is row-major.
-pub(crate) fn product<T: Real>(
-    out: &mut [T],
-    accum: Accum,
-    lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
-) {
+pub(crate) fn product<T: Real>(out: &mut [T], accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>) {
     let out = MatMut::from_row_major_slice_mut(out, lhs.nrows(), rhs.ncols());
     matmul(out, accum, lhs, rhs, T::ONE, Par::Seq);
 }
 
 /// `sum += lhs^T rhs`, the product in `T` and the sum in float64.
-pub(crate) fn add_product<T: Real>(
-    sum: &mut [f64],
-    lhs: MatRef<'_, T>,
-    rhs: MatRef<'_, T>,
-    buffer: &mut Vec<T>,
-) {
+pub(crate) fn add_product<T: Real>(sum: &mut [f64], lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, buffer: &mut Vec<T>) {
     let tile = sized(buffer, sum.len());
     product(tile, Accum::Replace, lhs.transpose(), rhs);
     vectorised(

@@ -56,10 +56,7 @@ pub fn assert_close(what: &str, a: &[f64], b: &[f64], limit: f64) {
     assert_eq!(a.len(), b.len(), "{what}");
     let difference: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (error, size) = (norm(&difference), norm(b));
-    assert!(
-        error <= limit * size,
-        "{what}: difference {error:e} of {size:e}, limit {limit:e}"
-    );
+    assert!(error <= limit * size, "{what}: difference {error:e} of {size:e}, limit {limit:e}");
 }
 
 /// `gradient` is that of `f` at `x`, by central differences in every entry.
@@ -80,34 +77,16 @@ pub fn assert_gradient(what: &str, f: impl Fn(&[f64]) -> f64, x: &[f64], gradien
 
 /// `dx` is the pullback of `dy` through `f` at `x`: by central differences in every entry, and by the adjoint identity
 /// `dy . (df t) = dx . t` with `df t` by central differences along random directions `t`.
-pub fn assert_pullback(
-    what: &str,
-    f: impl Fn(&[f64]) -> Vec<f64>,
-    x: &[f64],
-    dy: &[f64],
-    dx: &[f64],
-) {
+pub fn assert_pullback(what: &str, f: impl Fn(&[f64]) -> Vec<f64>, x: &[f64], dy: &[f64], dx: &[f64]) {
     assert_gradient(what, |x| dot(dy, &f(x)), x, dx);
     for seed in 100..103 {
         let t = numbers(seed, x.len());
-        let shifted = |by: f64| {
-            f(&x.iter()
-                .zip(&t)
-                .map(|(x, t)| x + by * t)
-                .collect::<Vec<_>>())
-        };
+        let shifted = |by: f64| f(&x.iter().zip(&t).map(|(x, t)| x + by * t).collect::<Vec<_>>());
         let (above, below) = (shifted(STEP), shifted(-STEP));
-        let along: Vec<f64> = above
-            .iter()
-            .zip(&below)
-            .map(|(a, b)| (a - b) / (2.0 * STEP))
-            .collect();
+        let along: Vec<f64> = above.iter().zip(&below).map(|(a, b)| (a - b) / (2.0 * STEP)).collect();
         let (left, right) = (dot(dy, &along), dot(dx, &t));
         let limit = DIFFERENCES * (norm(dy) * norm(&along) + norm(dx) * norm(&t));
-        assert!(
-            (left - right).abs() <= limit,
-            "{what}: dy.(df t) = {left:e}, dx.t = {right:e}, limit {limit:e}"
-        );
+        assert!((left - right).abs() <= limit, "{what}: dy.(df t) = {left:e}, dx.t = {right:e}, limit {limit:e}");
     }
 }
 
@@ -115,28 +94,16 @@ pub fn assert_pullback(
 pub fn assert_message<R: std::fmt::Debug>(result: Result<R>, parts: &[&str]) -> Error {
     let error = result.expect_err("an error");
     for part in parts {
-        assert!(
-            error.to_string().contains(part),
-            "{error:?} does not name {part:?}"
-        );
+        assert!(error.to_string().contains(part), "{error:?} does not name {part:?}");
     }
     error
 }
 
 /// `f` on pools of one, two and seven threads gives the same.
 pub fn assert_same_on_any_threads<R: PartialEq + Send>(what: &str, f: impl Fn() -> R + Sync) {
-    let on = |threads| {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap()
-            .install(&f)
-    };
+    let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&f);
     let one = on(1);
     for threads in [2, 7] {
-        assert!(
-            one == on(threads),
-            "{what}: {threads} threads differ from one"
-        );
+        assert!(one == on(threads), "{what}: {threads} threads differ from one");
     }
 }

@@ -1,0 +1,76 @@
+"""The developer's commands. `nox` runs what continuous integration runs, but for the README's own test command."""
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4"
+nox.options.sessions = ["lint", "rust", "wheel", "types"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+# One folder for all builds, so that nothing is compiled twice.
+BUILD_ENV = {"CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))}
+DIST = ROOT / "dist"
+
+
+def dev_tools(session: nox.Session, *names: str) -> None:
+    """Installs the named tools in the versions that pyproject.toml asks for."""
+    wanted = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]["dev"]
+    session.install(*[tool for tool in wanted if tool.startswith(names)])
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lints of both languages."""
+    dev_tools(session, "ruff")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("cargo", "fmt", "--all", "--check", external=True)
+    session.run("cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings", external=True, env=BUILD_ENV)
+
+
+@nox.session
+def rust(session: nox.Session) -> None:
+    """The core's tests, which know of no Python, and its documentation."""
+    session.run("cargo", "test", "--release", external=True, env=BUILD_ENV)
+    env = BUILD_ENV | {"RUSTDOCFLAGS": "-D warnings"}
+    session.run("cargo", "doc", "--no-deps", "-p", "lingrad-core", external=True, env=env)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Builds the sdist, the wheel from it, and tests that wheel outside the checkout."""
+    dev_tools(session, "maturin")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("maturin", "sdist", "--out", str(DIST))
+    (sdist,) = DIST.glob("*.tar.gz")
+    session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(DIST), str(sdist), env=BUILD_ENV)
+    (built,) = DIST.glob("*.whl")
+    session.install(f"{built}[test]")
+    outside = Path(session.create_tmp()).resolve() / "outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", outside / "tests")
+    shutil.copy(ROOT / "pyproject.toml", outside)
+    with session.chdir(outside):
+        session.run("pytest", *session.posargs)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package, and stubs against the compiled module of the wheel in dist/."""
+    (built,) = DIST.glob("*.whl")
+    dev_tools(session, "pyright", "mypy")
+    session.install(f"{built}[test]")
+    session.run("pyright")
+    session.run("python", "-m", "mypy.stubtest", "lingrad_rs._lingrad_rs")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Criterion benches of the core, then the README's table."""
+    session.install(".[cli]", env=BUILD_ENV)
+    session.run("cargo", "bench", external=True, env=BUILD_ENV)
+    session.run("python", "benches/table.py")
