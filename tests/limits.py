@@ -105,3 +105,5 @@ HANG_SECONDS = 120
 # A thread that sleeps a millisecond at a time makes at least so many steps during a call of a second or so that has let
 # go of the GIL (some hundreds on an idle machine), and one or two if it has not.
 STEPS_BESIDE_A_CALL = 20
+# By then the command has imported NumPy, typer and rich and is well inside a computation of a minute.
+SECONDS_UNTIL_THE_COMMAND_COMPUTES = 3.0

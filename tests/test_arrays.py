@@ -135,7 +135,9 @@ def test_results_are_new_contiguous_arrays_of_the_same_dtype(backend, dtype, rng
         assert result.flags.c_contiguous
         assert result.flags.writeable
         assert result.dtype == dtype
-        assert not any(np.shares_memory(result, x) for x in (*inputs.values(), *(y for y in got.values() if y is not result)))
+        assert not any(
+            np.shares_memory(result, x) for x in (*inputs.values(), *(y for y in got.values() if y is not result))
+        )
 
 
 @pytest.mark.parametrize("module", [lg.Residual(lg.Chain([])), lg.Chain([]), lg.Activation("relu")])

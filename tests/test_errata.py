@@ -88,9 +88,7 @@ def assert_only_the_corrected_one_passes(layer, of, *, printed, corrected):
 def test_terms_of_the_gradient_in_x_as_printed_fail(row, layer):
     corrected, printed = corrected_terms(*layer.parts()), printed_terms(*layer.parts())
     wrong = corrected | {term: printed[term] for term in row}
-    assert_only_the_corrected_one_passes(
-        layer, "X", printed=sum_of_terms(wrong), corrected=sum_of_terms(corrected)
-    )
+    assert_only_the_corrected_one_passes(layer, "X", printed=sum_of_terms(wrong), corrected=sum_of_terms(corrected))
 
 
 def test_gradient_in_w_v_as_printed_fails(layer):

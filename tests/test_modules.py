@@ -286,6 +286,16 @@ def test_empty_sequences_give_empty_results_and_zero_gradients(rng):
         assert all(grads[name].shape == shape and not grads[name].any() for name, shape in shapes.items())
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("name", ["rms norm", "layer norm", "relu", "silu", "gelu_tanh", "score bound"])
+def test_tiny_and_huge_inputs_give_finite_results(name, size, rng):
+    build, shapes = MODULES[name]
+    params = {key: p.astype(np.float32) for key, p in parameters(shapes, rng).items()}
+    y, pullback = build(params).vjp(np.float32(size) * rng.standard_normal((30, D)).astype(np.float32))
+    dx, grads = pullback(np.ones_like(y))
+    assert all(np.isfinite(x).all() for x in (y, dx, *grads.values()))
+
+
 def test_score_bound_bounds_the_scores(rng):
     # Values that are one-hot make out the attention matrix itself: in a row no weight is above e^2R times another.
     bound, n = 1.5, 30
