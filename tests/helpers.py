@@ -11,11 +11,11 @@ import lingrad_rs as lg
 
 
 def relative_error(got, want):
-    """``||got - want|| / ||want||``, NaN where there is a NaN; the plain norm where `want` is 0 but for rounding."""
+    """``||got - want|| / ||want||``, NaN where there is a NaN; where `want` is 0 but for rounding, an entry's error."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error, norm = np.linalg.norm(got - want), np.linalg.norm(want)
-    return float(error if norm <= ZERO_NORM else error / norm)
+    return float(error / (norm if norm > ZERO_NORM else np.sqrt(max(got.size, 1))))
 
 
 def assert_close(got, want, limit):

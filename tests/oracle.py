@@ -1,7 +1,8 @@
 """The float64 oracle of attention: O(n m) time and memory, obvious on purpose.
 
-One head: ``s = c q k^T + b``, ``A = exp(s)`` or ``A = p(c q k^T) exp(b)``, ``f = A / row sums``, ``out = f v``, and with
-``e = dout v^T - delta`` the gradients ``dS = f e``, ``dq = c dS k``, ``dk = c dS^T q``, ``dv = f^T dout``, ``db = dS^T 1``.
+One head: ``s = c q k^T + b``, ``A = exp(s)`` or ``A = p(c q k^T) exp(b)``, ``f = A / row sums``, ``out = f v``. With
+``delta_i = dout_i . out_i`` and ``dS = f * (dout v^T - delta 1^T)`` the gradients are ``dq = c dS k``,
+``dk = c dS^T q``, ``dv = f^T dout`` and ``dkey_bias = dS^T 1``.
 """
 
 import math

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import cast, draw, relative_error, run_attention
-from limits import INTERVALS_THAT_HOLD, LONG_FLOAT32, LONG_GROWTH, GROSSLY_WRONG, SAME_MODEL, TABLE
+from limits import GROSSLY_WRONG, INTERVALS_THAT_HOLD, LONG_FLOAT32, LONG_GROWTH, SAME_MODEL, TABLE
 
 import lingrad_rs as lg
 from lingrad_rs import Exact, Polynomial

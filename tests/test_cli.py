@@ -14,11 +14,12 @@ from helpers import relative_error, small_config
 from limits import (
     CLI_COMPARE,
     CLI_COMPARE_DEGREE_4,
-    CLI_LOSS,
     FLOAT32_LOSS,
     FLOAT32_MODEL,
     HANG_SECONDS,
+    PEAK_MEMORY,
     SECONDS_UNTIL_THE_COMMAND_COMPUTES,
+    UNTRAINED_LOSS,
 )
 
 import lingrad_rs as lg
@@ -63,9 +64,9 @@ def test_json_holds_every_key_and_its_comparison_is_close(tmp_path):
     result = grad(*SMALL, "--compare", "exact", "--out", out)
     assert result.keys() == KEYS
     assert result["tokens"] == 512
-    assert CLI_LOSS[0] <= result["loss"] <= CLI_LOSS[1]
-    assert result["tokens_per_second"] == pytest.approx(512 / result["seconds"])
-    assert result["peak_memory_bytes"] > 10 * 2**20  # the interpreter with NumPy alone
+    assert UNTRAINED_LOSS[0] <= result["loss"] <= UNTRAINED_LOSS[1]
+    assert result["tokens_per_second"] == 512 / result["seconds"]
+    assert result["peak_memory_bytes"] >= PEAK_MEMORY
     assert len(result["layers"]) == 2
     for layer in result["layers"]:
         assert layer.keys() == {"engine", "measured_error", "grad_norm"}
@@ -157,7 +158,20 @@ def test_help_tells_every_option():
     general, of_grad = lingrad("--help"), lingrad("grad", "--help")
     assert general.returncode == of_grad.returncode == 0
     assert "grad" in general.stdout
-    options = "text params tokens layers d-model heads engine degree compare threads json out".split()
+    options = [
+        "text",
+        "params",
+        "tokens",
+        "layers",
+        "d-model",
+        "heads",
+        "engine",
+        "degree",
+        "compare",
+        "threads",
+        "json",
+        "out",
+    ]
     assert all(f"--{option}" in of_grad.stdout for option in options)
 
 

@@ -1,10 +1,10 @@
-"""The errata of the paper (arXiv 2408.13233 v2): each printed formula fails a central difference, the corrected one passes.
+"""The errata of the paper (arXiv 2408.13233 v2): printed formulas fail a central difference, corrected ones pass.
 
 ``Attn(X) = f h`` with ``f`` the softmax of ``c X W X^T`` over each row and ``h = X W_V``; ``G = dL/dAttn`` for
 ``L = <G, Attn>``. With ``K = (G * (f h)) 1`` and ``P = f * (G h^T) - diag(K) f``, the product rule gives
 
-``dL/dX = c (D2 + D4 + D6 + D7) + D8``: D4 and D2 are the two parts of ``P X W^T`` (X as the queries), D7 and D6 those of
-``P^T X W`` (X as the keys), and D8 is ``f^T G W_V^T`` (X as the values).
+``dL/dX = c (D2 + D4 + D6 + D7) + D8``: D4 and D2 are the two parts of ``P X W^T`` (X as the queries), D7 and D6 those
+of ``P^T X W`` (X as the keys), and D8 is ``f^T G W_V^T`` (X as the values).
 """
 
 import numpy as np
@@ -137,7 +137,7 @@ def suffix_scan(U, V, B):
 
 def causal_gradients(layer, transposed):
     """All three gradients from low-rank factors and scans; `transposed` is the scan for ``f^T`` and ``P^T``."""
-    X, W, W_V, G, f, h, K = layer.parts()
+    X, W, W_V, G, _, h, K = layer.parts()
     A = np.exp(C * X @ W @ X.T)  # of any rank; the mask is the scan's
     U1, V1 = low_rank(A)
     U1 = U1 / (layer.M * A).sum(axis=1, keepdims=True)

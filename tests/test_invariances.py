@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits, cast, draw, random_params, run_attention, small_config
+from helpers import assert_close, cast, draw, random_params, run_attention, small_config
 from limits import CONSTANT_VALUES, LARGEST_BIAS, LATER_BIAS, REORDERED, SHIFTED_KEYS
 
 import lingrad_rs as lg

@@ -80,7 +80,7 @@ def test_fitted_engine_matches_a_fit_of_one_s_own(engine, bias, backend, dtype, 
     assert_matches_oracle(backend, dtype, inputs, engine, limits=FITTED)
 
 
-@pytest.mark.parametrize(("n", "m"), [(40, 333), (333, 40), (1, 200), (200, 1), (3, 5)])
+@pytest.mark.parametrize(("n", "m"), [(40, 333), (333, 40), (1, 200), (30, 1), (3, 5)])
 @engines(ENGINES | SHIFTED)
 def test_other_numbers_of_keys_match_the_oracle(engine, n, m, backend, dtype, rng):
     assert_matches_oracle(backend, dtype, draw(rng, n=n, m=m, size=small_enough(engine)), engine)

@@ -1,13 +1,13 @@
 """The engines against the oracle over shapes and options drawn by hypothesis."""
 
 import numpy as np
+from conftest import BACKENDS
 from helpers import assert_close, cast, draw, oracle_attention, run_attention
 from hypothesis import given
 from hypothesis import strategies as st
 from limits import ORACLE
 
 import lingrad_rs as lg
-from conftest import BACKENDS
 
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64)])
 BACKEND = st.sampled_from(BACKENDS)
