@@ -1,7 +1,8 @@
 //! The polynomial engine under a causal mask: forward and reverse scans over blocks of tokens.
 //!
-//! The sequence is cut in blocks. A query of block `c` meets the keys of blocks `0 .. c - lag` through the state `S` of the
-//! polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by one: with
+//! The sequence is cut in blocks. A query of block `c` meets the keys of blocks before `c - lag` through the state `S` of the
+//! polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by one (in the first
+//! `prefix` blocks, which fitted coefficients are taken from, all keys are near): with
 //! `diagonal="exact"` by `exp`, with `diagonal="polynomial"` (then `lag = 0`) by the polynomial. Numerators and denominators of both parts
 //! add up; all is scaled by `e^{-M_i}`, where `M_i` is the largest near score (but at least 0 where there is a far part):
 //!
@@ -10,7 +11,7 @@
 //! ```
 //!
 //! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same `D_i`. A key of block
-//! `c` is met through the state by queries of blocks `c + lag + 1` and later, so their state `R` is carried in reverse.
+//! `c` is met through the state by the queries of blocks `max(c + lag + 1, prefix)` and later, so their state `R` is carried in reverse.
 //!
 //! Parallel over runs of consecutive blocks: each run's part of the state is summed first, prefix sums (suffix sums, for `R`) give
 //! every run the state that it starts from, and the runs go on by themselves. Their number depends on the sizes alone.
@@ -35,6 +36,7 @@ struct Cut {
     block: usize,
     blocks: usize,
     lag: usize,
+    prefix: usize,
     /// Blocks a run, and runs.
     run: usize,
     runs: usize,
@@ -44,7 +46,7 @@ impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>, r: usize) -> Self {
         let (n, block) = (pass.head.q.nrows(), pass.block());
         let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, r) / block);
-        Self { n, block, blocks, lag: pass.lag(), run, runs: blocks.div_ceil(run) }
+        Self { n, block, blocks, lag: pass.lag(), prefix: pass.prefix(), run, runs: blocks.div_ceil(run) }
     }
 
     fn tokens(&self, blocks: Range<usize>) -> Range<usize> {
@@ -56,9 +58,19 @@ impl Cut {
         p * self.run..((p + 1) * self.run).min(self.blocks)
     }
 
-    /// The tokens near block `c`: its own and those of `lag` blocks before.
+    /// The first block that is near block `c`. It never falls as `c` grows.
+    fn first_near(&self, c: usize) -> usize {
+        if c < self.prefix { 0 } else { c.saturating_sub(self.lag) }
+    }
+
+    /// The first block that block `c` is not near to, or `blocks`. It never falls as `c` grows.
+    fn first_far(&self, c: usize) -> usize {
+        (c + self.lag + 1).max(self.prefix).min(self.blocks)
+    }
+
+    /// The tokens near block `c`, up to its own.
     fn near(&self, c: usize) -> Range<usize> {
-        self.tokens(c.saturating_sub(self.lag)..c + 1)
+        self.tokens(self.first_near(c)..c + 1)
     }
 }
 
@@ -94,17 +106,20 @@ pub(crate) fn forward<T: Real>(
             let mut far = Far::new(start, weights.clone(), e);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
-                if c > p * cut.run && c > cut.lag {
-                    far.add_keys(pass, cut.tokens(c - cut.lag - 1..c - cut.lag), &mut scratch);
+                if c > p * cut.run {
+                    for block in cut.first_near(c - 1)..cut.first_near(c) {
+                        far.add_keys(pass, cut.tokens(block..block + 1), &mut scratch);
+                    }
                 }
+                let has_far = cut.first_near(c) > 0;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let (len, first) = (queries.len(), queries.start - p * rows);
                 let (max, scale) = (&mut max[first..first + len], &mut scale[first..first + len]);
                 // Without a far part nothing but the near scores has to fit in range, however low they are.
-                let lowest = if c > cut.lag { T::ZERO } else { T::NEG_INFINITY };
+                let lowest = if has_far { T::ZERO } else { T::NEG_INFINITY };
                 near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, lowest });
                 near.load_values(pass, keys.clone());
-                if c > cut.lag {
+                if has_far {
                     pass.load_queries(queries.start, len, &mut scratch.x);
                     pass.tree.features(&scratch.x, len, r, &mut scratch.features);
                     let state = view(far.weighted(), r, e).transpose();
@@ -131,7 +146,7 @@ pub(crate) fn forward<T: Real>(
 
 /// The state from which each run's forward scan starts: all keys before the near ones of its first block.
 fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Vec<f64>>> {
-    let edge = |p: usize| (p * cut.run).saturating_sub(cut.lag);
+    let edge = |p: usize| cut.first_near(p * cut.run);
     let mut states = (0..cut.runs)
         .into_par_iter()
         .map(|p| {
@@ -157,7 +172,8 @@ fn query_states<T: Real>(
         .into_par_iter()
         .rev()
         .map(|p| {
-            let queries = if p == 0 { 0..0 } else { cut.tokens(p * cut.run + cut.lag..(p + 1) * cut.run + cut.lag) };
+            let after = |p: usize| cut.first_far(cut.of_run(p).end - 1);
+            let queries = if p == 0 { 0..0 } else { cut.tokens(after(p - 1)..after(p)) };
             pass.query_state(up, queries, r, factor)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -198,13 +214,16 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
             let mut halo = Halo::new(halo_start..own, d, dv);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
-                if c > p * cut.run && c > cut.lag {
-                    far.add_keys(pass, cut.tokens(c - cut.lag - 1..c - cut.lag), &mut scratch);
+                if c > p * cut.run {
+                    for block in cut.first_near(c - 1)..cut.first_near(c) {
+                        far.add_keys(pass, cut.tokens(block..block + 1), &mut scratch);
+                    }
                 }
+                let has_far = cut.first_near(c) > 0;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let len = queries.len();
                 let dq = &mut dq[(queries.start - own) * d..(queries.end - own) * d];
-                if c > cut.lag {
+                if has_far {
                     pass.load_queries(queries.start, len, &mut scratch.x);
                     pass.tree.features(&scratch.x, len, parents, &mut scratch.features);
                     pass.load_upstream(&up, queries.start, len, factor, &mut scratch.values);
@@ -255,12 +274,14 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
             let own = p * rows;
             for c in cut.of_run(p).rev() {
                 pass.ctx.check()?;
-                let added = c + cut.lag + 1;
-                if added >= cut.blocks {
-                    continue;
-                }
+                let first = cut.first_far(c);
                 if c + 1 < cut.of_run(p).end {
-                    far.add_queries(pass, &up, cut.tokens(added..added + 1), factor, &mut scratch);
+                    for block in first..cut.first_far(c + 1) {
+                        far.add_queries(pass, &up, cut.tokens(block..block + 1), factor, &mut scratch);
+                    }
+                }
+                if first >= cut.blocks {
+                    continue;
                 }
                 weigh_into(&far.state.sum()[..r * e], &of_values, e, &mut for_values);
                 let keys = cut.tokens(c..c + 1);
@@ -350,7 +371,7 @@ struct Near<T> {
 
 impl<T: Real> Near<T> {
     fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
-        let keys = ((cut.lag + 1) * cut.block).min(cut.n);
+        let keys = ((cut.lag + 1).max(cut.prefix) * cut.block).min(cut.n);
         let tile = || vec![T::ZERO; keys * cut.block];
         Self { f: tile(), slope: tile(), ds: tile(), values: vec![T::ZERO; pass.e() * keys] }
     }

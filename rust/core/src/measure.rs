@@ -1,6 +1,6 @@
 //! Measured errors: exact rows drawn at random, compared with given ones.
 
-use faer::{Mat, MatRef};
+use faer::{Col, Mat, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{Heads, Sizes, check_finite, expect_views};
@@ -28,7 +28,7 @@ pub struct ErrorEstimate {
 const NORMAL_95: f64 = 1.96;
 
 /// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random without replacement (one in each of
-/// as many equal strata of heads and rows), each computed exactly.
+/// as many equal strata of heads and rows), each computed exactly, in float64.
 ///
 /// With `e_i` the squared error and `x_i` the squared size of row i, the square of the estimate is the ratio `R = sum e_i / sum x_i`; its standard
 /// error is that of the mean of `e_i - R x_i` over the mean of `x_i`, less the finite-population factor, and the interval is taken on its logarithm. All rows sampled: the interval
@@ -70,7 +70,8 @@ pub fn measure_error<T: Real>(
         .map(|block| {
             let head = heads.head(block[0] / n);
             let rows: Vec<usize> = block.iter().map(|i| i % n).collect();
-            let q = Mat::from_fn(rows.len(), head.q.ncols(), |i, c| head.q[(rows[i], c)]);
+            let wide = |x: MatRef<'_, T>| Mat::from_fn(x.nrows(), x.ncols(), |i, c| x[(i, c)].to_f64());
+            let q = Mat::from_fn(rows.len(), head.q.ncols(), |i, c| head.q[(rows[i], c)].to_f64());
             let mut softmax = Softmax::new(dv);
             softmax.start(rows.len());
             let end = if causal { rows[rows.len() - 1] + 1 } else { m };
@@ -78,21 +79,22 @@ pub fn measure_error<T: Real>(
                 ctx.check()?;
                 let bk = TILE.min(end - j0);
                 let s = &mut softmax.scores;
-                product(view_mut(s, bk, rows.len()), head.k.subrows(j0, bk), q.transpose(), T::of(scale));
+                product(view_mut(s, bk, rows.len()), wide(head.k.subrows(j0, bk)).as_ref(), q.transpose(), scale);
                 if let Some(bias) = head.key_bias {
-                    add_bias(bias.subrows(j0, bk), rows.len(), s);
+                    let bias = Col::from_fn(bk, |j| bias[j0 + j].to_f64());
+                    add_bias(bias.as_ref(), rows.len(), s);
                 }
                 if causal {
                     for (i, &row) in rows.iter().enumerate() {
                         for j in (row + 1).saturating_sub(j0)..bk {
-                            s[j * rows.len() + i] = T::NEG_INFINITY;
+                            s[j * rows.len() + i] = f64::NEG_INFINITY;
                         }
                     }
                 }
-                softmax.add(bk, head.v.subrows(j0, bk));
+                softmax.add(bk, wide(head.v.subrows(j0, bk)).as_ref());
             }
             let (mut exact, mut max, mut scales) =
-                (vec![T::ZERO; rows.len() * dv], vec![T::ZERO; rows.len()], vec![T::ZERO; rows.len()]);
+                (vec![0.0; rows.len() * dv], vec![0.0; rows.len()], vec![0.0; rows.len()]);
             softmax.finish(head.index, |i| rows[i], &mut exact, &mut max, &mut scales)?;
             Ok(rows
                 .iter()
@@ -101,8 +103,8 @@ pub fn measure_error<T: Real>(
                     let given = out[head.index].row(i);
                     let (mut error, mut size) = (0.0, 0.0);
                     for (c, x) in exact.iter().enumerate() {
-                        error += (given[c].to_f64() - x.to_f64()).powi(2);
-                        size += x.to_f64().powi(2);
+                        error += (given[c].to_f64() - x).powi(2);
+                        size += x.powi(2);
                     }
                     (error, size)
                 })

@@ -65,6 +65,8 @@ pub(crate) struct Constants<T> {
 const TILE_NUMBERS: usize = 1 << 17;
 /// Tokens summed in the arrays' own type before they are added to the float64 state.
 const FLUSH: usize = 512;
+/// Tokens at the start of a causal sequence that coefficients are fitted to.
+const FIT_PREFIX: usize = 1024;
 /// Numbers in one state, at the most: beyond this neither memory nor time is reasonable.
 const LARGEST_STATE: usize = 1 << 28;
 
@@ -171,11 +173,10 @@ impl<'a, T: Real> Pass<'a, T> {
             Coefficients::Taylor => Ok(fit::taylor(degree)),
             Coefficients::Given(a) => Ok(a.clone()),
             Coefficients::Fitted => {
-                // Under a causal mask the fit sees only the tokens whose scores are exact anyway: every query that meets the
-                // polynomial is later than all of them.
+                // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
                 let tokens = |x: MatRef<'a, T>| {
                     let all = x.nrows();
-                    x.subrows(0, if causal { all.min((self.lag() + 1) * self.block()) } else { all })
+                    x.subrows(0, if causal { all.min(self.prefix() * self.block()) } else { all })
                 };
                 let weight = |j: usize| self.log_weights.as_ref().map_or(1.0, |l| l[j].to_f64().exp());
                 fit::fit(
@@ -262,6 +263,16 @@ impl<'a, T: Real> Pass<'a, T> {
         match self.engine.diagonal {
             Diagonal::Exact => self.engine.window.div_ceil(self.block()),
             Diagonal::Polynomial => 0,
+        }
+    }
+
+    /// Blocks at the start of a causal sequence whose queries meet all their keys exactly, so that coefficients may be fitted to them
+    /// without any query's answer depending on a later token.
+    pub fn prefix(&self) -> usize {
+        if self.engine.coefficients == Coefficients::Fitted {
+            (FIT_PREFIX / self.block()).max(self.lag() + 1)
+        } else {
+            0
         }
     }
 
