@@ -45,7 +45,7 @@ def test_one_thread_equals_many_bitwise(engine, causal, backend, dtype, rng):
 def test_one_thread_equals_many_bitwise_for_a_model(engine, backend, dtype, rng):
     config = small_config(engine=engine)
     model = lg.Transformer(config, dtype=dtype)
-    tokens, targets = (backend.array(x) for x in rng.integers(0, config.vocab_size, (2, 1500)))
+    tokens, targets = (backend.array(x) for x in rng.integers(0, config.vocab_size, (2, 2000)))
 
     def compute():
         loss, grads = model.value_and_grad(tokens, targets)
