@@ -1,0 +1,119 @@
+"""Every numeric limit of the tests, each with its reason.
+
+Errors are relative, ratios of Frobenius norms, unless said otherwise.
+"""
+
+import numpy as np
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+# What the project promises of the golden results.
+GOLDEN = {FLOAT32: 1e-4, FLOAT64: 1e-10}
+
+# Only rounding separates an engine from the oracle with the same weights. Sums of up to 1000 terms, and scores with a
+# few units of rounding, leave about 1e-6 in float32 and 1e-15 in float64; a row of the polynomial with cancelling
+# powers loses one or two digits more.
+ORACLE = {FLOAT32: 2e-5, FLOAT64: 1e-11}
+
+# Below this norm an expected gradient is 0 but for rounding (one key alone: the softmax is constant), so the error is
+# the root mean square of an entry, not relative to the norm.
+ZERO_NORM = 1e-12
+
+# The oracle fits its own coefficients; the engine adds a ridge of 1e-7 towards Taylor's, which moves them by about
+# the ridge's square times the condition number of the fit (1e4 to 1e6 for degrees 2 to 4), and float32 rounds the
+# scores.
+FITTED = {FLOAT32: 5e-5, FLOAT64: 1e-7}
+
+# A five-point central difference with step h errs by about h^4/30 of the fifth derivative, and by 1e-16/h of rounding
+# relative to the loss, whose gradient may be a hundredth of it. With h = 1e-3 both are below 1e-11 of a gradient; the
+# rest is for directions that happen to be flat.
+DIFFERENCE_STEP = 1e-3
+DIFFERENCE = 1e-8
+# A smaller step for modules, whose higher derivatives are larger.
+SMALL_STEP = 1e-4
+# Where relu is, no entry may cross the kink on the way: rounding is then 1e-10, or 1e-8 of a small gradient.
+KINK_STEP = 1e-6
+KINK_DIFFERENCE = 1e-6
+
+# A printed formula of the paper is wrong by O(1), as is an output with a wrong row. A tenth tells them from every
+# numerical error by many digits.
+GROSSLY_WRONG = 0.1
+
+# Degree 2 where scores have standard deviation 0.25: a far weight errs by |s|^3 / 6, typically 0.3% and 2% at three
+# standard deviations; the consistent gradient's p' by |s|^2 / 2, 3% and 28%. Both average out to a fraction of this.
+WINDOWED_POLYNOMIAL = 0.1
+
+# Scores up to about 3000 leave rows that are all but one-hot. In float32 such a score rounds by 1e-4, and so do the
+# weights.
+ONE_HOT = {FLOAT32: 1e-3, FLOAT64: 1e-11}
+
+# Rounding for values that two orders of summation give, of sums of up to a few hundred terms.
+REORDERED = {FLOAT32: 5e-6, FLOAT64: 1e-13}
+
+# A bias of a later key scales the weights of all keys, which rounds them; the exact part then has a power of e
+# between its own scale and that of the far part, which rounds as a score of 80 does.
+LATER_BIAS = {FLOAT32: 1e-5, FLOAT64: 1e-13}
+
+# Up to such a difference of biases the polynomial engine takes a call: e^-80 is well within the range of float32,
+# whose smallest normal number is e^-87, and e^-700 within that of float64.
+LARGEST_BIAS = {FLOAT32: 80, FLOAT64: 700}
+
+# Shifting all keys by a vector adds c q.t to the scores of a row, here up to about 10: a score of 10 rounds to 10
+# eps, and the exponential turns that into a relative error of its weight.
+SHIFTED_KEYS = {FLOAT32: 5e-5, FLOAT64: 1e-12}
+
+# With equal values out is v times a sum of weights over itself: rounding of one division and one sum. The gradients
+# through the scores are 0 times numbers of size 1, in absolute terms.
+CONSTANT_VALUES = {FLOAT32: 1e-5, FLOAT64: 1e-13}
+
+# The issue asks for the table of the specification within 20%. One draw scatters by 40%, so the mean of several
+# counts.
+TABLE = 0.20
+
+# float32 over 200,000 tokens: products of at most 512 tokens in float32, added up in float64. The error is that of
+# one such product and of the features, whatever n: some units of 6e-8, at degree 4 some ten. Plain float32 sums would
+# be at 1e-4.
+LONG_FLOAT32 = 2e-6
+# ... and no more than this many times the error over 1000 tokens (measured: 0.5 to 1.5; sums of tiles in float32 grow
+# with the square root of n, 14 times).
+LONG_GROWTH = 3.0
+
+# A float32 model of two layers against the same in float64: each value passes some ten roundings of sums of up to 64
+# terms, and the gradients of early layers pass the most.
+FLOAT32_MODEL = 2e-5
+FLOAT32_LOSS = 1e-6
+
+# One module against its formula in float64: sums of up to 20 terms, and for attention as ORACLE.
+MODULE = {FLOAT32: 5e-6, FLOAT64: 1e-13}
+
+# Losses and gradients that are the same sums in another order or grouping, in float64.
+SAME_MODEL = 1e-12
+
+# Standard deviation of weights that are drawn: with at least 64 x 64 numbers the sample's is within 1 / sqrt(2 *
+# 4096) = 1.1% of the distribution's in one case of three; five times that.
+INIT_STD = 0.055
+# Their mean, in standard deviations: 1 / sqrt(4096) = 1.6%, five times.
+INIT_MEAN = 0.08
+
+# `lingrad grad` on a small untrained model: scores start small. The issue's bound for degree 2.
+CLI_COMPARE = 8e-2
+# ... and for degree 4.
+CLI_COMPARE_DEGREE_4 = 1e-2
+# An untrained model predicts bytes almost evenly: ln 256 = 5.545 nats, within half a nat.
+UNTRAINED_LOSS = (5.0, 6.0)
+# The interpreter with NumPy alone takes more, in bytes; less would be another unit.
+PEAK_MEMORY = 10 * 2**20
+
+# An interval of 95% holds the true error in 38 of 40 draws; 34 or fewer would come once in 25 runs of fixed seeds,
+# and the interval is that of a large sample while 60 rows a head are few.
+INTERVALS_THAT_HOLD = 0.85
+
+# Ctrl-C stops a long call within this many seconds.
+INTERRUPT_SECONDS = 1.0
+# No subprocess of the tests takes nearly this long, in seconds: it hangs.
+HANG_SECONDS = 120
+# A thread that sleeps a millisecond at a time makes at least so many steps during a call of a second or so that has
+# let go of the GIL (some hundreds on an idle machine), and one or two if it has not.
+STEPS_BESIDE_A_CALL = 20
+# By then the command has imported NumPy, typer and rich and is well inside a computation of a minute.
+SECONDS_UNTIL_THE_COMMAND_COMPUTES = 3.0

@@ -1,0 +1,241 @@
+"""The command ``lingrad`` as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import relative_error, small_config
+from limits import (
+    CLI_COMPARE,
+    CLI_COMPARE_DEGREE_4,
+    FLOAT32_LOSS,
+    FLOAT32_MODEL,
+    HANG_SECONDS,
+    PEAK_MEMORY,
+    SECONDS_UNTIL_THE_COMMAND_COMPUTES,
+    UNTRAINED_LOSS,
+)
+
+import lingrad_rs as lg
+
+SMALL = ("--tokens", "512", "--layers", "2", "--d-model", "32", "--heads", "2")
+CONFIG = lg.TransformerConfig(n_layers=2, d_model=32, n_heads=2, d_ff=128, vocab_size=256)
+KEYS = {"loss", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "layers", "compare"}
+COMMAND = [Path(sys.executable).with_name("lingrad" + (".exe" if sys.platform == "win32" else ""))]
+
+
+def lingrad(*arguments, **environment):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env=os.environ | {"COLUMNS": "120", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"} | environment,
+        check=False,
+    )
+
+
+def grad(*arguments):
+    """The JSON object of ``lingrad grad ... --json``."""
+    done = lingrad("grad", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def library_sources(size):
+    """The default text, by the words of the documentation: Python's own library, file after file."""
+    root = Path(os.__file__).parent
+    files = (path for path in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*path.parts})
+    text = bytearray()
+    while len(text) < size:
+        text += next(files).read_bytes()
+    return np.frombuffer(bytes(text[:size]), np.uint8)
+
+
+def test_json_holds_every_key_and_its_comparison_is_close(tmp_path):
+    out = tmp_path / "grads.safetensors"
+    result = grad(*SMALL, "--compare", "exact", "--out", out)
+    assert result.keys() == KEYS
+    assert result["tokens"] == 512
+    assert UNTRAINED_LOSS[0] <= result["loss"] <= UNTRAINED_LOSS[1]
+    assert result["tokens_per_second"] == 512 / result["seconds"]
+    assert result["peak_memory_bytes"] >= PEAK_MEMORY
+    assert len(result["layers"]) == 2
+    for layer in result["layers"]:
+        assert layer.keys() == {"engine", "measured_error", "grad_norm"}
+        assert layer["engine"] == "polynomial"
+        assert 0 < layer["measured_error"] <= CLI_COMPARE
+        assert layer["grad_norm"] > 0
+    compare = result["compare"]
+    assert compare.keys() == {"relative_error", "speedup"}
+    assert compare["relative_error"].keys() == CONFIG.param_shapes().keys()
+    assert max(compare["relative_error"].values()) <= CLI_COMPARE
+    assert compare["speedup"] > 0
+    grads = lg.load(out)
+    assert {name: x.shape for name, x in grads.items()} == CONFIG.param_shapes()
+    assert all(np.isfinite(x).all() and x.any() for x in grads.values())
+
+
+def test_gradients_are_those_of_the_library(tmp_path):
+    out = tmp_path / "grads.safetensors"
+    result = grad(*SMALL, "--seed", "3", "--out", out)
+    text = library_sources(513)
+    loss, want = lg.Transformer(CONFIG, seed=3).value_and_grad(text[:-1], text[1:])
+    assert relative_error(result["loss"], loss) <= FLOAT32_LOSS
+    assert result["compare"] is None
+    grads = lg.load(out)
+    assert max(relative_error(grads[name], want[name]) for name in want) <= FLOAT32_MODEL
+
+
+def test_degree_4_is_closer_than_degree_2():
+    errors = [
+        max(grad(*SMALL, "--degree", degree, "--compare", "exact")["compare"]["relative_error"].values())
+        for degree in (2, 4)
+    ]
+    assert errors[1] < errors[0]
+    assert errors[1] <= CLI_COMPARE_DEGREE_4
+
+
+def test_exact_engine_has_no_error():
+    result = grad(*SMALL, "--engine", "exact", "--compare", "exact")
+    assert max(result["compare"]["relative_error"].values()) == 0
+    assert {layer["engine"] for layer in result["layers"]} == {"exact"}
+    assert max(layer["measured_error"] for layer in result["layers"]) <= FLOAT32_MODEL
+
+
+def test_a_text_of_one_s_own_is_read_as_bytes(tmp_path):
+    text = "Grüße, 注意力! ".encode() * 20
+    (tmp_path / "text").write_bytes(text)
+    result = grad(*SMALL, "--tokens", "200", "--text", tmp_path / "text")
+    tokens = np.frombuffer(text, np.uint8)
+    loss, _ = lg.Transformer(CONFIG).value_and_grad(tokens[:200], tokens[1:201])
+    assert relative_error(result["loss"], loss) <= FLOAT32_LOSS
+
+
+@pytest.mark.parametrize("what", ["a model", "bare parameters"])
+def test_parameters_of_one_s_own_are_read_with_their_sizes(what, tmp_path, dtype):
+    config = small_config(vocab_size=256, n_kv_heads=None, engine=lg.Polynomial(degree=4))
+    model = lg.Transformer(config, seed=5, dtype=dtype)
+    lg.save(tmp_path / "params", model if what == "a model" else model.params)
+    options = () if what == "a model" else ("--heads", "4", "--degree", "4")
+    result = grad("--params", tmp_path / "params", "--tokens", "300", *options, "--out", tmp_path / "grads")
+    text = library_sources(301)
+    loss, want = model.value_and_grad(text[:-1], text[1:])
+    assert relative_error(result["loss"], loss) <= FLOAT32_LOSS
+    grads = lg.load(tmp_path / "grads")
+    assert grads["head"].dtype == dtype
+    assert max(relative_error(grads[name], want[name]) for name in want) <= FLOAT32_MODEL
+
+
+def test_without_json_a_person_can_read_it():
+    done = lingrad("grad", *SMALL, "--compare", "exact", "--threads", "1")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for words in (
+        "loss ",
+        "tokens/s",
+        "512 tokens",
+        "peak memory",
+        "gradient norm",
+        "polynomial, degree 2",
+        "speed-up",
+    ):
+        assert words in done.stdout
+    assert all(name in done.stdout for name in CONFIG.param_shapes())
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert sum("polynomial, degree 2" in line for line in lines) == 2  # one a layer
+
+
+def test_help_tells_every_option():
+    general, of_grad = lingrad("--help"), lingrad("grad", "--help")
+    assert general.returncode == of_grad.returncode == 0
+    assert "grad" in general.stdout
+    options = [
+        "text",
+        "params",
+        "tokens",
+        "layers",
+        "d-model",
+        "heads",
+        "engine",
+        "degree",
+        "compare",
+        "threads",
+        "json",
+        "out",
+    ]
+    assert all(f"--{option}" in of_grad.stdout for option in options)
+
+
+def test_version_is_the_library_s():
+    done = lingrad("--version")
+    assert done.returncode == 0
+    assert done.stdout.split() == ["lingrad_rs", lg.__version__]
+
+
+def test_threads_do_not_change_the_loss():
+    losses = {grad(*SMALL, "--threads", n)["loss"] for n in (1, 2, 5)}
+    assert len(losses) == 1
+
+
+BAD = {
+    "short text": (["--text", "{short}"], "has 5 bytes; expected at least 513"),
+    "missing text": (["--text", "{missing}"], "No such file"),
+    "a folder as text": (["--text", "{folder}"], "directory"),
+    "missing parameters": (["--params", "{missing}"], "No such file"),
+    "parameters that are text": (["--params", "{short}"], "cannot be read as safetensors"),
+    "heads that do not divide": (["--heads", "5"], "n_heads is 5; expected a divisor of d_model = 32"),
+    "odd width of a head": (["--heads", "32"], "even"),
+    "no layers": (["--layers", "0"], "n_layers is 0; expected"),
+    "no tokens": (["--tokens", "0"], "--tokens"),
+    "degree 0": (["--degree", "0"], "degree is 0; expected"),
+    "degree of the exact engine": (["--engine", "exact", "--degree", "2"], "--degree needs --engine polynomial"),
+    "unknown engine": (["--engine", "magic"], "--engine"),
+    "unknown comparison": (["--compare", "magic"], "--compare"),
+    "no folder to write to": (["--out", "{missing}/grads"], "there is no directory"),
+    "no threads": (["--threads", "0"], "--threads"),
+    "unknown option": (["--tokns", "5"], "--tokns"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_exits_with_2_and_a_message_and_no_traceback(arguments, message, tmp_path):
+    (tmp_path / "short").write_bytes(b"short")
+    paths = {"short": tmp_path / "short", "missing": tmp_path / "missing", "folder": tmp_path}
+    done = lingrad("grad", *SMALL, *(argument.format(**paths) for argument in arguments))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    # The message may be wrapped and framed.
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_exits_with_130_and_no_traceback():
+    command = [*COMMAND, "grad", "--tokens", "200000", "--engine", "exact"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            time.sleep(SECONDS_UNTIL_THE_COMMAND_COMPUTES)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=HANG_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+
+
+def test_an_unwritable_output_is_told_without_a_traceback(tmp_path):
+    done = lingrad("grad", *SMALL, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr

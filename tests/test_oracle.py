@@ -1,0 +1,200 @@
+"""``out`` and every gradient against the float64 oracle: both dtypes, all engines, sizes around those of tiles."""
+
+import numpy as np
+import pytest
+from helpers import assert_close, cast, draw, oracle_attention, relative_error, run_attention
+from limits import FITTED, ONE_HOT, ORACLE, WINDOWED_POLYNOMIAL
+from oracle import taylor
+
+import lingrad_rs as lg
+from lingrad_rs import Exact, Polynomial
+
+SIZES = (1, 2, 63, 64, 65, 1000)  # n < r where n is 1 or 2: degree 2 with d = 5 has r = 21
+
+
+def polynomial(degree=2, **options):
+    """The polynomial everywhere, near the diagonal too."""
+    return Polynomial(degree=degree, diagonal="polynomial", **options)
+
+
+ENGINES = {
+    "exact": Exact(),
+    "closed form": polynomial(),
+    "consistent": polynomial(gradient="consistent"),
+    "degree 1": polynomial(1),
+    "degree 3, consistent": polynomial(3, gradient="consistent"),
+    "degree 4": polynomial(4),
+    "given coefficients": polynomial(coefficients=(1.5, 0.7, 0.6)),
+    "given coefficients, consistent": polynomial(coefficients=(1.5, 0.7, 0.6), gradient="consistent"),
+}
+SHIFTED = {
+    "shift, closed form": Polynomial(shift="mean"),
+    "shift, consistent": Polynomial(shift="mean", gradient="consistent"),
+    "shift, degree 4, consistent": Polynomial(degree=4, shift="mean", gradient="consistent"),
+}
+FITTED_ENGINES = {
+    "fitted": Polynomial(coefficients="fitted"),
+    "fitted, degree 4": Polynomial(degree=4, coefficients="fitted"),
+    "fitted, shift, consistent": Polynomial(coefficients="fitted", shift="mean", gradient="consistent"),
+}
+
+
+def assert_matches_oracle(backend, dtype, inputs, engine, *, limits=ORACLE, **options):
+    inputs = cast(inputs, dtype)
+    got = run_attention(backend, inputs, engine=engine, **options)
+    assert all(x.dtype == dtype for x in got.values())
+    assert_close(got, oracle_attention(inputs, engine, **options), limits[dtype])
+
+
+def engines(table):
+    return pytest.mark.parametrize("engine", table.values(), ids=table.keys())
+
+
+def small_enough(engine):
+    """The standard deviation of queries and keys where the engine's denominators are safely positive."""
+    return 0.8 if isinstance(engine, Exact) or engine.degree % 2 == 0 else 0.4
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("causal", [False, True])
+@engines(ENGINES)
+def test_every_engine_matches_the_oracle(engine, causal, n, backend, dtype, rng):
+    inputs = draw(rng, n=n, size=small_enough(engine))
+    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@engines(SHIFTED)
+def test_shifted_engine_matches_the_oracle(engine, n, backend, dtype, rng):
+    inputs = draw(rng, n=n)
+    inputs["q"] += 0.5
+    inputs["k"] -= 1.0
+    assert_matches_oracle(backend, dtype, inputs, engine)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@engines(FITTED_ENGINES)
+def test_fitted_engine_matches_a_fit_of_one_s_own(engine, bias, backend, dtype, rng):
+    # Up to 256 tokens the engine's sample is all of them.
+    inputs = draw(rng, n=200, m=250, bias=bias, size=0.6)
+    assert_matches_oracle(backend, dtype, inputs, engine, limits=FITTED)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 333), (333, 40), (1, 200), (30, 1), (3, 5)])
+@engines(ENGINES | SHIFTED)
+def test_other_numbers_of_keys_match_the_oracle(engine, n, m, backend, dtype, rng):
+    assert_matches_oracle(backend, dtype, draw(rng, n=n, m=m, size=small_enough(engine)), engine)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(1, 1), (1, 7), (7, 1), (16, 40)])
+@pytest.mark.parametrize("causal", [False, True])
+@engines(ENGINES)
+def test_other_widths_match_the_oracle(engine, causal, d, dv, backend, dtype, rng):
+    inputs = draw(rng, n=130, d=d, dv=dv, size=small_enough(engine))
+    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [((3,), (3,)), ((6,), (2,)), ((2, 4), (2, 1)), ((2, 1, 4), (2, 1, 2))])
+@engines(ENGINES)
+def test_batches_of_grouped_heads_match_the_oracle(engine, heads, causal, backend, dtype, rng):
+    heads, key_heads = heads
+    inputs = draw(rng, n=70, heads=heads, key_heads=key_heads, size=small_enough(engine))
+    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@engines(ENGINES)
+def test_biased_and_removed_keys_match_the_oracle(engine, causal, backend, dtype, rng):
+    inputs = draw(rng, n=150, heads=(2, 4), key_heads=(2, 2), bias=True, size=small_enough(engine))
+    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
+    assert np.isneginf(inputs["key_bias"]).any()
+
+
+@engines(SHIFTED)
+def test_biased_keys_with_a_shift_match_the_oracle(engine, backend, dtype, rng):
+    inputs = draw(rng, n=150, m=90, heads=(4,), key_heads=(2,), bias=True)
+    assert_matches_oracle(backend, dtype, inputs, engine)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
+@engines(ENGINES)
+def test_any_scale_matches_the_oracle(engine, scale, backend, dtype, rng):
+    inputs = draw(rng, n=90, size=small_enough(engine) / 2)
+    assert_matches_oracle(backend, dtype, inputs, engine, scale=scale)
+
+
+def test_exact_engine_takes_scores_in_the_thousands(backend, dtype, rng):
+    inputs = draw(rng, n=80, size=1.0)
+    inputs["q"] *= 300
+    got = run_attention(backend, cast(inputs, dtype), engine=Exact(), scale=8.0)
+    want = oracle_attention(cast(inputs, dtype), Exact(), scale=8.0)
+    assert relative_error(got["out"], want["out"]) <= ONE_HOT[dtype]
+    assert all(np.isfinite(x).all() for x in got.values())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@engines(ENGINES | {"fitted, exact diagonal": Polynomial(coefficients="fitted")})
+def test_no_queries_and_no_keys_give_empty_results(engine, causal, backend, dtype, rng):
+    inputs = cast(draw(rng, n=0, heads=(2,)), dtype)
+    got = run_attention(backend, inputs, engine=engine, causal=causal)
+    shapes = {name: x.shape for name, x in got.items()}
+    assert shapes == {"out": (2, 0, 3), "dq": (2, 0, 5), "dk": (2, 0, 5), "dv": (2, 0, 3)}
+
+
+@engines(ENGINES | SHIFTED)
+def test_no_queries_leave_keys_without_gradient(engine, backend, dtype, rng):
+    got = run_attention(backend, cast(draw(rng, n=0, m=9), dtype), engine=engine)
+    assert got["out"].shape == (0, 3)
+    assert got["dk"].shape == (9, 5)
+    assert not got["dk"].any()
+    assert not got["dv"].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"degree": 1}, {"gradient": "consistent"}, {"coefficients": "fitted"}])
+def test_a_window_over_all_tokens_is_exact_attention(options, backend, dtype, rng):
+    inputs = cast(draw(rng, n=300, bias=True, size=1.5), dtype)
+    got = run_attention(backend, inputs, engine=Polynomial(window=300, **options), causal=True)
+    assert_close(got, oracle_attention(inputs, Exact(), causal=True), ORACLE[dtype])
+
+
+@pytest.mark.parametrize("gradient", ["closed_form", "consistent"])
+@pytest.mark.parametrize("coefficients", ["taylor", "fitted"])
+def test_an_exact_window_comes_close_to_exact_attention(coefficients, gradient, backend, dtype, rng):
+    inputs = cast(draw(rng, n=2000, size=0.5), dtype)  # fitted: the first 1024 tokens are exact
+    engine = Polynomial(coefficients=coefficients, gradient=gradient)
+    got = run_attention(backend, inputs, engine=engine, causal=True)
+    assert_close(got, oracle_attention(inputs, Exact(), causal=True), WINDOWED_POLYNOMIAL)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_output_keeps_within_the_a_priori_bound(degree, causal, backend, dtype, rng):
+    inputs = cast(draw(rng, n=500, size=0.3), dtype)
+    got = run_attention(backend, inputs, engine=Polynomial(degree=degree), causal=causal)["out"]
+    want = oracle_attention(inputs, Exact(), causal=causal)["out"]
+    reach = max(np.linalg.norm(inputs[name], axis=1).max() for name in "qk") ** 2 / np.sqrt(inputs["q"].shape[1])
+    s = np.linspace(-reach, reach, 1000)
+    eps = np.abs(np.polynomial.polynomial.polyval(s, taylor(degree)) / np.exp(s) - 1).max()
+    assert eps < 1
+    assert np.abs(got - want).max() <= 2 * eps / (1 - eps) * np.abs(inputs["v"]).max()
+
+
+def test_a_wider_window_is_closer_to_exact_attention(backend, rng):
+    inputs = draw(rng, n=1000)
+    want = oracle_attention(inputs, Exact(), causal=True)
+    errors = [
+        [relative_error(got[name], want[name]) for name in want]
+        for window in (0, 128, 512)
+        for got in [run_attention(backend, inputs, engine=Polynomial(window=window), causal=True)]
+    ]
+    assert np.all(np.diff(errors, axis=0) < 0)
+
+
+def test_attention_is_the_output_of_attention_vjp(backend, dtype, rng):
+    inputs = {name: backend.array(x) for name, x in cast(draw(rng, n=90, bias=True), dtype).items()}
+    dout = inputs.pop("dout")
+    out, vjp = lg.attention_vjp(**inputs)
+    assert np.array_equal(backend.numpy(lg.attention(**inputs)), backend.numpy(out))
+    first, second = vjp(dout), vjp(dout)
+    assert all(np.array_equal(backend.numpy(a), backend.numpy(b)) for a, b in zip(first, second, strict=True))
