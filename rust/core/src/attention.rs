@@ -4,8 +4,9 @@ use faer::{ColRef, MatRef};
 use rayon::prelude::*;
 
 use crate::context::Context;
-use crate::engine::Engine;
+use crate::engine::{self, Engine};
 use crate::error::{Error, Result, expect_len};
+use crate::monomials::Monomials;
 use crate::real::Real;
 use crate::{exact, polynomial};
 
@@ -71,6 +72,14 @@ pub(crate) struct Head<'a, T> {
 pub(crate) struct RowFactors<'a, T> {
     pub max: &'a [T],
     pub scale: &'a [T],
+}
+
+impl<'a, T: Real> RowFactors<'a, T> {
+    /// `scale_i e^{level - max_i}`: turns weights relative to `level` into entries of `f`.
+    pub fn far_factor(&self, level: f64) -> impl Fn(usize) -> T + Copy + use<'a, T> {
+        let Self { max, scale } = *self;
+        move |i| scale[i] * T::of(level - max[i].to_f64()).exp_nonpositive()
+    }
 }
 
 /// What an engine's backward pass reads beside the head.
@@ -169,7 +178,7 @@ impl<'a, T: Real> Heads<'a, T> {
     }
 }
 
-/// An error naming the first row of `views` that holds NaN or infinity.
+/// An error naming a head of `views` that holds NaN or infinity (the first, of those that run side by side).
 pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> {
     views.par_iter().enumerate().try_for_each(|(h, x)| {
         let x = if x.row_stride() == 1 { x.transpose() } else { *x };
@@ -188,18 +197,23 @@ pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> 
 
 const ROWS_A_CHECK: usize = 4096;
 
-/// 0 x is 0 for finite x and NaN otherwise, so the sum tells of the whole row.
 fn row_is_finite<T: Real>(row: faer::RowRef<'_, T>) -> bool {
     match row.try_as_row_major() {
-        Some(row) => {
-            let mut sum = T::ZERO;
-            for &x in row.as_slice() {
-                sum += x * T::ZERO;
-            }
-            sum == T::ZERO
-        }
+        Some(row) => all_finite(row.as_slice()),
         None => row.iter().all(|x| x.finite()),
     }
+}
+
+/// 0 x is 0 for finite x and NaN otherwise, so sums tell of all; eight of them, so that they vectorise.
+fn all_finite<T: Real>(x: &[T]) -> bool {
+    let mut sums = [T::ZERO; 8];
+    let (eights, rest) = x.as_chunks::<8>();
+    for x in eights {
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum += *x * T::ZERO;
+        }
+    }
+    sums.iter().chain(rest).all(|x| x.finite())
 }
 
 impl Attention {
@@ -221,10 +235,13 @@ impl Attention {
     /// Writes `out`, contiguous `(heads, n, dv)`, and returns what [`backward`](Self::backward) needs.
     ///
     /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
-    /// one; memory beyond `out` two numbers a query and a few tiles.
+    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine 8 to 64 states of `r (dv + 1)`
+    /// float64 numbers, and a float64 number a key where there is a bias.
     pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
-        let Sizes { h, n, dv, .. } = self.check(heads)?;
+        let sizes = self.check(heads)?;
+        let Sizes { h, n, dv, .. } = sizes;
         expect_len("out", out.len(), h * n * dv)?;
+        let prepared = self.prepared(&sizes, false)?;
         let mut saved =
             Saved { row_max: vec![T::ZERO; h * n], row_scale: vec![T::ZERO; h * n], constants: vec![None; h] };
         if n == 0 || h == 0 {
@@ -241,14 +258,15 @@ impl Attention {
             .enumerate()
             .try_for_each(|(i, (out, max, scale, constants))| {
                 let head = heads.head(i);
-                match &self.engine {
-                    Engine::Exact => exact::forward(ctx, &head, self, out, max, scale),
-                    Engine::Polynomial(p) => {
-                        *constants = Some(polynomial::forward(ctx, &head, self, p, out, max, scale)?);
+                match &prepared {
+                    Prepared::Exact => exact::forward(ctx, &head, self, out, max, scale),
+                    Prepared::Polynomial(p, tree) => {
+                        *constants = Some(polynomial::forward(ctx, &head, self, p, tree, out, max, scale)?);
                         Ok(())
                     }
                 }
             })?;
+        check_result("out", out, n * dv)?;
         Ok(saved)
     }
 
@@ -263,7 +281,8 @@ impl Attention {
         dout: &[MatRef<'_, T>],
         grads: AttentionGrads<'_, T>,
     ) -> Result<()> {
-        let Sizes { h, h_kv, n, m, d, dv } = self.check(heads)?;
+        let sizes = self.check(heads)?;
+        let Sizes { h, h_kv, n, m, d, dv } = sizes;
         expect_len("out", out.len(), h * n * dv)?;
         expect_len("saved", saved.row_max.len(), h * n)?;
         expect_len("dq", grads.dq.len(), h * n * d)?;
@@ -284,6 +303,7 @@ impl Attention {
             return Ok(());
         }
         check_finite("dout", dout)?;
+        let prepared = self.prepared(&sizes, true)?;
         let group = h / h_kv;
         // Heads that share keys add to the same dk and dv, so they take turns; each keeps every thread busy by itself.
         (
@@ -307,18 +327,46 @@ impl Attention {
                         },
                     };
                     let grads = HeadGrads { dq, dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() };
-                    match (&self.engine, &saved.constants[i]) {
-                        (Engine::Exact, _) => exact::backward(ctx, &head, self, upstream, grads)?,
-                        (Engine::Polynomial(p), Some(constants)) => {
-                            polynomial::backward(ctx, &head, self, p, constants, upstream, grads)?;
+                    match (&prepared, &saved.constants[i]) {
+                        (Prepared::Exact, _) => exact::backward(ctx, &head, self, upstream, grads)?,
+                        (Prepared::Polynomial(p, tree), Some(constants)) => {
+                            polynomial::backward(ctx, &head, self, p, tree, constants, upstream, grads)?;
                         }
-                        (Engine::Polynomial(_), None) => {
+                        (Prepared::Polynomial(..), None) => {
                             return Err(Error::Argument("saved comes from another engine's forward pass".into()));
                         }
                     }
                 }
                 Ok(())
-            })
+            })?;
+        check_result("dq", grads.dq, n * d)?;
+        check_result("dk", grads.dk, m * d)?;
+        check_result("dv", grads.dv, m * dv)
+    }
+
+    fn prepared(&self, sizes: &Sizes, backward: bool) -> Result<Prepared<'_>> {
+        Ok(match &self.engine {
+            Engine::Exact => Prepared::Exact,
+            Engine::Polynomial(p) => Prepared::Polynomial(p, polynomial::tree(p, sizes.d, sizes.dv + 1, backward)?),
+        })
+    }
+}
+
+/// The engine, with what all heads share.
+enum Prepared<'a> {
+    Exact,
+    Polynomial(&'a engine::Polynomial, Monomials),
+}
+
+/// An error where a result of one head is not finite: its inputs were, so something overflowed.
+fn check_result<T: Real>(name: &str, result: &[T], head: usize) -> Result<()> {
+    let bad = result.par_chunks(head).position_first(|x| !all_finite(x));
+    match bad {
+        None => Ok(()),
+        Some(h) => Err(Error::NonFinite(format!(
+            "{name} overflows in head {h} (counting from 0): its inputs are too large for their dtype; scale them down, or use \
+             float64"
+        ))),
     }
 }
 

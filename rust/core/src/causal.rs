@@ -4,10 +4,12 @@
 //! polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by one (in the first
 //! `prefix` blocks, which fitted coefficients are taken from, all keys are near): with
 //! `diagonal="exact"` by `exp`, with `diagonal="polynomial"` (then `lag = 0`) by the polynomial. Numerators and denominators of both parts
-//! add up; all is scaled by `e^{-M_i}`, where `M_i` is the largest near score (but at least 0 where there is a far part):
+//! add up, each row scaled by `e^{-M_i}` and the state kept relative to its *level* `l`, the largest bias of its keys, so that
+//! biases of any range fit. `M_i` is the largest of `l` and the near scores (of the near biases, where the near scores go through
+//! the polynomial):
 //!
 //! ```text
-//! [N_i, D_i] = e^{-M_i} φ(q_i)^T diag(ω_p) S + sum_{near j} e^{-M_i} A_ij [v_j, 1]
+//! [N_i, D_i] = e^{l - M_i} φ(q_i)^T diag(ω_p) S + sum_{near j} e^{-M_i} A_ij [v_j, 1]
 //! ```
 //!
 //! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same `D_i`. A key of block
@@ -29,7 +31,7 @@ use crate::real::{Real, vectorised};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
 
 /// The cutting of the sequence.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Cut {
     n: usize,
     /// Tokens a block, and blocks.
@@ -40,13 +42,24 @@ struct Cut {
     /// Blocks a run, and runs.
     run: usize,
     runs: usize,
+    /// The largest bias of the keys far from each block, `-inf` where there are none; one more entry than blocks.
+    levels: Vec<f64>,
 }
 
 impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>, r: usize) -> Self {
         let (n, block) = (pass.head.q.nrows(), pass.block());
         let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, r) / block);
-        Self { n, block, blocks, lag: pass.lag(), prefix: pass.prefix(), run, runs: blocks.div_ceil(run) }
+        let (lag, prefix, runs) = (pass.lag(), pass.prefix(), blocks.div_ceil(run));
+        let mut cut = Self { n, block, blocks, lag, prefix, run, runs, levels: Vec::with_capacity(blocks + 1) };
+        let (mut level, mut far) = (f64::NEG_INFINITY, 0);
+        for c in 0..blocks {
+            level = level.max(pass.level(cut.tokens(far..cut.first_near(c))));
+            far = cut.first_near(c);
+            cut.levels.push(level);
+        }
+        cut.levels.push(level);
+        cut
     }
 
     fn tokens(&self, blocks: Range<usize>) -> Range<usize> {
@@ -74,15 +87,22 @@ impl Cut {
     }
 }
 
-/// `sums[p]` becomes the sum of all before it.
-fn exclusive_prefix_sums(sums: &mut [Vec<f64>]) {
-    let Some(first) = sums.first() else { return };
+/// `states[p]` becomes the sum of all before it. Each comes relative to the level at which the next one is first used, `levels[p]`, and leaves
+/// relative to `levels[p - 1]`.
+fn exclusive_prefix_sums(states: &mut [Vec<f64>], levels: &[f64]) {
+    let Some(first) = states.first() else { return };
     let mut total = vec![0.0; first.len()];
-    for sum in sums {
-        let mut next = total.clone();
-        add(&mut next, sum);
-        *sum = std::mem::replace(&mut total, next);
+    for (p, state) in states.iter_mut().enumerate() {
+        let by = if p == 0 { 1.0 } else { decay(levels[p - 1], levels[p]) };
+        let mut next: Vec<f64> = total.iter().map(|x| x * by).collect();
+        add(&mut next, state);
+        *state = std::mem::replace(&mut total, next);
     }
+}
+
+/// `e^(from - to)`, for two levels that may both be `-inf`.
+fn decay(from: f64, to: f64) -> f64 {
+    if from == to { 1.0 } else { (from - to).exp() }
 }
 
 /// Writes `out` and the row factors of one head.
@@ -106,18 +126,18 @@ pub(crate) fn forward<T: Real>(
             let mut far = Far::new(start, weights.clone(), e);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
+                let level = cut.levels[c];
                 if c > p * cut.run {
+                    far.rescale(decay(cut.levels[c - 1], level));
                     for block in cut.first_near(c - 1)..cut.first_near(c) {
-                        far.add_keys(pass, cut.tokens(block..block + 1), &mut scratch);
+                        far.add_keys(pass, cut.tokens(block..block + 1), level, &mut scratch);
                     }
                 }
-                let has_far = cut.first_near(c) > 0;
+                let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let (len, first) = (queries.len(), queries.start - p * rows);
                 let (max, scale) = (&mut max[first..first + len], &mut scale[first..first + len]);
-                // Without a far part nothing but the near scores has to fit in range, however low they are.
-                let lowest = if has_far { T::ZERO } else { T::NEG_INFINITY };
-                near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, lowest });
+                near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, level: T::of(level) });
                 near.load_values(pass, keys.clone());
                 if has_far {
                     pass.load_queries(queries.start, len, &mut scratch.x);
@@ -125,7 +145,7 @@ pub(crate) fn forward<T: Real>(
                     let state = view(far.weighted(), r, e).transpose();
                     product(view_mut(&mut scratch.values, e, len), state, view(&scratch.features, r, len), T::ONE);
                     for t in 0..len {
-                        let by = (-max[t]).exp_nonpositive();
+                        let by = T::of(level - max[t].to_f64()).exp_nonpositive();
                         for c in 0..e {
                             scratch.values[c * len + t] *= by;
                         }
@@ -147,37 +167,34 @@ pub(crate) fn forward<T: Real>(
 /// The state from which each run's forward scan starts: all keys before the near ones of its first block.
 fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Vec<f64>>> {
     let edge = |p: usize| cut.first_near(p * cut.run);
+    let level_of = |p: usize| cut.levels[((p + 1) * cut.run).min(cut.blocks)];
     let mut states = (0..cut.runs)
         .into_par_iter()
         .map(|p| {
             let last = p + 1 == cut.runs; // nobody reads its sum
             let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
-            pass.key_state(keys, r)
+            pass.key_state(keys, level_of(p), r)
         })
         .collect::<Result<Vec<_>>>()?;
-    exclusive_prefix_sums(&mut states);
+    exclusive_prefix_sums(&mut states, &(0..cut.runs).map(level_of).collect::<Vec<_>>());
     Ok(states)
 }
 
-/// The state from which each run's reverse scan starts, last run first: all queries after those near its last block. `factor(i)` scales
-/// query i.
-fn query_states<T: Real>(
-    pass: &Pass<'_, T>,
-    cut: &Cut,
-    up: &Upstream<'_, T>,
-    factor: impl Fn(usize) -> T + Copy + Sync,
-    r: usize,
-) -> Result<Vec<Vec<f64>>> {
+/// The state from which each run's reverse scan starts, last run first: all queries after those near its last block.
+fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, r: usize) -> Result<Vec<Vec<f64>>> {
+    let after = |p: usize| cut.first_far(cut.of_run(p).end - 1);
+    // Run p's queries are first used by run p - 1, at the level of the first of them.
+    let first = |p: usize| if p == 0 { 0 } else { after(p - 1) };
     let mut states = (0..cut.runs)
         .into_par_iter()
         .rev()
         .map(|p| {
-            let after = |p: usize| cut.first_far(cut.of_run(p).end - 1);
-            let queries = if p == 0 { 0..0 } else { cut.tokens(after(p - 1)..after(p)) };
-            pass.query_state(up, queries, r, factor)
+            let queries = if p == 0 { 0..0 } else { cut.tokens(first(p)..after(p)) };
+            pass.query_state(up, queries, r, up.rows.far_factor(cut.levels[first(p)]))
         })
         .collect::<Result<Vec<_>>>()?;
-    exclusive_prefix_sums(&mut states);
+    // Weights of keys fall with the level that they are relative to; factors of queries rise.
+    exclusive_prefix_sums(&mut states, &(0..cut.runs).rev().map(|p| -cut.levels[first(p)]).collect::<Vec<_>>());
     Ok(states)
 }
 
@@ -189,8 +206,6 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
     let cut = Cut::new(pass, r_plus);
     let potential = pass.tree.weights(&pass.potential(), pass.scale);
     let rows = cut.run * cut.block;
-    // f_ij = factor_i w_j p(s_ij) for the far keys.
-    let factor = |i: usize| up.rows.scale[i] * (-up.rows.max[i]).exp_nonpositive();
 
     // Queries, forward: dq whole, and what the near queries give dk, dv and db. What falls to keys of the run before is
     // handed back, and added afterwards.
@@ -214,19 +229,21 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
             let mut halo = Halo::new(halo_start..own, d, dv);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
+                let level = cut.levels[c];
                 if c > p * cut.run {
+                    far.rescale(decay(cut.levels[c - 1], level));
                     for block in cut.first_near(c - 1)..cut.first_near(c) {
-                        far.add_keys(pass, cut.tokens(block..block + 1), &mut scratch);
+                        far.add_keys(pass, cut.tokens(block..block + 1), level, &mut scratch);
                     }
                 }
-                let has_far = cut.first_near(c) > 0;
+                let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let len = queries.len();
                 let dq = &mut dq[(queries.start - own) * d..(queries.end - own) * d];
                 if has_far {
                     pass.load_queries(queries.start, len, &mut scratch.x);
                     pass.tree.features(&scratch.x, len, parents, &mut scratch.features);
-                    pass.load_upstream(&up, queries.start, len, factor, &mut scratch.values);
+                    pass.load_upstream(&up, queries.start, len, up.rows.far_factor(level), &mut scratch.values);
                     pass.pullback(far.weighted(), len, &mut scratch);
                     store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
                 } else {
@@ -262,7 +279,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
     // Keys, in reverse: what the far queries give.
     let r = pass.rank();
     let of_values = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts: Vec<_> = query_states(pass, &cut, &up, factor, r_plus)?.into_iter().rev().collect();
+    let starts: Vec<_> = query_states(pass, &cut, &up, r_plus)?.into_iter().rev().collect();
     let mut db = optional_chunks(dkey_bias, rows, cut.runs);
     (dk.par_chunks_mut(rows * d), grad_v.par_chunks_mut(rows * dv), db.par_iter_mut(), starts)
         .into_par_iter()
@@ -275,9 +292,11 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
             for c in cut.of_run(p).rev() {
                 pass.ctx.check()?;
                 let first = cut.first_far(c);
+                let level = cut.levels[first];
                 if c + 1 < cut.of_run(p).end {
+                    far.rescale(decay(level, cut.levels[cut.first_far(c + 1)]));
                     for block in first..cut.first_far(c + 1) {
-                        far.add_queries(pass, &up, cut.tokens(block..block + 1), factor, &mut scratch);
+                        far.add_queries(pass, &up, cut.tokens(block..block + 1), level, &mut scratch);
                     }
                 }
                 if first >= cut.blocks {
@@ -288,6 +307,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
                 let local = keys.start - own..keys.end - own;
                 pass.key_gradients(
                     keys.start,
+                    level,
                     far.weighted(),
                     &for_values,
                     &mut scratch,
@@ -325,9 +345,17 @@ impl<T: Real> Far<T> {
         &self.weighted
     }
 
-    fn add_keys(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, scratch: &mut Scratch<T>) {
+    /// Moves the state to another level.
+    fn rescale(&mut self, by: f64) {
+        if by != 1.0 {
+            self.state.scale(by);
+            self.stale = true;
+        }
+    }
+
+    fn add_keys(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, level: f64, scratch: &mut Scratch<T>) {
         pass.load_keys(keys.start, keys.len(), &mut scratch.x);
-        pass.load_values(keys.start, keys.len(), true, &mut scratch.values);
+        pass.load_values(keys.start, keys.len(), Some(level), &mut scratch.values);
         self.add(pass, keys.len(), scratch);
     }
 
@@ -336,11 +364,11 @@ impl<T: Real> Far<T> {
         pass: &Pass<'_, T>,
         up: &Upstream<'_, T>,
         queries: Range<usize>,
-        factor: impl Fn(usize) -> T,
+        level: f64,
         scratch: &mut Scratch<T>,
     ) {
         pass.load_queries(queries.start, queries.len(), &mut scratch.x);
-        pass.load_upstream(up, queries.start, queries.len(), factor, &mut scratch.values);
+        pass.load_upstream(up, queries.start, queries.len(), up.rows.far_factor(level), &mut scratch.values);
         self.add(pass, queries.len(), scratch);
     }
 
@@ -351,9 +379,10 @@ impl<T: Real> Far<T> {
     }
 }
 
-/// Where a row's maximum comes from: found among the near scores (and `lowest`), or known from the forward pass (with its scale).
+/// Where a row's maximum comes from: found among the near scores and the level of the far keys, or known from the
+/// forward pass (with the row's scale).
 enum Row<'a, 'b, T> {
-    Find { max: &'a mut [T], lowest: T },
+    Find { max: &'a mut [T], level: T },
     Known(&'a Upstream<'b, T>),
 }
 
@@ -396,15 +425,15 @@ impl<T: Real> Near<T> {
     fn weigh_exactly(&mut self, pass: &Pass<'_, T>, queries: Range<usize>, keys: Range<usize>, row: Row<'_, '_, T>) {
         let (bq, bk) = (queries.len(), keys.len());
         let f = &mut self.f[..bk * bq];
-        if let Some(log_weights) = &pass.log_weights {
-            add_bias(faer::ColRef::from_slice(&log_weights[keys.clone()]), bq, f);
+        if let Some(biases) = &pass.biases {
+            add_bias(biases[keys.clone()].iter().map(|&b| T::of(b)), bq, f);
         }
         mask(queries.start, keys.start, bk, bq, f);
         match row {
-            Row::Find { max, lowest } => vectorised(
+            Row::Find { max, level } => vectorised(
                 #[inline(always)]
                 || {
-                    max.fill(lowest);
+                    max.fill(level);
                     for row in f.chunks_exact(bq) {
                         for (max, &s) in max.iter_mut().zip(row) {
                             *max = s.larger(*max);
@@ -445,27 +474,34 @@ impl<T: Real> Near<T> {
     ) {
         let bq = queries.len();
         let a: Vec<T> = pass.constants.coefficients.iter().map(|&a| T::of(a)).collect();
-        let scale = match row {
-            Row::Find { max, .. } => {
-                max.fill(T::ZERO);
-                None
+        let (max, scale): (&[T], _) = match row {
+            Row::Known(up) => (&up.rows.max[queries.clone()], Some(&up.rows.scale[queries.clone()])),
+            Row::Find { max, level } => {
+                // Weights are at most 1 relative to the largest bias that the query sees.
+                let mut seen = level.to_f64().max(pass.level(keys.start..queries.start));
+                for (max, i) in max.iter_mut().zip(queries.clone()) {
+                    seen = seen.max(pass.bias(i));
+                    *max = if seen.is_finite() { T::of(seen) } else { T::ZERO };
+                }
+                (&*max, None)
             }
-            Row::Known(up) => Some(&up.rows.scale[queries.clone()]),
         };
-        for (j, (f, slope)) in
-            self.f.chunks_exact_mut(bq).zip(self.slope.chunks_exact_mut(bq)).enumerate().take(keys.len())
-        {
-            let w = pass.weight(keys.start + j);
+        for j in 0..keys.len() {
+            let (f, slope) = (&mut self.f[j * bq..][..bq], &mut self.slope[j * bq..][..bq]);
             for i in 0..bq {
-                let s = f[i];
+                let seen = keys.start + j <= queries.start + i;
+                let w = if seen { pass.weight(keys.start + j, max[i].to_f64()) } else { T::ZERO };
+                if w == T::ZERO {
+                    (f[i], slope[i]) = (T::ZERO, T::ZERO);
+                    continue;
+                }
+                let (s, by) = (f[i], w * scale.map_or(T::ONE, |s| s[i]));
                 let (mut p, mut dp) = (T::ZERO, T::ZERO);
                 for &a in a.iter().rev() {
                     dp = dp * s + p;
                     p = p * s + a;
                 }
-                let by = if keys.start + j > queries.start + i { T::ZERO } else { w * scale.map_or(T::ONE, |s| s[i]) };
-                f[i] = p * by;
-                slope[i] = dp * by;
+                (f[i], slope[i]) = (p * by, dp * by);
             }
         }
     }

@@ -14,7 +14,7 @@
 //! dq = c dS k        dk = c dS^T q        db = dS^T 1
 //! ```
 
-use faer::{ColRef, MatRef};
+use faer::MatRef;
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
@@ -70,18 +70,20 @@ fn scores<T: Real>(
     let bq = q.nrows();
     product(view_mut(s, bk, bq), head.k.subrows(j0, bk), q.transpose(), T::of(attention.scale));
     if let Some(bias) = head.key_bias {
-        add_bias(bias.subrows(j0, bk), bq, s);
+        add_bias(bias.subrows(j0, bk).iter().copied(), bq, s);
     }
     if attention.causal {
         mask(i0, j0, bk, bq, s);
     }
 }
 
-/// Adds each key's bias to its row of scores.
-pub(crate) fn add_bias<T: Real>(bias: ColRef<'_, T>, bq: usize, s: &mut [T]) {
-    for (row, &b) in s.chunks_exact_mut(bq).zip(bias.iter()) {
-        for s in row {
-            *s += b;
+/// Adds each key's bias to its row of scores; a removed key's scores are `-inf`, whatever they were.
+pub(crate) fn add_bias<T: Real>(bias: impl Iterator<Item = T>, bq: usize, s: &mut [T]) {
+    for (row, b) in s.chunks_exact_mut(bq).zip(bias) {
+        if b == T::NEG_INFINITY {
+            row.fill(b);
+        } else {
+            row.iter_mut().for_each(|s| *s += b);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Measured errors: exact rows drawn at random, compared with given ones.
 
-use faer::{Col, Mat, MatRef};
+use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{Heads, Sizes, check_finite, expect_views};
@@ -81,8 +81,7 @@ pub fn measure_error<T: Real>(
                 let s = &mut softmax.scores;
                 product(view_mut(s, bk, rows.len()), wide(head.k.subrows(j0, bk)).as_ref(), q.transpose(), scale);
                 if let Some(bias) = head.key_bias {
-                    let bias = Col::from_fn(bk, |j| bias[j0 + j].to_f64());
-                    add_bias(bias.as_ref(), rows.len(), s);
+                    add_bias(bias.subrows(j0, bk).iter().map(|b| b.to_f64()), rows.len(), s);
                 }
                 if causal {
                     for (i, &row) in rows.iter().enumerate() {
@@ -119,13 +118,17 @@ pub fn measure_error<T: Real>(
 fn ratio(pairs: &[(f64, f64)], total: usize) -> ErrorEstimate {
     let rows = pairs.len();
     let (error, size) = pairs.iter().fold((0.0, 0.0), |(e, x), pair| (e + pair.0, x + pair.1));
-    let r = if error == 0.0 { 0.0 } else { error / size };
-    let spread: f64 = pairs.iter().map(|(e, x)| if r.is_finite() { (e - r * x).powi(2) } else { 0.0 }).sum();
+    if error == 0.0 || size == 0.0 {
+        let relative = if error == 0.0 { 0.0 } else { f64::INFINITY };
+        return ErrorEstimate { relative, low: relative, high: relative, rows };
+    }
+    let r = error / size;
+    let spread: f64 = pairs.iter().map(|(e, x)| (e - r * x).powi(2)).sum();
     let left_out = 1.0 - rows as f64 / total as f64;
     let deviation = (left_out * spread / (rows.max(2) - 1) as f64 / rows as f64).sqrt() / (size / rows as f64);
     // The errors of rows are skewed, so the interval is taken on the logarithm of R.
     let factor = match (rows, r) {
-        _ if left_out == 0.0 || r == 0.0 => 1.0,
+        _ if left_out == 0.0 => 1.0,
         (1, _) => f64::INFINITY,
         _ => (NORMAL_95 * deviation / r).exp(),
     };

@@ -23,8 +23,14 @@ pub(crate) struct Monomials {
     ranks: Vec<usize>,
 }
 
+/// Beyond this not even one variable makes sense.
+const LARGEST_DEGREE: usize = 1 << 20;
+
 /// `C(d + g, g)`, or `None` where it does not fit.
 pub(crate) fn rank(d: usize, degree: usize) -> Option<usize> {
+    if degree > LARGEST_DEGREE {
+        return None;
+    }
     let mut r: u128 = 1;
     for j in 1..=degree as u128 {
         r = r.checked_mul(d as u128 + j)? / j;

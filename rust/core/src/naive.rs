@@ -55,15 +55,17 @@ impl Naive<'_> {
                 let max = (0..seen).map(total).fold(f64::NEG_INFINITY, f64::max);
                 (0..seen).map(|j| (total(j) - max).exp()).map(|a| (a, a)).collect()
             }
-            Some((a, gradient)) => (0..seen)
-                .map(|j| {
-                    let (s, w) = (self.score(i, j), self.bias(j).exp());
+            Some((a, gradient)) => {
+                let level = (0..seen).map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max);
+                let weights = |j| {
+                    let (s, w) = (self.score(i, j), (self.bias(j) - level).exp());
                     let p: f64 = a.iter().enumerate().map(|(l, a)| a * s.powi(l as i32)).sum();
                     let slope: f64 =
                         a.iter().enumerate().skip(1).map(|(l, a)| l as f64 * a * s.powi(l as i32 - 1)).sum();
                     (w * p, w * if gradient == Gradient::Consistent { slope } else { p })
-                })
-                .collect(),
+                };
+                (0..seen).map(weights).collect()
+            }
         }
     }
 

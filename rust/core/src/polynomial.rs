@@ -1,6 +1,7 @@
 //! The polynomial engine: `exp(s)` replaced by `p(s) = sum_{j<=g} a_j s^j`, so that attention costs time linear in its length.
 //!
-//! With the monomial features `φ` of [`Monomials`], `p(c q.k) = φ(q)^T diag(ω_p) φ(k)`. Forward, with key weights `w_j = e^{b_j}`:
+//! With the monomial features `φ` of [`Monomials`], `p(c q.k) = φ(q)^T diag(ω_p) φ(k)`. Forward, with key weights `w_j = e^{b_j - level}` (a
+//! common factor of numerators and denominators; the level is the largest bias):
 //!
 //! ```text
 //! S = sum_j φ(k_j) [w_j v_j, w_j]          (r, dv + 1)
@@ -67,8 +68,10 @@ const TILE_NUMBERS: usize = 1 << 17;
 const FLUSH: usize = 512;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
 const FIT_PREFIX: usize = 1024;
-/// Numbers in one state, at the most: beyond this neither memory nor time is reasonable.
-const LARGEST_STATE: usize = 1 << 28;
+/// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
+const LARGEST_STATE: usize = 1 << 27;
+/// Numbers in all partial states of a head together, where eight of them take no more than 1 GiB.
+const PARTIAL_STATES: usize = 1 << 23;
 
 /// One head's pass, with everything that its tiles share.
 pub(crate) struct Pass<'a, T> {
@@ -77,9 +80,26 @@ pub(crate) struct Pass<'a, T> {
     pub engine: &'a engine::Polynomial,
     pub scale: f64,
     pub constants: Constants<T>,
-    pub tree: Monomials,
-    /// `ln w_j`, at most 0, where there is a bias or a query shift.
-    pub log_weights: Option<Vec<T>>,
+    pub tree: &'a Monomials,
+    /// `b'_j`, where there is a bias or a query shift; else all are 0.
+    pub biases: Option<Vec<f64>>,
+}
+
+/// The monomials that every head's pass needs: up to the degree of p, and of the potential where there is a `backward` pass. An error
+/// where that one is out of reach, before a forward pass that could have no backward one.
+pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bool) -> Result<Monomials> {
+    let potential_degree = engine.degree + usize::from(engine.gradient == Gradient::ClosedForm);
+    match monomials::rank(d, potential_degree) {
+        Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {
+            Ok(Monomials::new(d, if backward { potential_degree } else { engine.degree }))
+        }
+        _ => Err(Error::Argument(format!(
+            "degree = {} with d = {d} and dv = {} needs more monomials (up to degree {potential_degree}) than memory holds; \
+             use a lower degree, gradient=\"consistent\", or Exact()",
+            engine.degree,
+            e - 1
+        ))),
+    }
 }
 
 /// Writes `out` and the row factors of one head, and returns its constants.
@@ -88,11 +108,12 @@ pub(crate) fn forward<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
     engine: &engine::Polynomial,
+    tree: &Monomials,
     out: &mut [T],
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<Constants<T>> {
-    let pass = Pass::new(ctx, head, attention, engine, None)?;
+    let pass = Pass::new(ctx, head, attention, engine, tree, None)?;
     if attention.causal {
         causal::forward(&pass, out, row_max, row_scale)?;
     } else {
@@ -107,11 +128,12 @@ pub(crate) fn backward<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
     engine: &engine::Polynomial,
+    tree: &Monomials,
     constants: &Constants<T>,
     up: Upstream<'_, T>,
     grads: HeadGrads<'_, T>,
 ) -> Result<()> {
-    let pass = Pass::new(ctx, head, attention, engine, Some(constants.clone()))?;
+    let pass = Pass::new(ctx, head, attention, engine, tree, Some(constants.clone()))?;
     if attention.causal {
         causal::backward(&pass, up, grads)
     } else if engine.shift == Shift::None {
@@ -127,32 +149,16 @@ impl<'a, T: Real> Pass<'a, T> {
         head: &'a Head<'a, T>,
         attention: &Attention,
         engine: &'a engine::Polynomial,
+        tree: &'a Monomials,
         constants: Option<Constants<T>>,
     ) -> Result<Self> {
-        let (d, e) = (head.k.ncols(), head.v.ncols() + 1);
-        let potential_degree = engine.degree + usize::from(engine.gradient == Gradient::ClosedForm);
-        match monomials::rank(d, potential_degree) {
-            Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {}
-            _ => {
-                return Err(Error::Argument(format!(
-                    "degree = {} with d = {d} needs more monomials (up to degree {potential_degree}) than any memory \
-                     holds; use a lower degree, gradient=\"consistent\", or Exact()",
-                    engine.degree
-                )));
-            }
-        }
-        let mut pass = Self {
-            ctx,
-            head,
-            engine,
-            scale: attention.scale,
-            constants: Constants { coefficients: Vec::new(), query_shift: Vec::new(), key_shift: Vec::new() },
-            // The forward pass needs no more than the degree of p.
-            tree: Monomials::new(d, if constants.is_some() { potential_degree } else { engine.degree }),
-            log_weights: None,
-        };
+        let none = Constants { coefficients: Vec::new(), query_shift: Vec::new(), key_shift: Vec::new() };
+        let mut pass = Self { ctx, head, engine, scale: attention.scale, constants: none, tree, biases: None };
         let fit_it = constants.is_none();
         match constants {
+            Some(constants) if constants.coefficients.len() != engine.degree + 1 => {
+                return Err(Error::Argument("saved comes from a forward pass of another degree".into()));
+            }
             Some(constants) => pass.constants = constants,
             None if engine.shift == Shift::Mean => {
                 pass.constants.query_shift = mean(head.q);
@@ -160,7 +166,7 @@ impl<'a, T: Real> Pass<'a, T> {
             }
             None => {}
         }
-        pass.log_weights = pass.log_weights(attention.causal)?;
+        pass.biases = pass.biases()?;
         if fit_it {
             pass.constants.coefficients = pass.coefficients(attention.causal)?;
         }
@@ -178,7 +184,9 @@ impl<'a, T: Real> Pass<'a, T> {
                     let all = x.nrows();
                     x.subrows(0, if causal { all.min(self.prefix() * self.block()) } else { all })
                 };
-                let weight = |j: usize| self.log_weights.as_ref().map_or(1.0, |l| l[j].to_f64().exp());
+                let level = self.level(0..tokens(self.head.k).nrows());
+                let weight =
+                    |j: usize| if self.bias(j) == f64::NEG_INFINITY { 0.0 } else { (self.bias(j) - level).exp() };
                 fit::fit(
                     degree,
                     (tokens(self.head.q), &self.constants.query_shift),
@@ -191,9 +199,8 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `b'_j - max b'`, or `None` where all are 0. Under a causal mask a query may not see the largest bias; what it sees must not be
-    /// so far below as to leave the range of the type.
-    fn log_weights(&self, causal: bool) -> Result<Option<Vec<T>>> {
+    /// `b'_j = b_j + c α.k'_j`, or `None` where all are 0.
+    fn biases(&self) -> Result<Option<Vec<f64>>> {
         let alpha = &self.constants.query_shift;
         if self.head.key_bias.is_none() && alpha.is_empty() {
             return Ok(None);
@@ -207,26 +214,32 @@ impl<'a, T: Real> Pass<'a, T> {
             own + self.scale * by_shift
         };
         let biases: Vec<f64> = (0..self.head.k.nrows()).into_par_iter().map(bias).collect();
-        let max = biases.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        if max == f64::NEG_INFINITY {
+        if biases.iter().all(|b| *b == f64::NEG_INFINITY) {
             return Err(Error::Denominator(format!(
                 "head {} has no key to attend to: key_bias is -inf for every key",
                 self.head.index
             )));
         }
-        let mut seen = f64::NEG_INFINITY;
-        for (j, &bias) in biases.iter().enumerate().filter(|_| causal) {
-            seen = seen.max(bias);
-            if seen.is_finite() && seen - max < T::LOWEST_LOG_WEIGHT {
-                return Err(Error::Denominator(format!(
-                    "row {j} of head {} sees only keys whose key_bias is at least {:.1} below that of a later key, which \
-                     the polynomial's one scale for all keys cannot hold; use float64, a key_bias of smaller range, or Exact()",
-                    self.head.index,
-                    max - seen
-                )));
-            }
+        Ok(Some(biases))
+    }
+
+    /// `b'_j`.
+    pub fn bias(&self, j: usize) -> f64 {
+        self.biases.as_ref().map_or(0.0, |b| b[j])
+    }
+
+    /// The largest `b'_j` of some keys, `-inf` where there are none.
+    pub fn level(&self, keys: std::ops::Range<usize>) -> f64 {
+        keys.map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max)
+    }
+
+    /// `w_j = e^{b'_j - level}`, for a level that is not below `b'_j`.
+    pub fn weight(&self, j: usize, level: f64) -> T {
+        match &self.biases {
+            None if level == 0.0 => T::ONE,
+            _ if self.bias(j) == f64::NEG_INFINITY => T::ZERO,
+            _ => T::of(self.bias(j) - level).exp_nonpositive(),
         }
-        Ok(Some(biases.iter().map(|b| T::of(b - max)).collect()))
     }
 
     /// Width of the extended values `[v, 1]`.
@@ -289,26 +302,28 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    pub fn weight(&self, j: usize) -> T {
-        self.log_weights.as_ref().map_or(T::ONE, |l| l[j].exp_nonpositive())
-    }
-
     pub fn load_queries(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.q, start, len, &self.constants.query_shift, x);
     }
 
+    /// Shifted keys; those that a bias of `-inf` removes are 0, whatever they hold.
     pub fn load_keys(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.k, start, len, &self.constants.key_shift, x);
+        if self.biases.is_some() {
+            for t in (0..len).filter(|t| self.bias(start + t) == f64::NEG_INFINITY) {
+                x.iter_mut().skip(t).step_by(len).take(self.head.k.ncols()).for_each(|x| *x = T::ZERO);
+            }
+        }
     }
 
-    /// `[v_j; 1]`, times `w_j` where `weighted`, as `(e, len)`.
-    pub fn load_values(&self, start: usize, len: usize, weighted: bool, x: &mut [T]) {
+    /// `[v_j; 1]` as `(e, len)`, times `w_j` where there is a level that the weights are relative to.
+    pub fn load_values(&self, start: usize, len: usize, level: Option<f64>, x: &mut [T]) {
         load_transposed(self.head.v, start, len, &[], x);
         let e = self.e();
         x[(e - 1) * len..e * len].fill(T::ONE);
-        if weighted && self.log_weights.is_some() {
+        if let (Some(level), Some(_)) = (level, &self.biases) {
             for t in 0..len {
-                let w = self.weight(start + t);
+                let w = self.weight(start + t, level);
                 for c in 0..e {
                     x[c * len + t] *= w;
                 }
@@ -336,11 +351,11 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `sum_j φ(k_j) [w_j v_j, w_j]^T` over a range of keys, in float64.
-    pub fn key_state(&self, keys: std::ops::Range<usize>, r: usize) -> Result<Vec<f64>> {
+    /// `sum_j φ(k_j) [w_j v_j, w_j]^T` over a range of keys, in float64, the weights relative to `level`.
+    pub fn key_state(&self, keys: std::ops::Range<usize>, level: f64, r: usize) -> Result<Vec<f64>> {
         self.state(keys, r, |start, len, x, values| {
             self.load_keys(start, len, x);
-            self.load_values(start, len, true, values);
+            self.load_values(start, len, Some(level), values);
         })
     }
 
@@ -398,14 +413,16 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up to 64.
     pub fn partition(&self, tokens: usize, step: usize, r: usize) -> usize {
-        let units = ((1usize << 21) / (r * self.e())).clamp(8, 64);
+        let state = r * self.e();
+        let units = (PARTIAL_STATES / state).clamp(8, 64).min((LARGEST_STATE / state).max(1));
         let units = 1 << units.ilog2();
         tokens.div_ceil(units).next_multiple_of(step).max(step)
     }
 
     fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
         let (r, e, dv) = (self.rank(), self.e(), self.e() - 1);
-        let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, r), r)?;
+        let level = self.level(0..self.head.k.nrows());
+        let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, level, r), r)?;
         let state = weigh(&state, &self.tree.weights(&self.constants.coefficients, self.scale), e);
         let tile = Self::tile(r);
         row_max.fill(T::ZERO);
@@ -438,7 +455,7 @@ impl<'a, T: Real> Pass<'a, T> {
             return Ok(T::ONE / denominator);
         }
         let head = self.head.index;
-        if denominator == T::ZERO && self.log_weights.is_some() {
+        if denominator == T::ZERO && self.biases.is_some() {
             return Err(Error::Denominator(format!(
                 "row {row} of head {head} has no key to attend to: key_bias is -inf, or far below its maximum, for every key \
                  that it may see; leave such rows out of q, or give one of their keys a finite bias"
@@ -468,8 +485,9 @@ impl<'a, T: Real> Pass<'a, T> {
         let tile = Self::tile(r_plus);
         let (n, m) = (self.head.q.nrows(), self.head.k.nrows());
         let potential = self.tree.weights(&self.potential(), self.scale);
+        let level = self.level(0..m);
 
-        let state = self.whole_state(m, |keys| self.key_state(keys, r_plus), r_plus)?;
+        let state = self.whole_state(m, |keys| self.key_state(keys, level, r_plus), r_plus)?;
         let state = weigh(&state, &potential, e);
         dq.par_chunks_mut(tile * d).enumerate().try_for_each_init(
             || Scratch::new(self, tile, parents, r_plus),
@@ -501,6 +519,7 @@ impl<'a, T: Real> Pass<'a, T> {
                     self.ctx.check()?;
                     self.key_gradients(
                         j * tile,
+                        level,
                         &weighted,
                         &of_values,
                         scratch,
@@ -520,10 +539,12 @@ impl<'a, T: Real> Pass<'a, T> {
         self.tree.pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
     }
 
-    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's weights.
+    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's weights. `level` is what
+    /// the keys' weights are relative to, in the state too.
     pub fn key_gradients(
         &self,
         start: usize,
+        level: f64,
         potential: &[T],
         of_values: &[T],
         scratch: &mut Scratch<T>,
@@ -533,13 +554,13 @@ impl<'a, T: Real> Pass<'a, T> {
         let (d, dv) = (self.head.k.ncols(), e - 1);
         let len = grads.dk.len() / d;
         self.load_keys(start, len, &mut scratch.x);
-        self.load_values(start, len, false, &mut scratch.values);
+        self.load_values(start, len, None, &mut scratch.values);
         self.tree.features(&scratch.x, len, r, &mut scratch.features);
         self.pullback(potential, len, scratch);
         let Scratch { values, features, out, dx, .. } = scratch;
         product(view_mut(out, e, len), view(of_values, r, e).transpose(), view(features, r, len), T::ONE);
         for t in 0..len {
-            let w = self.weight(start + t);
+            let w = self.weight(start + t, level);
             let mut db = out[dv * len + t];
             for c in 0..dv {
                 let g = out[c * len + t];
@@ -655,6 +676,12 @@ impl<T: Real> State<T> {
             }
             self.tokens = 0;
         }
+    }
+
+    /// Multiplies the sum.
+    pub fn scale(&mut self, by: f64) {
+        self.flush();
+        self.sum.iter_mut().for_each(|x| *x *= by);
     }
 
     /// The sum so far.
