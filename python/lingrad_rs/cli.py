@@ -33,6 +33,7 @@ except ImportError as missing:
 
 __all__ = ["main"]
 
+_DEFAULT_ENGINE = Polynomial(coefficients="fitted")
 _BYTES = 256  # the vocabulary: a token is a byte
 _SAMPLES = 256  # rows of each head whose error is measured
 
@@ -44,6 +45,13 @@ class EngineName(str, Enum):
 
     polynomial = "polynomial"
     exact = "exact"
+
+
+class CoefficientsName(str, Enum):
+    """Where the polynomial's coefficients come from."""
+
+    fitted = "fitted"
+    taylor = "taylor"
 
 
 class Reference(str, Enum):
@@ -99,6 +107,9 @@ def grad(
         EngineName | None, typer.Option(help="How attention is computed.", show_default="polynomial, or as in --params")
     ] = None,
     degree: Annotated[int | None, typer.Option(help="Degree of the polynomial.", show_default="2")] = None,
+    coefficients: Annotated[
+        CoefficientsName | None, typer.Option(help="Its coefficients.", show_default="fitted")
+    ] = None,
     compare: Annotated[
         Reference | None, typer.Option(help="Also compute exactly: errors of all gradients, and the speed-up.")
     ] = None,
@@ -116,7 +127,7 @@ def grad(
         if out is not None and not out.absolute().parent.is_dir():
             raise ArgumentError(f"--out {out}: there is no directory {out.absolute().parent}")
         sizes = {"n_layers": layers, "d_model": d_model, "n_heads": heads, "d_ff": d_ff}
-        chosen = _engine(engine, degree)
+        chosen = _engine(engine, degree, coefficients)
         if params is None:
             model = _new_model(sizes, chosen, seed, "float32" if dtype is None else dtype.value)
         else:
@@ -156,22 +167,24 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _engine(name: EngineName | None, degree: int | None) -> Engine | None:
+def _engine(name: EngineName | None, degree: int | None, coefficients: CoefficientsName | None) -> Engine | None:
     """The engine that was asked for; None where none was."""
     if name is EngineName.exact:
-        if degree is not None:
-            raise ArgumentError("--degree needs --engine polynomial; got --engine exact")
+        for option, value in (("--degree", degree), ("--coefficients", coefficients)):
+            if value is not None:
+                raise ArgumentError(f"{option} needs --engine polynomial; got --engine exact")
         return Exact()
-    if name is None and degree is None:
+    if name is None and degree is None and coefficients is None:
         return None
-    return Polynomial() if degree is None else Polynomial(degree=degree)
+    kind: Literal["fitted", "taylor"] = "fitted" if coefficients is None else coefficients.value
+    return Polynomial(degree=2 if degree is None else degree, coefficients=kind)
 
 
 def _new_model(sizes: Mapping[str, int | None], engine: Engine | None, seed: int, dtype: str) -> Transformer:
     defaults = {"n_layers": 4, "d_model": 64, "n_heads": 4}
     known: dict[str, Any] = defaults | {name: size for name, size in sizes.items() if size is not None}
     known.setdefault("d_ff", 4 * known["d_model"])
-    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine or Polynomial())
+    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine or _DEFAULT_ENGINE)
     return Transformer(config, seed=seed, dtype=dtype)
 
 
@@ -181,7 +194,7 @@ def _stored_model(path: Path, sizes: Mapping[str, int | None], engine: Engine | 
         config, params = stored.config, stored.params
         config = config if engine is None else dataclasses.replace(config, engine=engine)
     else:
-        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine or Polynomial()), stored
+        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine or _DEFAULT_ENGINE), stored
     for name, size in sizes.items():
         if size is not None and size != getattr(config, name):
             raise ArgumentError(f"{name} is {size}; expected {getattr(config, name)} to match {path}")

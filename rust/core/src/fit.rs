@@ -7,10 +7,10 @@
 //! sum_ij (w_j / D_i)^2 (p(s_ij) - e^{s_ij})^2
 //! ```
 //!
-//! The unknowns are the differences from Taylor's coefficients in the scaled variable `s / max|s|`, with a tiny ridge, so that scores
-//! which do not determine them (all equal, say) leave Taylor's.
+//! The unknowns are the differences from Taylor's coefficients, with a tiny ridge: where the scores do not determine them (all equal, or no sampled key
+//! has a weight) the fit stays at or near Taylor's.
 
-use faer::prelude::SolveLstsq;
+use faer::prelude::Solve;
 use faer::{Mat, MatRef};
 
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ use crate::real::Real;
 const SAMPLE: usize = 256;
 /// Above this score `e^s` says nothing about a polynomial any more.
 const LARGEST_SCORE: f64 = 80.0;
-const RIDGE: f64 = 1e-7;
+const RIDGE: f64 = 1e-13;
 
 /// `1/j!` for `j = 0 .. degree`.
 pub(crate) fn taylor(degree: usize) -> Vec<f64> {
@@ -63,7 +63,8 @@ pub(crate) fn fit<T: Real>(
     let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
         Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
     };
-    let (rows, columns) = (sample(q.nrows(), 0), sample(k.nrows(), SAMPLE as u64));
+    let (rows, mut columns) = (sample(q.nrows(), 0), sample(k.nrows(), SAMPLE as u64));
+    columns.retain(|&j| weight(j) > 0.0);
     let scores = faer::Scale(scale) * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
     let seen = |i: usize, j: usize| !causal || columns[j] <= rows[i];
     let mut largest: f64 = 0.0;
@@ -73,9 +74,10 @@ pub(crate) fn fit<T: Real>(
         let mut sum = 0.0;
         for j in (0..columns.len()).filter(|&j| seen(i, j)) {
             let (s, w) = (scores[(i, j)], weight(columns[j]));
+            let e = s.exp();
             largest = largest.max(s.abs());
-            sum += w * s.exp();
-            pairs.push((s, w));
+            sum += w * e;
+            pairs.push((s, e, w));
         }
         if largest > LARGEST_SCORE || !(sum.is_finite()) {
             return Err(Error::Denominator(format!(
@@ -84,27 +86,50 @@ pub(crate) fn fit<T: Real>(
             )));
         }
         if sum > 0.0 {
-            pairs[start..].iter_mut().for_each(|(_, w)| *w /= sum);
+            pairs[start..].iter_mut().for_each(|(_, _, w)| *w /= sum);
         }
     }
     let mut a = taylor(degree);
     if largest.powi(degree as i32 + 1) < f64::EPSILON {
         return Ok(a); // Taylor's polynomial is exact to the last bit here.
     }
-    let size = pairs.iter().map(|(_, w)| w * w).sum::<f64>().sqrt();
-    let count = pairs.len();
-    let system = Mat::from_fn(count + degree + 1, degree + 1, |row, j| match pairs.get(row) {
-        Some((s, w)) => w * (s / largest).powi(j as i32),
-        None if row - count == j => RIDGE * size,
-        None => 0.0,
-    });
-    let wanted = Mat::from_fn(count + degree + 1, 1, |row, _| match pairs.get(row) {
-        Some((s, w)) => w * (s.exp() - a.iter().rev().fold(0.0, |p, a| p * s + a)),
-        None => 0.0,
-    });
-    let delta = system.qr().solve_lstsq(wanted);
+    // Normal equations for the differences from Taylor's coefficients, in the variable s / (root mean square of s), every unknown
+    // scaled so that the diagonal is 1.
+    let count = degree + 1;
+    let rms = (pairs.iter().map(|(s, _, _)| s * s).sum::<f64>() / pairs.len() as f64).sqrt();
+    let (mut gram, mut wanted) = (Mat::<f64>::zeros(count, count), Mat::<f64>::zeros(count, 1));
+    let mut powers = vec![0.0; count];
+    for &(s, e, w) in &pairs {
+        let mut power = w;
+        for p in &mut powers {
+            *p = power;
+            power *= s / rms;
+        }
+        let residual = w * (e - a.iter().rev().fold(0.0, |p, a| p * s + a));
+        for i in 0..count {
+            wanted[(i, 0)] += powers[i] * residual;
+            for j in 0..=i {
+                gram[(i, j)] += powers[i] * powers[j];
+            }
+        }
+    }
+    let size: Vec<f64> = (0..count).map(|i| gram[(i, i)].sqrt()).collect();
+    for i in 0..count {
+        wanted[(i, 0)] /= size[i];
+        for j in 0..=i {
+            gram[(i, j)] /= size[i] * size[j];
+        }
+        gram[(i, i)] += RIDGE;
+    }
+    let Ok(factor) = gram.llt(faer::Side::Lower) else {
+        return Err(Error::Argument(format!(
+            "coefficients=\"fitted\": the sampled scores do not determine a polynomial of degree {degree}; use a lower \
+             degree or coefficients=\"taylor\""
+        )));
+    };
+    let delta = factor.solve(wanted);
     for (j, a) in a.iter_mut().enumerate() {
-        *a += delta[(j, 0)] / largest.powi(j as i32);
+        *a += delta[(j, 0)] / (size[j] * rms.powi(j as i32));
     }
     Ok(a)
 }

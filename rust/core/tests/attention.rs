@@ -343,6 +343,22 @@ fn fitted_coefficients_and_mean_shifts_lower_the_error() {
 }
 
 #[test]
+fn a_fit_to_scores_that_are_all_equal_reproduces_their_exponential() {
+    let fitted = |degree| Polynomial { degree, coefficients: Coefficients::Fitted, ..Default::default() };
+    for degree in [2, 4, 8] {
+        for causal in [false, true] {
+            let case = |p| Case { d: 2, size: 0.3, bias: true, ..Case::new(Engine::Polynomial(p), 1200, causal) };
+            let mut data = Data::<f64>::draw(&case(fitted(degree)));
+            data.q[0] = Mat::from_fn(1200, 2, |_, _| 0.5);
+            data.k[0] = Mat::from_fn(1200, 2, |_, _| 0.5);
+            let case = case(fitted(degree));
+            let error = relative_error(&run(&case, &data).unwrap().out, &oracle(&case, &data, None).out);
+            assert!(error <= 1e-9, "degree {degree}: {error:.2e}");
+        }
+    }
+}
+
+#[test]
 fn fitted_coefficients_never_look_ahead() {
     let engine = Polynomial { coefficients: Coefficients::Fitted, ..Default::default() };
     let case = Case::new(Engine::Polynomial(engine), 2500, true);
