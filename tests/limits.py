@@ -54,9 +54,9 @@ REORDERED = {FLOAT32: 5e-6, FLOAT64: 1e-13}
 # between its own scale and that of the far part, which rounds as a score of 80 does.
 LATER_BIAS = {FLOAT32: 1e-5, FLOAT64: 1e-13}
 
-# Up to such a difference of biases the polynomial engine takes a call: e^-80 is well within the range of float32,
-# whose smallest normal number is e^-87, and e^-700 within that of float64.
-LARGEST_BIAS = {FLOAT32: 80, FLOAT64: 700}
+# Up to such a difference of biases the polynomial engine takes a call, with room above it for an engine that refuses
+# sums close to underflow: e^-60 is 1e-26, and float32's normal numbers end at 1e-38 = e^-87; float64's at e^-708.
+LARGEST_BIAS = {FLOAT32: 60, FLOAT64: 650}
 
 # Shifting all keys by a vector adds c q.t to the scores of a row, here up to about 10: a score of 10 rounds to 10
 # eps, and the exponential turns that into a relative error of its weight.
