@@ -29,7 +29,7 @@ class ErrorEstimate:
     low, high : float
         The ends of its 95% confidence interval.
     rows : int
-        How many rows of each head were computed exactly.
+        How many rows were computed exactly.
     """
 
     relative: float
@@ -158,8 +158,8 @@ def measure_error(
 ) -> ErrorEstimate:
     """The relative error of an attention output, measured on rows drawn at random.
 
-    ``||out - exact||_F / ||exact||_F``, estimated from ``samples`` rows of each head that are computed exactly. It
-    holds for an ``out`` from anywhere.
+    ``||out - exact||_F / ||exact||_F`` over all heads together, estimated from ``samples`` rows that are computed exactly
+    in float64. It holds for an ``out`` from anywhere.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def measure_error(
     out : ndarray, shape (..., h, n, dv)
         The output to judge.
     samples : int
-        Rows of each head, at least 1; n or more means all of them.
+        Rows, spread evenly over batch and heads; at least 1. As many as there are, or more, means all of them.
     seed : int
         Of the draw.
 
@@ -184,7 +184,7 @@ def measure_error(
 
     Notes
     -----
-    Cost: O(samples m (d + dv)) time a head.
+    Cost: O(samples m (d + dv)) time.
     """
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, Polynomial(), causal, scale)
     del options["engine"]

@@ -35,7 +35,7 @@ __all__ = ["main"]
 
 _DEFAULT_ENGINE = Polynomial(coefficients="fitted")
 _BYTES = 256  # the vocabulary: a token is a byte
-_SAMPLES = 256  # rows of each head whose error is measured
+_SAMPLES = 256  # rows of each layer's attention whose error is measured
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

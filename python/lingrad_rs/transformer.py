@@ -282,7 +282,8 @@ class Transformer:
         tokens, targets, progress
             As for `value_and_grad`.
         samples : int
-            Rows of each head that are computed exactly to measure the error of a layer's attention; 0 for none.
+            Rows, spread over batch and heads, that are computed exactly to measure the error of a layer's attention; 0
+            for none.
 
         Returns
         -------

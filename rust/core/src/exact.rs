@@ -212,9 +212,9 @@ impl<T: Real> Softmax<T> {
 
 /// Adds one head's gradients.
 ///
-/// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j` at
-/// once: no two squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is computed once,
-/// and every sum has an order that does not depend on the number of threads.
+/// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j` at once: no two
+/// squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is computed once, and every sum
+/// has an order that does not depend on the number of threads. Sums over more than [`MAX_SIDE`] tokens are kept in float64.
 pub(crate) fn backward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
@@ -225,33 +225,38 @@ pub(crate) fn backward<T: Real>(
     let (n, m, d, dv) = (head.q.nrows(), head.k.nrows(), head.q.ncols(), head.v.ncols());
     let p = (n.max(m) / MAX_SIDE).max(MIN_SQUARES).min(n.min(m).div_ceil(MIN_SIDE));
     let (side_q, side_k) = (n.div_ceil(p), m.div_ceil(p));
-    grads.dq.fill(T::ZERO);
-    let mut dq = pieces(grads.dq, side_q * d, p);
-    let dk = pieces(grads.dk, side_k * d, p);
-    let dv_ = pieces(grads.dv, side_k * dv, p);
-    let db = match grads.dkey_bias {
-        Some(db) => pieces(db, side_k, p).into_iter().map(Some).collect(),
-        None => (0..p).map(|_| None).collect::<Vec<_>>(),
-    };
-    let mut keys: Vec<_> = dk.into_iter().zip(dv_).zip(db).map(|((dk, dv), db)| (dk, dv, db)).collect();
+    let biased = grads.dkey_bias.is_some();
+    let [mut sum_q, mut sum_k, mut sum_v, mut sum_b] =
+        [n * d, m * d, m * dv, if biased { m } else { 0 }].map(|len| vec![0.0; len]);
+    let mut queries = pieces(&mut sum_q, side_q * d, p);
+    let keys = pieces(&mut sum_k, side_k * d, p).into_iter().zip(pieces(&mut sum_v, side_k * dv, p));
+    let mut keys: Vec<_> = keys.zip(pieces(&mut sum_b, side_k, p)).collect();
     for t in 0..p {
-        keys.par_iter_mut().zip(&mut dq).enumerate().try_for_each_init(
-            || Scratch::new(),
-            |scratch, (square, ((dk, dv, db), dq))| {
+        keys.par_iter_mut().zip(&mut queries).enumerate().try_for_each_init(
+            || Scratch::new(side_q.min(MAX_SIDE), d, dv),
+            |scratch, (square, (((dk, dv), db), dq))| {
                 let (i0, j0) = ((square + t) % p * side_q, square * side_k);
                 if attention.causal && i0 < j0 {
                     return Ok(());
                 }
-                let grads = HeadGrads { dq, dk, dv, dkey_bias: db.as_deref_mut() };
-                backward_square(ctx, head, attention, up, (i0, j0), grads, scratch)
+                let sums = Sums { dq, dk, dv, db };
+                backward_square(ctx, head, attention, up, (i0, j0), sums, scratch)
             },
         )?;
-        dq.rotate_left(1);
+        queries.rotate_left(1);
+    }
+    let round = |sum: &[f64], to: &mut [T]| to.iter_mut().zip(sum).for_each(|(to, sum)| *to = T::of(to.to_f64() + sum));
+    grads.dq.fill(T::ZERO);
+    round(&sum_q, grads.dq);
+    round(&sum_k, grads.dk);
+    round(&sum_v, grads.dv);
+    if let Some(db) = grads.dkey_bias {
+        round(&sum_b, db);
     }
     Ok(())
 }
 
-/// Rows of a square at the most, where there are enough squares; rows at the least; squares a side, where they are not too small.
+/// Tokens that are summed in the arrays' own type at the most; rows of a square at the least; squares a side, where they are not too small.
 const MAX_SIDE: usize = 2048;
 const MIN_SIDE: usize = 64;
 const MIN_SQUARES: usize = 16;
@@ -263,67 +268,111 @@ fn pieces<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
     pieces
 }
 
+/// Gradients of a square's tokens, in float64. `db` is empty where it is not asked for.
+struct Sums<'a> {
+    dq: &'a mut [f64],
+    dk: &'a mut [f64],
+    dv: &'a mut [f64],
+    db: &'a mut [f64],
+}
+
 struct Scratch<T> {
     f: Vec<T>,
     ds: Vec<T>,
+    dq: Vec<T>,
+    dk: Vec<T>,
+    dv: Vec<T>,
 }
 
 impl<T: Real> Scratch<T> {
-    fn new() -> Self {
-        Self { f: vec![T::ZERO; TILE * TILE], ds: vec![T::ZERO; TILE * TILE] }
+    fn new(rows_q: usize, d: usize, dv: usize) -> Self {
+        let zeros = |len: usize| vec![T::ZERO; len];
+        Self {
+            f: zeros(TILE * TILE),
+            ds: zeros(TILE * TILE),
+            dq: zeros(rows_q * d),
+            dk: zeros(TILE * d),
+            dv: zeros(TILE * dv),
+        }
     }
 }
 
-/// Adds what the queries from `i0` and the keys from `j0` on (as many as `grads` has rows) give each other.
+/// Adds what the queries from `i0` and the keys from `j0` on (as many as `sums` has rows) give each other.
 fn backward_square<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
     up: Upstream<'_, T>,
     (i0, j0): (usize, usize),
-    mut grads: HeadGrads<'_, T>,
+    sums: Sums<'_>,
     scratch: &mut Scratch<T>,
 ) -> Result<()> {
     let (d, dv) = (head.q.ncols(), head.v.ncols());
-    let (rows_q, rows_k) = (grads.dq.len() / d, grads.dk.len() / d);
+    let (rows_q, rows_k) = (sums.dq.len() / d, sums.dk.len() / d);
     let c = T::of(attention.scale);
-    for j in (0..rows_k).step_by(TILE) {
-        let bk = TILE.min(rows_k - j);
-        let (k, v) = (head.k.subrows(j0 + j, bk), head.v.subrows(j0 + j, bk));
-        for i in (0..rows_q).step_by(TILE) {
-            let bq = TILE.min(rows_q - i);
-            let first = i0 + i;
-            if attention.causal && first + bq <= j0 + j {
-                continue;
-            }
-            ctx.check()?;
-            let (q, dout) = (head.q.subrows(first, bq), up.dout.subrows(first, bq));
-            scores(head, attention, q, first, j0 + j, bk, &mut scratch.f);
-            product(view_mut(&mut scratch.ds, bk, bq), v, dout.transpose(), T::ONE);
-            let (f, ds) = (&mut scratch.f[..bk * bq], &mut scratch.ds[..bk * bq]);
-            let max = &up.rows.max[first..first + bq];
-            let (scale, delta) = (&up.rows.scale[first..first + bq], &up.delta[first..first + bq]);
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (f, ds) in f.chunks_exact_mut(bq).zip(ds.chunks_exact_mut(bq)) {
-                        for i in 0..bq {
-                            f[i] = (f[i] - max[i]).exp_nonpositive() * scale[i];
-                            ds[i] = f[i] * (ds[i] - delta[i]);
-                        }
-                    }
-                },
-            );
-            let (f, ds) = (view(f, bk, bq), view(ds, bk, bq));
-            add_product(view_mut(&mut grads.dv[j * dv..], bk, dv), f, dout, T::ONE);
-            add_product(view_mut(&mut grads.dk[j * d..], bk, d), ds, q, c);
-            add_product(view_mut(&mut grads.dq[i * d..], bq, d), ds.transpose(), k, c);
-            if let Some(db) = &mut grads.dkey_bias {
-                for (db, ds) in db[j..j + bk].iter_mut().zip(ds.row_iter()) {
-                    *db += ds.iter().copied().sum::<T>();
+    let Scratch { f, ds, dq, dk, dv: grad_v } = scratch;
+    for (part_k, part_q) in
+        (0..rows_k).step_by(MAX_SIDE).flat_map(|k| (0..rows_q).step_by(MAX_SIDE).map(move |q| (k, q)))
+    {
+        let (end_k, end_q) = ((part_k + MAX_SIDE).min(rows_k), (part_q + MAX_SIDE).min(rows_q));
+        dq.fill(T::ZERO);
+        for j in (part_k..end_k).step_by(TILE) {
+            let bk = TILE.min(end_k - j);
+            let (k, v) = (head.k.subrows(j0 + j, bk), head.v.subrows(j0 + j, bk));
+            dk.fill(T::ZERO);
+            grad_v.fill(T::ZERO);
+            for i in (part_q..end_q).step_by(TILE) {
+                let bq = TILE.min(end_q - i);
+                let first = i0 + i;
+                if attention.causal && first + bq <= j0 + j {
+                    continue;
+                }
+                ctx.check()?;
+                let (q, dout) = (head.q.subrows(first, bq), up.dout.subrows(first, bq));
+                scores(head, attention, q, first, j0 + j, bk, f);
+                product(view_mut(ds, bk, bq), v, dout.transpose(), T::ONE);
+                score_gradients(&up, first, bq, &mut f[..bk * bq], &mut ds[..bk * bq]);
+                let (f, ds) = (view(f, bk, bq), view(ds, bk, bq));
+                add_product(view_mut(grad_v, bk, dv), f, dout, T::ONE);
+                add_product(view_mut(dk, bk, d), ds, q, c);
+                add_product(view_mut(&mut dq[(i - part_q) * d..], bq, d), ds.transpose(), k, c);
+                for (db, ds) in sums.db.iter_mut().skip(j).zip(ds.row_iter()) {
+                    *db += ds.iter().copied().sum::<T>().to_f64();
                 }
             }
+            widen(dk, &mut sums.dk[j * d..(j + bk) * d]);
+            widen(grad_v, &mut sums.dv[j * dv..(j + bk) * dv]);
         }
+        widen(dq, &mut sums.dq[part_q * d..end_q * d]);
     }
     Ok(())
+}
+
+/// Turns a tile of scores into `f`, and one of `dout_i.v_j` into `dS`, for the queries from `first` on.
+fn score_gradients<T: Real>(up: &Upstream<'_, T>, first: usize, bq: usize, f: &mut [T], ds: &mut [T]) {
+    let max = &up.rows.max[first..first + bq];
+    let (scale, delta) = (&up.rows.scale[first..first + bq], &up.delta[first..first + bq]);
+    vectorised(
+        #[inline(always)]
+        || {
+            for (f, ds) in f.chunks_exact_mut(bq).zip(ds.chunks_exact_mut(bq)) {
+                for i in 0..bq {
+                    f[i] = (f[i] - max[i]).exp_nonpositive() * scale[i];
+                    ds[i] = f[i] * (ds[i] - delta[i]);
+                }
+            }
+        },
+    );
+}
+
+/// `sum += x`.
+fn widen<T: Real>(x: &[T], sum: &mut [f64]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sum, &x) in sum.iter_mut().zip(x) {
+                *sum += x.to_f64();
+            }
+        },
+    );
 }

@@ -160,7 +160,7 @@ impl<'a, T: Real> Pass<'a, T> {
             }
             None => {}
         }
-        pass.log_weights = pass.log_weights()?;
+        pass.log_weights = pass.log_weights(attention.causal)?;
         if fit_it {
             pass.constants.coefficients = pass.coefficients(attention.causal)?;
         }
@@ -191,8 +191,9 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `b'_j - max b'`, or `None` where all are 0.
-    fn log_weights(&self) -> Result<Option<Vec<T>>> {
+    /// `b'_j - max b'`, or `None` where all are 0. Under a causal mask a query may not see the largest bias; what it sees must not be
+    /// so far below as to leave the range of the type.
+    fn log_weights(&self, causal: bool) -> Result<Option<Vec<T>>> {
         let alpha = &self.constants.query_shift;
         if self.head.key_bias.is_none() && alpha.is_empty() {
             return Ok(None);
@@ -212,6 +213,18 @@ impl<'a, T: Real> Pass<'a, T> {
                 "head {} has no key to attend to: key_bias is -inf for every key",
                 self.head.index
             )));
+        }
+        let mut seen = f64::NEG_INFINITY;
+        for (j, &bias) in biases.iter().enumerate().filter(|_| causal) {
+            seen = seen.max(bias);
+            if seen.is_finite() && seen - max < T::LOWEST_LOG_WEIGHT {
+                return Err(Error::Denominator(format!(
+                    "row {j} of head {} sees only keys whose key_bias is at least {:.1} below that of a later key, which \
+                     the polynomial's one scale for all keys cannot hold; use float64, a key_bias of smaller range, or Exact()",
+                    self.head.index,
+                    max - seen
+                )));
+            }
         }
         Ok(Some(biases.iter().map(|b| T::of(b - max)).collect()))
     }

@@ -27,6 +27,8 @@ pub trait Real:
     const ONE: Self;
     /// Minus infinity.
     const NEG_INFINITY: Self;
+    /// `e` to this power, times or divided by any number that a tile holds, is still a normal number.
+    const LOWEST_LOG_WEIGHT: f64;
     /// Rounds to the type.
     fn of(x: f64) -> Self;
     /// Widens, exactly.
@@ -45,6 +47,7 @@ macro_rules! real {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
+            const LOWEST_LOG_WEIGHT: f64 = 0.6 * $lowest as f64;
             #[inline(always)]
             fn of(x: f64) -> Self {
                 x as $t
