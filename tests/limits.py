@@ -54,9 +54,9 @@ REORDERED = {FLOAT32: 5e-6, FLOAT64: 1e-13}
 # between its own scale and that of the far part, which rounds as a score of 80 does.
 LATER_BIAS = {FLOAT32: 1e-5, FLOAT64: 1e-13}
 
-# Up to such a difference of biases the polynomial engine takes a call, with room above it for an engine that refuses
-# sums close to underflow: e^-60 is 1e-26, and float32's normal numbers end at 1e-38 = e^-87; float64's at e^-708.
-LARGEST_BIAS = {FLOAT32: 60, FLOAT64: 650}
+# Up to such a difference of biases the polynomial engine takes a causal call. float32's normal numbers end at e^-87 and
+# float64's at e^-708, and sums and products need room as well.
+LARGEST_BIAS = {FLOAT32: 50, FLOAT64: 400}
 
 # Shifting all keys by a vector adds c q.t to the scores of a row, here up to about 10: a score of 10 rounds to 10
 # eps, and the exponential turns that into a relative error of its weight.
@@ -107,7 +107,7 @@ UNTRAINED_LOSS = (5.0, 6.0)
 PEAK_MEMORY = 10 * 2**20
 
 # An interval of 95% holds the true error in 38 of 40 draws; 34 or fewer would come once in 25 runs of fixed seeds,
-# and the interval is that of a large sample while 60 rows a head are few.
+# and the interval is that of a large sample while 60 rows are few.
 INTERVALS_THAT_HOLD = 0.85
 
 # Ctrl-C stops a long call within this many seconds.
