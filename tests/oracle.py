@@ -10,11 +10,12 @@ import math
 import numpy as np
 
 
-def attention(inputs, engine, *, causal=False, scale=None):
+def attention(inputs, engine, *, causal=False, scale=None, near=None):
     """``{"out", "dq", "dk", "dv", "dkey_bias"}`` of arrays ``(..., h, n, d)``, or ``(n, d)`` for one head.
 
     `inputs` holds float64 ``q, k, v, dout`` and perhaps ``key_bias``. `engine` is None for exp, or a dict with
-    ``coefficients`` (a list, "taylor" or "fitted"), ``degree``, ``gradient`` and ``shift``.
+    ``coefficients`` (a list, "taylor" or "fitted"), ``degree``, ``gradient`` and ``shift``. Where `near` (n, m) holds,
+    exp stands in place of the polynomial.
     """
     q, k, v, dout = (np.asarray(inputs[name], np.float64) for name in ("q", "k", "v", "dout"))
     bias = np.asarray(inputs.get("key_bias", np.zeros(k.shape[:-1])), np.float64)
@@ -24,7 +25,7 @@ def attention(inputs, engine, *, causal=False, scale=None):
     result["dkey_bias"] = np.zeros(bias.shape)
     for at in np.ndindex(q.shape[:-2]):
         kv = (*at[:-1], at[-1] // group) if at else at
-        out, dq, dk, dv, db = _head(q[at], k[kv], v[kv], bias[kv], dout[at], engine, causal, scale)
+        out, dq, dk, dv, db = _head(q[at], k[kv], v[kv], bias[kv], dout[at], engine, causal, scale, near)
         result["out"][at], result["dq"][at] = out, dq
         result["dk"][kv] += dk
         result["dv"][kv] += dv
@@ -32,7 +33,7 @@ def attention(inputs, engine, *, causal=False, scale=None):
     return result
 
 
-def _head(q, k, v, b, dout, engine, causal, c):
+def _head(q, k, v, b, dout, engine, causal, c, near):
     if engine is None:
         return _gradients(q, k, v, dout, c, *_softmax(c * q @ k.T + b, causal))
     consistent = engine["gradient"] == "consistent"
@@ -42,7 +43,7 @@ def _head(q, k, v, b, dout, engine, causal, c):
     # The same scores up to constants of a row.
     q1, k1 = q - alpha, k - beta
     b1 = b + c * k1 @ alpha
-    f, slope = _polynomial(c * q1 @ k1.T, b1, _coefficients(engine, c * q1 @ k1.T, b1), causal)
+    f, slope = _polynomial(c * q1 @ k1.T, b1, _coefficients(engine, c * q1 @ k1.T, b1), causal, near)
     if not consistent:  # the exact gradient's formula with this f
         return _gradients(q, k, v, dout, c, f, f)
     # The derivative in q1, k1 and b1, and from there through the means.
@@ -63,11 +64,13 @@ def _softmax(s, causal):
     return f, f
 
 
-def _polynomial(s, b, coefficients, causal):
+def _polynomial(s, b, coefficients, causal, near):
     """``f``, and what stands in its place where the score is differentiated: ``p'`` for ``p``."""
+    p = np.polynomial.Polynomial(coefficients)
     weights = np.exp(b) * (np.tri(*s.shape) if causal else 1)
-    a = weights * np.polynomial.polynomial.polyval(s, coefficients)
-    slope = weights * np.polynomial.polynomial.polyval(s, np.polynomial.polynomial.polyder(coefficients))
+    a, slope = weights * p(s), weights * p.deriv()(s)
+    if near is not None:
+        a, slope = (np.where(near, weights * np.exp(s), x) for x in (a, slope))
     sums = a.sum(axis=1, keepdims=True)
     return a / sums, slope / sums
 

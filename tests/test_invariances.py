@@ -89,19 +89,17 @@ def test_later_biases_do_not_change_earlier_outputs(engine, t, backend, dtype, r
     assert_close({"out": after[:, :t]}, {"out": before[:, :t]}, LATER_BIAS[dtype])
 
 
-@pytest.mark.parametrize("bias", [20, 60, 80, 85, 87, 90, 1000])
+@pytest.mark.parametrize("bias", [20, 50, 60, 80, 87, 400, 700, 1000])
 @engines({name: CAUSAL[name] for name in ("exact", "polynomial", "fitted", "polynomial diagonal", "no window")})
 def test_a_large_later_bias_changes_no_earlier_output_or_is_an_error(engine, bias, backend, dtype, rng):
     # Weights are e^(bias - the largest bias), so an earlier key's may underflow: an error then, never a wrong number.
     inputs = cast(draw(rng, n=N), dtype) | {"key_bias": np.zeros(N, dtype)}
     changed = inputs | {"key_bias": np.append(np.zeros(N - 1), bias).astype(dtype)}
-    before = run_attention(backend, inputs, engine=engine, causal=True)["out"][:-1]
-    try:
-        after = run_attention(backend, changed, engine=engine, causal=True)["out"][:-1]
-    except lg.DenominatorError:
-        assert not isinstance(engine, Exact)
-        assert bias > LARGEST_BIAS[dtype]
+    if isinstance(engine, Polynomial) and bias > LARGEST_BIAS[dtype]:
+        with pytest.raises(lg.DenominatorError, match="key_bias"):
+            run_attention(backend, changed, engine=engine, causal=True)
     else:
+        before, after = (run_attention(backend, x, engine=engine, causal=True)["out"][:-1] for x in (inputs, changed))
         assert_close({"out": after}, {"out": before}, LATER_BIAS[dtype])
 
 

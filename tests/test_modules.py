@@ -1,5 +1,7 @@
 """Every module: its pullback is the adjoint of its derivative, ``<dy, J u> = <dx, u>``, for its parameters too."""
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same_bits, difference_error, oracle_attention, relative_error
@@ -29,7 +31,10 @@ class Sine:
         self.a = a
 
     def vjp(self, x):
-        return np.sin(x) * self.a, lambda dy: (np.cos(x) * self.a * dy, {"a": np.sum(np.sin(x) * dy, axis=(0, 1))})
+        return np.sin(x) * self.a, lambda dy: (
+            np.cos(x) * self.a * dy,
+            {"a": np.sum(np.sin(x) * dy, axis=tuple(range(x.ndim - 1)))},
+        )
 
 
 PAPER = {"w": (D, D), "w_v": (D, D)}
@@ -279,12 +284,12 @@ def test_any_object_with_a_vjp_is_a_module(rng):
 
 
 def test_empty_sequences_give_empty_results_and_zero_gradients(rng):
-    for build, shapes in MODULES.values():
-        y, pullback = build(parameters(shapes, rng)).vjp(np.empty((2, 0, D)))
+    for (build, shapes), shape in itertools.product(MODULES.values(), [(0, D), (2, 0, D), (0, 5, D)]):
+        y, pullback = build(parameters(shapes, rng)).vjp(np.empty(shape))
         dx, grads = pullback(np.empty_like(y))
-        assert y.shape[:2] == (2, 0)
-        assert dx.shape == (2, 0, D)
-        assert all(grads[name].shape == shape and not grads[name].any() for name, shape in shapes.items())
+        assert y.shape[:-1] == shape[:-1]
+        assert dx.shape == shape
+        assert all(grads[name].shape == p and not grads[name].any() for name, p in shapes.items())
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])

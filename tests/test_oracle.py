@@ -63,6 +63,12 @@ def test_every_engine_matches_the_oracle(engine, causal, n, backend, dtype, rng)
     assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@engines({name: ENGINES[name] for name in ("exact", "closed form", "consistent")})
+def test_long_sequences_match_the_oracle(engine, causal, backend, dtype, rng):
+    assert_matches_oracle(backend, dtype, draw(rng, n=2500), engine, causal=causal)
+
+
 @pytest.mark.parametrize("n", SIZES)
 @engines(SHIFTED)
 def test_shifted_engine_matches_the_oracle(engine, n, backend, dtype, rng):
@@ -86,11 +92,12 @@ def test_other_numbers_of_keys_match_the_oracle(engine, n, m, backend, dtype, rn
     assert_matches_oracle(backend, dtype, draw(rng, n=n, m=m, size=small_enough(engine)), engine)
 
 
-@pytest.mark.parametrize(("d", "dv"), [(1, 1), (1, 7), (7, 1), (16, 40)])
+# With d = 12, degree 4 has 1820 features: other tiles and blocks than below 1024.
+@pytest.mark.parametrize(("d", "dv"), [(1, 1), (1, 7), (7, 1), (12, 3), (16, 40)])
 @pytest.mark.parametrize("causal", [False, True])
 @engines(ENGINES)
 def test_other_widths_match_the_oracle(engine, causal, d, dv, backend, dtype, rng):
-    inputs = draw(rng, n=130, d=d, dv=dv, size=small_enough(engine))
+    inputs = draw(rng, n=300, d=d, dv=dv, size=small_enough(engine) * min(1, (5 / d) ** 0.25))
     assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
 
 
@@ -142,6 +149,15 @@ def test_no_queries_and_no_keys_give_empty_results(engine, causal, backend, dtyp
     assert shapes == {"out": (2, 0, 3), "dq": (2, 0, 5), "dk": (2, 0, 5), "dv": (2, 0, 3)}
 
 
+@pytest.mark.parametrize("heads", [((0,), (0,)), ((0, 4), (0, 2))], ids=["no heads", "no batch entries"])
+@engines(ENGINES | SHIFTED)
+def test_no_heads_give_empty_results(engine, heads, backend, dtype, rng):
+    inputs = cast(draw(rng, n=7, heads=heads[0], key_heads=heads[1], bias=True), dtype)
+    got = run_attention(backend, inputs, engine=engine)
+    assert got["out"].shape == inputs["dout"].shape
+    assert all(got[f"d{name}"].shape == inputs[name].shape for name in ("q", "k", "v", "key_bias"))
+
+
 @engines(ENGINES | SHIFTED)
 def test_no_queries_leave_keys_without_gradient(engine, backend, dtype, rng):
     got = run_attention(backend, cast(draw(rng, n=0, m=9), dtype), engine=engine)
@@ -156,6 +172,29 @@ def test_a_window_over_all_tokens_is_exact_attention(options, backend, dtype, rn
     inputs = cast(draw(rng, n=300, bias=True, size=1.5), dtype)
     got = run_attention(backend, inputs, engine=Polynomial(window=300, **options), causal=True)
     assert_close(got, oracle_attention(inputs, Exact(), causal=True), ORACLE[dtype])
+
+
+def near_tokens(backend, engine, n, d):
+    """Which keys (n, n) each query meets by exp: seen from outside, with unit values and all scores 1."""
+    ones = np.ones((n, d))
+    inputs = {"q": ones, "k": ones, "v": np.eye(n), "dout": np.zeros((n, n))}
+    weights = run_attention(backend, inputs, engine=engine, causal=True, scale=1 / d)["out"]
+    # A query meets itself by exp, so by exp all weights are equal; the polynomial's, sum 1/j!, are smaller.
+    middle = (1 + sum(taylor(engine.degree)) / np.e) / 2
+    return weights > middle * np.diag(weights)[:, None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gradient", ["closed_form", "consistent"])
+@pytest.mark.parametrize(("degree", "d", "window"), [(2, 5, 64), (2, 5, 0), (2, 5, 100), (1, 5, 64), (4, 12, 64)])
+def test_exact_window_and_polynomial_beyond_match_the_oracle(degree, d, window, gradient, bias, backend, dtype, rng):
+    engine = Polynomial(degree=degree, gradient=gradient, window=window)
+    inputs = cast(draw(rng, n=400, d=d, bias=bias, size=0.5), dtype)
+    near = near_tokens(backend, engine, 400, d)
+    assert near[np.tri(400, dtype=bool) & ~np.tri(400, k=-window - 1, dtype=bool)].all()
+    assert not near[-1, :200].any()
+    got = run_attention(backend, inputs, engine=engine, causal=True)
+    assert_close(got, oracle_attention(inputs, engine, causal=True, near=near), ORACLE[dtype])
 
 
 @pytest.mark.parametrize("gradient", ["closed_form", "consistent"])
