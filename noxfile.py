@@ -53,7 +53,8 @@ def wheel(session: nox.Session) -> None:
     outside = Path(session.create_tmp()).resolve() / "outside"
     shutil.rmtree(outside, ignore_errors=True)
     shutil.copytree(ROOT / "tests", outside / "tests")
-    shutil.copy(ROOT / "pyproject.toml", outside)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, outside)
     with session.chdir(outside):
         session.run("pytest", *session.posargs)
 

@@ -1,7 +1,7 @@
 //! Forward and backward of both engines, one head, float32, over length, width, degree and causality.
 //!
-//! Queries and keys have entries of standard deviation `d^(-1/2)`, so that scores are small: of standard deviation `1/d`. Throughput is in
-//! tokens.
+//! Queries and keys have entries of standard deviation `d^(-1/2)`, so that scores are small: of standard deviation
+//! `1/d`. Throughput is in tokens.
 #![allow(missing_docs)]
 
 use std::time::Duration;

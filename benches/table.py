@@ -1,6 +1,7 @@
 """Prints the README's tables: times and errors of the engines against exact attention, on this machine.
 
-Engines take turns within every round, and medians over the rounds are printed, so that a change in the machine's speed meets all alike.
+Engines take turns within every round, and medians over the rounds are printed, so that a change in the machine's speed
+meets all alike.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ def model_table(rounds: int) -> None:
             "exact": lg.Transformer(lg.TransformerConfig(**config, engine=lg.Exact())),
             "fitted": lg.Transformer(lg.TransformerConfig(**config, engine=lg.Polynomial(coefficients=FITTED))),
         }
-        calls = {name: lambda m=m: m.value_and_grad(tokens[:-1], tokens[1:])[1] for name, m in models.items()}
+
+        def gradients(model: lg.Transformer, text: np.ndarray = tokens) -> dict[str, np.ndarray]:
+            return model.value_and_grad(text[:-1], text[1:])[1]
+
+        calls = {name: lambda m=m: gradients(m) for name, m in models.items()}
         exact, fitted = calls["exact"](), calls["fitted"]()
         worst = max(relative_error(fitted[name], exact[name]) for name in exact)
         t = medians(calls, rounds)

@@ -50,14 +50,6 @@ ONE_HOT = {FLOAT32: 1e-3, FLOAT64: 1e-11}
 # Rounding for values that two orders of summation give, of sums of up to a few hundred terms.
 REORDERED = {FLOAT32: 5e-6, FLOAT64: 1e-13}
 
-# A bias of a later key scales the weights of all keys, which rounds them; the exact part then has a power of e
-# between its own scale and that of the far part, which rounds as a score of 80 does.
-LATER_BIAS = {FLOAT32: 1e-5, FLOAT64: 1e-13}
-
-# Up to such a difference of biases the polynomial engine takes a causal call. float32's normal numbers end at e^-87 and
-# float64's at e^-708, and sums and products need room as well.
-LARGEST_BIAS = {FLOAT32: 50, FLOAT64: 400}
-
 # Shifting all keys by a vector adds c q.t to the scores of a row, here up to about 10: a score of 10 rounds to 10
 # eps, and the exponential turns that into a relative error of its weight.
 SHIFTED_KEYS = {FLOAT32: 5e-5, FLOAT64: 1e-12}

@@ -243,7 +243,7 @@ ARGUMENTS = {
     "degree not an integer": (lambda: Polynomial(degree=2.0), "degree is 2.0; expected an integer >= 1"),
     "degree too high for any memory": (
         lambda: lg.attention(np.zeros((4, 64)), np.zeros((4, 64)), V[:4], engine=Polynomial(degree=12)),
-        "degree = 12 with d = 64 needs more monomials",
+        "degree = 12 with d = 64 and dv = 3 needs more monomials",
     ),
     "unknown coefficients": (
         lambda: Polynomial(coefficients="best"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import assert_close, cast, draw, random_params, run_attention, small_config
-from limits import CONSTANT_VALUES, LARGEST_BIAS, LATER_BIAS, REORDERED, SHIFTED_KEYS
+from limits import CONSTANT_VALUES, REORDERED, SHIFTED_KEYS
 
 import lingrad_rs as lg
 from lingrad_rs import Exact, Polynomial
@@ -86,21 +86,16 @@ def test_later_biases_do_not_change_earlier_outputs(engine, t, backend, dtype, r
     changed["key_bias"][:, t:] = 3 * rng.standard_normal((2, N - t))
     before, after = (run_attention(backend, x, engine=engine, causal=True)["out"] for x in (inputs, changed))
     assert not np.array_equal(before[:, t:], after[:, t:])
-    assert_close({"out": after[:, :t]}, {"out": before[:, :t]}, LATER_BIAS[dtype])
+    assert np.array_equal(after[:, :t], before[:, :t])
 
 
 @pytest.mark.parametrize("bias", [20, 50, 60, 80, 87, 400, 700, 1000])
 @engines({name: CAUSAL[name] for name in ("exact", "polynomial", "fitted", "polynomial diagonal", "no window")})
-def test_a_large_later_bias_changes_no_earlier_output_or_is_an_error(engine, bias, backend, dtype, rng):
-    # Weights are e^(bias - the largest bias), so an earlier key's may underflow: an error then, never a wrong number.
+def test_a_large_later_bias_changes_no_earlier_output(engine, bias, backend, dtype, rng):
     inputs = cast(draw(rng, n=N), dtype) | {"key_bias": np.zeros(N, dtype)}
     changed = inputs | {"key_bias": np.append(np.zeros(N - 1), bias).astype(dtype)}
-    if isinstance(engine, Polynomial) and bias > LARGEST_BIAS[dtype]:
-        with pytest.raises(lg.DenominatorError, match="key_bias"):
-            run_attention(backend, changed, engine=engine, causal=True)
-    else:
-        before, after = (run_attention(backend, x, engine=engine, causal=True)["out"][:-1] for x in (inputs, changed))
-        assert_close({"out": after}, {"out": before}, LATER_BIAS[dtype])
+    before, after = (run_attention(backend, x, engine=engine, causal=True)["out"][:-1] for x in (inputs, changed))
+    assert np.array_equal(after, before)
 
 
 @pytest.mark.parametrize("t", [1, 64, 700, 1100, N - 1])

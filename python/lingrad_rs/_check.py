@@ -80,7 +80,7 @@ def shape(name: str, x: NDArray[Any], expected: Sequence[int | str], match: str 
 
 
 def token_ids(name: str, value: object, below: int) -> NDArray[np.uint32]:
-    """Integer tokens ``0 <= t < below`` of any integer dtype, as contiguous 32-bit ones."""
+    """Integer tokens ``0 <= t < below`` of any integer dtype, as a new array of contiguous 32-bit ones."""
     x = array(name, value)
     if x.dtype.kind not in "iu":
         raise DtypeError(f"{name} has dtype {x.dtype}; expected an integer dtype")
@@ -90,7 +90,7 @@ def token_ids(name: str, value: object, below: int) -> NDArray[np.uint32]:
         low, high = int(x.min()), int(x.max())
         if low < 0 or high >= below:
             raise ArgumentError(f"{name} holds {low if low < 0 else high}; expected 0 <= token < {below}")
-    return np.ascontiguousarray(x, dtype=np.uint32)
+    return np.array(x, dtype=np.uint32, order="C")
 
 
 def flag(name: str, value: object) -> bool:

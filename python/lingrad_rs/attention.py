@@ -80,9 +80,9 @@ def attention(
     ShapeError, DtypeError, DeviceError, ArgumentError
         An argument does not fit; the message says which, what it got and what it needs.
     NonFiniteError
-        An array holds NaN or infinity.
+        An array holds NaN or infinity, or the result would.
     DenominatorError
-        A row of the polynomial sums to a number that is not positive, or not finite.
+        A row sums to a number that is not positive, or not finite, or has no key to attend to.
 
     Notes
     -----
@@ -158,8 +158,8 @@ def measure_error(
 ) -> ErrorEstimate:
     """The relative error of an attention output, measured on rows drawn at random.
 
-    ``||out - exact||_F / ||exact||_F`` over all heads together, estimated from ``samples`` rows that are computed exactly
-    in float64. It holds for an ``out`` from anywhere.
+    ``||out - exact||_F / ||exact||_F`` over all heads together, estimated from ``samples`` rows that are computed
+    exactly in float64. It holds for an ``out`` from anywhere.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def measure_error(
 
     Raises
     ------
-    ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError
+    ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
         As from `attention`.
 
     Notes
@@ -192,6 +192,8 @@ def measure_error(
     _check.shape("out", out, (*q.shape[:-1], v.shape[-1]), match=f"q of shape {q.shape} and v of shape {v.shape}")
     samples = _check.integer("samples", samples, 1)
     seed = _check.integer("seed", seed, 0)
+    if out.size == 0:
+        return ErrorEstimate(0.0, 0.0, 0.0, 0)
     estimate = _backend.of(q, k, v).measure_error(q, k, v, key_bias, out, **options, samples=samples, seed=seed)
     return ErrorEstimate(*estimate)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -127,9 +128,9 @@ def grad(
         if out is not None and not out.absolute().parent.is_dir():
             raise ArgumentError(f"--out {out}: there is no directory {out.absolute().parent}")
         sizes = {"n_layers": layers, "d_model": d_model, "n_heads": heads, "d_ff": d_ff}
-        chosen = _engine(engine, degree, coefficients)
+        chosen = functools.partial(_engine, engine, degree, coefficients)
         if params is None:
-            model = _new_model(sizes, chosen, seed, "float32" if dtype is None else dtype.value)
+            model = _new_model(sizes, chosen(_DEFAULT_ENGINE), seed, "float32" if dtype is None else dtype.value)
         else:
             model = _stored_model(params, sizes, chosen, None if dtype is None else dtype.value)
         read = _read_text(text, tokens + 1)
@@ -167,34 +168,36 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _engine(name: EngineName | None, degree: int | None, coefficients: CoefficientsName | None) -> Engine | None:
-    """The engine that was asked for; None where none was."""
-    if name is EngineName.exact:
-        for option, value in (("--degree", degree), ("--coefficients", coefficients)):
-            if value is not None:
-                raise ArgumentError(f"{option} needs --engine polynomial; got --engine exact")
+def _engine(
+    name: EngineName | None, degree: int | None, coefficients: CoefficientsName | None, default: Engine
+) -> Engine:
+    """The engine that was asked for: the default, with the options that were given in place of its own."""
+    options: dict[str, Any] = {} if degree is None else {"degree": degree}
+    if coefficients is not None:
+        options["coefficients"] = coefficients.value
+    if name is EngineName.exact or (name is None and isinstance(default, Exact)):
+        if options:
+            raise ArgumentError(f"--{next(iter(options))} needs --engine polynomial; got exact")
         return Exact()
-    if name is None and degree is None and coefficients is None:
-        return None
-    kind: Literal["fitted", "taylor"] = "fitted" if coefficients is None else coefficients.value
-    return Polynomial(degree=2 if degree is None else degree, coefficients=kind)
+    return dataclasses.replace(default if isinstance(default, Polynomial) else _DEFAULT_ENGINE, **options)
 
 
-def _new_model(sizes: Mapping[str, int | None], engine: Engine | None, seed: int, dtype: str) -> Transformer:
+def _new_model(sizes: Mapping[str, int | None], engine: Engine, seed: int, dtype: str) -> Transformer:
     defaults = {"n_layers": 4, "d_model": 64, "n_heads": 4}
     known: dict[str, Any] = defaults | {name: size for name, size in sizes.items() if size is not None}
     known.setdefault("d_ff", 4 * known["d_model"])
-    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine or _DEFAULT_ENGINE)
+    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine)
     return Transformer(config, seed=seed, dtype=dtype)
 
 
-def _stored_model(path: Path, sizes: Mapping[str, int | None], engine: Engine | None, dtype: str | None) -> Transformer:
+def _stored_model(
+    path: Path, sizes: Mapping[str, int | None], engine: Callable[[Engine], Engine], dtype: str | None
+) -> Transformer:
     stored = load(path)
     if isinstance(stored, Transformer):
-        config, params = stored.config, stored.params
-        config = config if engine is None else dataclasses.replace(config, engine=engine)
+        config, params = dataclasses.replace(stored.config, engine=engine(stored.config.engine)), stored.params
     else:
-        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine or _DEFAULT_ENGINE), stored
+        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine(_DEFAULT_ENGINE)), stored
     for name, size in sizes.items():
         if size is not None and size != getattr(config, name):
             raise ArgumentError(f"{name} is {size}; expected {getattr(config, name)} to match {path}")

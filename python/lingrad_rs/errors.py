@@ -29,11 +29,11 @@ class ArgumentError(LingradError, ValueError):
 
 
 class NonFiniteError(LingradError, ValueError):
-    """An array holds NaN or infinity."""
+    """An array holds NaN or infinity, or a result would (it overflows its dtype)."""
 
 
 class DenominatorError(LingradError, ArithmeticError):
-    """A row of the polynomial's attention matrix sums to a number that is not positive, or not finite."""
+    """A row of the attention matrix has a sum that is not positive, or not finite, or no key to attend to."""
 
 
 class ToleranceError(LingradError, ValueError):

@@ -4,8 +4,9 @@ A module has ``vjp(x) -> (y, pullback)`` with ``pullback(dy) -> (dx, grads)``: `
 respect to ``x`` and ``grads`` a dict of those with respect to the module's parameters, by the module's own names, for
 any loss whose gradient with respect to ``y`` is ``dy``. Any object with that method is a module.
 
-Arrays are ``(..., n, d)``, float32 or float64, any strides; results are new C-contiguous arrays of the same dtype. A
-pullback may be called many times. It reads ``x`` and the parameters again, so they must not change before it is called.
+Arrays are ``(..., n, d)``, float32 or float64, any strides; results are new C-contiguous arrays of the same dtype (in a
+`Chain` they are what its modules return). A pullback may be called many times. It reads ``x`` and the parameters'
+arrays again, so these must not be written to before it is called; a module's attributes may be set to other arrays.
 
 All modules raise `ShapeError`, `DtypeError` and `DeviceError` for arrays that do not fit, and `NonFiniteError` where
 one holds NaN or infinity.
@@ -13,6 +14,7 @@ one holds NaN or infinity.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -103,10 +105,11 @@ class Linear:
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """``y (..., n, e)`` for ``x (..., n, d)``, and its pullback."""
-        x = _input(x, {"w": self.w}, self.w.shape[0])
+        w, b = self.w, self.b
+        x = _input(x, {"w": w}, w.shape[0])
         backend = _backend.of(x)
-        y = backend.linear_forward(x, self.w, self.b)
-        return _result(y, lambda dy: backend.linear_backward(x, self.w, self.b is not None, dy))
+        y = backend.linear_forward(x, w, b)
+        return _result(y, lambda dy: backend.linear_backward(x, w, b is not None, dy))
 
 
 class Activation:
@@ -129,10 +132,10 @@ class Activation:
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """``y`` of the shape of ``x (..., n, d)``, and its pullback."""
-        x = _input(x, {}, None)
+        x, kind = _input(x, {}, None), self.kind
         backend = _backend.of(x)
-        y = backend.activation_forward(x, self.kind)
-        return _result(y, lambda dy: (backend.activation_backward(x, self.kind, dy), {}))
+        y = backend.activation_forward(x, kind)
+        return _result(y, lambda dy: (backend.activation_backward(x, kind, dy), {}))
 
 
 class RMSNorm:
@@ -214,10 +217,11 @@ class FeedForward:
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """``y (..., n, e)`` for ``x (..., n, d)``, and its pullback."""
-        x = _input(x, {"w_in": self.w_in}, self.w_in.shape[0])
+        w_in, w_out, activation = self.w_in, self.w_out, self.activation
+        x = _input(x, {"w_in": w_in}, w_in.shape[0])
         backend = _backend.of(x)
-        y = backend.feed_forward_forward(x, self.w_in, self.w_out, self.activation)
-        return _result(y, lambda dy: backend.feed_forward_backward(x, self.w_in, self.w_out, self.activation, dy))
+        y = backend.feed_forward_forward(x, w_in, w_out, activation)
+        return _result(y, lambda dy: backend.feed_forward_backward(x, w_in, w_out, activation, dy))
 
 
 class Embedding:
@@ -362,9 +366,9 @@ class SelfAttention:
         """``y (..., n, e)`` for ``x (..., n, d)``, and its pullback."""
         x = _input(x, self.weights, next(iter(self.weights.values())).shape[0])
         backend = _backend.of(x)
-        weights = list(self.weights.values())
-        y = backend.self_attention_forward(x, weights, self)
-        return _result(y, lambda dy: backend.self_attention_backward(x, weights, self, dy))
+        weights, options = list(self.weights.values()), copy.copy(self)  # as they are now
+        y = backend.self_attention_forward(x, weights, options)
+        return _result(y, lambda dy: backend.self_attention_backward(x, weights, options, dy))
 
 
 class Residual:

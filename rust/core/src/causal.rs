@@ -1,22 +1,24 @@
 //! The polynomial engine under a causal mask: forward and reverse scans over blocks of tokens.
 //!
-//! The sequence is cut in blocks. A query of block `c` meets the keys of blocks before `c - lag` through the state `S` of the
-//! polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by one (in the first
-//! `prefix` blocks, which fitted coefficients are taken from, all keys are near): with
-//! `diagonal="exact"` by `exp`, with `diagonal="polynomial"` (then `lag = 0`) by the polynomial. Numerators and denominators of both parts
-//! add up, each row scaled by `e^{-M_i}` and the state kept relative to its *level* `l`, the largest bias of its keys, so that
-//! biases of any range fit. `M_i` is the largest of `l` and the near scores (of the near biases, where the near scores go through
-//! the polynomial):
+//! The sequence is cut in blocks. A query of block `c` meets the keys of blocks before `c - lag` through the state `S`
+//! of the polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by
+//! one (in the first `prefix` blocks, which fitted coefficients are taken from, all keys are near): with
+//! `diagonal="exact"` by `exp`, with `diagonal="polynomial"` (then `lag = 0`) by the polynomial. Numerators and
+//! denominators of both parts add up, each row scaled by `e^{-M_i}` and the state kept relative to its *level* `l`, the
+//! largest bias of its keys, so that biases of any range fit. `M_i` is the largest of `l` and the near scores (of the
+//! near biases, where the near scores go through the polynomial):
 //!
 //! ```text
 //! [N_i, D_i] = e^{l - M_i} φ(q_i)^T diag(ω_p) S + sum_{near j} e^{-M_i} A_ij [v_j, 1]
 //! ```
 //!
-//! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same `D_i`. A key of block
-//! `c` is met through the state by the queries of blocks `max(c + lag + 1, prefix)` and later, so their state `R` is carried in reverse.
+//! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same
+//! `D_i`. A key of block `c` is met through the state by the queries of blocks `max(c + lag + 1, prefix)` and later, so
+//! their state `R` is carried in reverse.
 //!
-//! Parallel over runs of consecutive blocks: each run's part of the state is summed first, prefix sums (suffix sums, for `R`) give
-//! every run the state that it starts from, and the runs go on by themselves. Their number depends on the sizes alone.
+//! Parallel over runs of consecutive blocks: each run's part of the state is summed first, prefix sums (suffix sums,
+//! for `R`) give every run the state that it starts from, and the runs go on by themselves. Their number depends on the
+//! sizes alone.
 
 use std::ops::Range;
 
@@ -87,8 +89,8 @@ impl Cut {
     }
 }
 
-/// `states[p]` becomes the sum of all before it. Each comes relative to the level at which the next one is first used, `levels[p]`, and leaves
-/// relative to `levels[p - 1]`.
+/// `states[p]` becomes the sum of all before it. Each comes relative to the level at which the next one is first used,
+/// `levels[p]`, and leaves relative to `levels[p - 1]`.
 fn exclusive_prefix_sums(states: &mut [Vec<f64>], levels: &[f64]) {
     let Some(first) = states.first() else { return };
     let mut total = vec![0.0; first.len()];

@@ -46,8 +46,8 @@ impl Default for Polynomial {
 pub enum Coefficients {
     /// `a_j = 1/j!`.
     Taylor,
-    /// Weighted least squares on a sample of the call's own (shifted) scores; under a causal mask, those of the first 1024 tokens,
-    /// whose own scores are then all exact: no token's answer depends on a later one.
+    /// Weighted least squares on a sample of the call's own (shifted) scores; under a causal mask, those of the first
+    /// 1024 tokens, whose own scores are then all exact: no token's answer depends on a later one.
     Fitted,
     /// Given, `a_0 .. a_g`.
     Given(Vec<f64>),

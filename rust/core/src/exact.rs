@@ -88,6 +88,10 @@ pub(crate) fn add_bias<T: Real>(bias: impl Iterator<Item = T>, bq: usize, s: &mu
     }
 }
 
+/// What to do about a row without keys.
+pub(crate) const NO_KEY_REMEDY: &str = "leave such rows out, pad on the right where causal, or give removed keys a large \
+                                        negative bias (-1e4, say) in place of -inf";
+
 /// Sets to `-inf` the scores of keys later than the query.
 pub(crate) fn mask<T: Real>(i0: usize, j0: usize, bk: usize, bq: usize, s: &mut [T]) {
     for j in (i0 + 1).saturating_sub(j0)..bk {
@@ -190,8 +194,8 @@ impl<T: Real> Softmax<T> {
         for i in 0..bq {
             if self.max[i] == T::NEG_INFINITY {
                 return Err(Error::Denominator(format!(
-                    "row {} of head {head} has no key to attend to: key_bias is -inf for every key that it may see; \
-                     leave such rows out of q, or give one of their keys a finite bias",
+                    "row {} of head {head} has no key to attend to: key_bias is -inf (or its scores overflow) for every key \
+                     that it may see; {NO_KEY_REMEDY}",
                     row(i)
                 )));
             }
@@ -214,9 +218,10 @@ impl<T: Real> Softmax<T> {
 
 /// Adds one head's gradients.
 ///
-/// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j` at once: no two
-/// squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is computed once, and every sum
-/// has an order that does not depend on the number of threads. Sums over more than [`MAX_SIDE`] tokens are kept in float64.
+/// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j`
+/// at once: no two squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is
+/// computed once, and every sum has an order that does not depend on the number of threads. Sums over more than
+/// [`MAX_SIDE`] tokens are kept in float64.
 pub(crate) fn backward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
@@ -258,7 +263,8 @@ pub(crate) fn backward<T: Real>(
     Ok(())
 }
 
-/// Tokens that are summed in the arrays' own type at the most; rows of a square at the least; squares a side, where they are not too small.
+/// Tokens that are summed in the arrays' own type at the most; rows of a square at the least; squares a side, where
+/// they are not too small.
 const MAX_SIDE: usize = 2048;
 const MIN_SIDE: usize = 64;
 const MIN_SQUARES: usize = 16;

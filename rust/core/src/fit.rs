@@ -1,14 +1,15 @@
 //! Polynomial coefficients fitted to a sample of the scores.
 //!
-//! Attention with weights `p(s)` in place of `e^s` errs, row by row, by about `sum_j w_j (p(s_ij) - e^{s_ij}) v_j / D_i`. So the
-//! coefficients minimise, over sampled queries `i` and keys `j` with key weights `w_j` and sampled row sums `D_i`,
+//! Attention with weights `p(s)` in place of `e^s` errs, row by row, by about `sum_j w_j (p(s_ij) - e^{s_ij}) v_j /
+//! D_i`. So the coefficients minimise, over sampled queries `i` and keys `j` with key weights `w_j` and sampled row
+//! sums `D_i`,
 //!
 //! ```text
 //! sum_ij (w_j / D_i)^2 (p(s_ij) - e^{s_ij})^2
 //! ```
 //!
-//! The unknowns are the differences from Taylor's coefficients, with a tiny ridge: where the scores do not determine them (all equal, or no sampled key
-//! has a weight) the fit stays at or near Taylor's.
+//! The unknowns are the differences from Taylor's coefficients, with a tiny ridge: where the scores do not determine
+//! them (all equal, or no sampled key has a weight) the fit stays at or near Taylor's.
 
 use faer::prelude::Solve;
 use faer::{Mat, MatRef};
@@ -31,7 +32,8 @@ pub(crate) fn taylor(degree: usize) -> Vec<f64> {
     a
 }
 
-/// `count` indices below `n`, one drawn in each of as many equal strata by a fixed hash, so that no period of the data is met.
+/// `count` indices below `n`, one drawn in each of as many equal strata by a fixed hash, so that no period of the data
+/// is met.
 fn sample(n: usize, salt: u64) -> Vec<usize> {
     let count = n.min(SAMPLE);
     (0..count)
@@ -50,8 +52,8 @@ pub(crate) fn splitmix(x: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; pairs with `j > i` left out where
-/// `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever `n` and `m`.
+/// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; keys later
+/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever `n` and `m`.
 pub(crate) fn fit<T: Real>(
     degree: usize,
     (q, query_shift): (MatRef<'_, T>, &[T]),
@@ -93,8 +95,8 @@ pub(crate) fn fit<T: Real>(
     if largest.powi(degree as i32 + 1) < f64::EPSILON {
         return Ok(a); // Taylor's polynomial is exact to the last bit here.
     }
-    // Normal equations for the differences from Taylor's coefficients, in the variable s / (root mean square of s), every unknown
-    // scaled so that the diagonal is 1.
+    // Normal equations for the differences from Taylor's coefficients, in the variable s / (root mean square of s),
+    // every unknown scaled so that the diagonal is 1.
     let count = degree + 1;
     let rms = (pairs.iter().map(|(s, _, _)| s * s).sum::<f64>() / pairs.len() as f64).sqrt();
     let (mut gram, mut wanted) = (Mat::<f64>::zeros(count, count), Mat::<f64>::zeros(count, 1));

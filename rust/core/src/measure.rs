@@ -27,12 +27,13 @@ pub struct ErrorEstimate {
 /// Half the width of a normal distribution's 95% interval, in standard deviations.
 const NORMAL_95: f64 = 1.96;
 
-/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random without replacement (one in each of
-/// as many equal strata of heads and rows), each computed exactly, in float64.
+/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random without
+/// replacement (one in each of as many equal strata of heads and rows), each computed exactly, in float64.
 ///
-/// With `e_i` the squared error and `x_i` the squared size of row i, the square of the estimate is the ratio `R = sum e_i / sum x_i`; its standard
-/// error is that of the mean of `e_i - R x_i` over the mean of `x_i`, less the finite-population factor, and the interval is taken on its logarithm. All rows sampled: the interval
-/// is a point. Time `O(samples m (d + dv))`.
+/// With `e_i` the squared error and `x_i` the squared size of row i, the square of the estimate is the ratio `R = sum
+/// e_i / sum x_i`; its standard error is that of the mean of `e_i - R x_i` over the mean of `x_i`, less the
+/// finite-population factor, and the interval is taken on its logarithm. All rows sampled: the interval is a point.
+/// Time `O(samples m (d + dv))`.
 pub fn measure_error<T: Real>(
     ctx: &Context,
     heads: &Heads<'_, T>,

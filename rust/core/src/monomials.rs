@@ -6,9 +6,10 @@
 //! (q.k)^j = sum_{|α|=j} (j!/α!) q^α k^α
 //! ```
 //!
-//! They form a tree: each monomial of degree `j` is its parent of degree `j - 1` times one variable that does not come before the
-//! parent's last one. Walking down the tree builds the features with one multiplication each; walking up it, the chain rule
-//! `u_parent += u_child x_var`, `dx_var += u_child x^parent` turns a gradient of the features into one of `x`.
+//! They form a tree: each monomial of degree `j` is its parent of degree `j - 1` times one variable that does not come
+//! before the parent's last one. Walking down the tree builds the features with one multiplication each; walking up it,
+//! the chain rule `u_parent += u_child x_var`, `dx_var += u_child x^parent` turns a gradient of the features into one
+//! of `x`.
 
 use crate::real::{Real, vectorised};
 
@@ -98,8 +99,8 @@ impl Monomials {
         );
     }
 
-    /// Writes `dx = J^T u` as `(d, len)`, from the gradient `u` of the first `r` features, which it destroys. Of `f` only the features
-    /// of less than the highest degree are read.
+    /// Writes `dx = J^T u` as `(d, len)`, from the gradient `u` of the first `r` features, which it destroys. Of `f`
+    /// only the features of less than the highest degree are read.
     pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, u: &mut [T], dx: &mut [T]) {
         dx.fill(T::ZERO);
         vectorised(

@@ -45,8 +45,8 @@ impl Naive<'_> {
         self.key_bias.get(j).copied().unwrap_or(0.0)
     }
 
-    /// Row i of `(A, A')`: the weight of each key that query i sees, before normalisation, and the factor that its score's
-    /// gradient takes in its place: the derivative of the weight, or (closed form) the weight itself.
+    /// Row i of `(A, A')`: the weight of each key that query i sees, before normalisation, and the factor that its
+    /// score's gradient takes in its place: the derivative of the weight, or (closed form) the weight itself.
     fn row(&self, i: usize) -> Vec<(f64, f64)> {
         let seen = if self.causal { i + 1 } else { self.k.nrows() };
         match self.polynomial {

@@ -1,7 +1,8 @@
-//! The polynomial engine: `exp(s)` replaced by `p(s) = sum_{j<=g} a_j s^j`, so that attention costs time linear in its length.
+//! The polynomial engine: `exp(s)` replaced by `p(s) = sum_{j<=g} a_j s^j`, so that attention costs time linear in its
+//! length.
 //!
-//! With the monomial features `φ` of [`Monomials`], `p(c q.k) = φ(q)^T diag(ω_p) φ(k)`. Forward, with key weights `w_j = e^{b_j - level}` (a
-//! common factor of numerators and denominators; the level is the largest bias):
+//! With the monomial features `φ` of [`Monomials`], `p(c q.k) = φ(q)^T diag(ω_p) φ(k)`. Forward, with key weights `w_j
+//! = e^{b_j - level}` (a common factor of numerators and denominators; the level is the largest bias):
 //!
 //! ```text
 //! S = sum_j φ(k_j) [w_j v_j, w_j]          (r, dv + 1)
@@ -10,16 +11,17 @@
 //!
 //! Backward. Let `f_ij = w_j p(c q_i.k_j) / D_i`, `delta_i = dout_i.out_i` and `e_ij = dout_i.v_j - delta_i`.
 //!
-//! *Closed form*: the exact gradient's formula, `dS_ij = f_ij e_ij` and `dq_i = sum_j dS_ij c k_j`. For a polynomial `P` with `P' = p`,
-//! `c p(c q.k) k = ∇_q P(c q.k)`, and `P(c q.k) = φ⁺(q)^T diag(ω_P) φ⁺(k)` with features of degree `g + 1`. So
+//! *Closed form*: the exact gradient's formula, `dS_ij = f_ij e_ij` and `dq_i = sum_j dS_ij c k_j`. For a polynomial
+//! `P` with `P' = p`, `c p(c q.k) k = ∇_q P(c q.k)`, and `P(c q.k) = φ⁺(q)^T diag(ω_P) φ⁺(k)` with features of degree
+//! `g + 1`. So
 //!
 //! ```text
 //! dq_i = (1/D_i) ∇_q sum_j w_j e_ij P(c q_i.k_j) = (1/D_i) J_φ⁺(q_i)^T diag(ω_P) S⁺ [dout_i; -delta_i]
 //! ```
 //!
 //! *Consistent*: the derivative of the forward pass. Its scores have the gradient `w_j p'(s_ij) e_ij / D_i`, and
-//! `c p'(c q.k) k = ∇_q p(c q.k)`: the same formula with `p` in place of `P` and degree `g`. The `P` or `p` that is differentiated is
-//! called the *potential* below.
+//! `c p'(c q.k) k = ∇_q p(c q.k)`: the same formula with `p` in place of `P` and degree `g`. The `P` or `p` that is
+//! differentiated is called the *potential* below.
 //!
 //! For keys the roles change, with the state `R = sum_i φ(q_i) [dout_i, -delta_i] / D_i`:
 //!
@@ -27,9 +29,9 @@
 //! dk_j = w_j J_φ(k_j)^T diag(ω) R [v_j; 1]       [dv_j, h_j] = w_j φ(k_j)^T diag(ω_p) R       db_j = dv_j.v_j + h_j
 //! ```
 //!
-//! Shifts. With `q' = q - α`, `k' = k - β` and the bias `b'_j = b_j + c α.k'_j`, `c q'.k' + b'` differs from `c q.k + b` by a constant of
-//! the row, which exact attention does not see. Back from the primed gradients: `dk_j = dk'_j + c db_j α`, which for the closed form is all.
-//! The consistent gradient also goes through the means `α` and `β`:
+//! Shifts. With `q' = q - α`, `k' = k - β` and the bias `b'_j = b_j + c α.k'_j`, `c q'.k' + b'` differs from `c q.k +
+//! b` by a constant of the row, which exact attention does not see. Back from the primed gradients: `dk_j = dk'_j + c
+//! db_j α`, which for the closed form is all. The consistent gradient also goes through the means `α` and `β`:
 //!
 //! ```text
 //! dα = -sum_i dq'_i + c sum_j db_j k'_j      dq_i = dq'_i + dα / n
@@ -46,6 +48,7 @@ use crate::causal;
 use crate::context::Context;
 use crate::engine::{self, Coefficients, Diagonal, Gradient, Shift};
 use crate::error::{Error, Result};
+use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
 use crate::monomials::{self, Monomials};
 use crate::real::Real;
@@ -85,8 +88,8 @@ pub(crate) struct Pass<'a, T> {
     pub biases: Option<Vec<f64>>,
 }
 
-/// The monomials that every head's pass needs: up to the degree of p, and of the potential where there is a `backward` pass. An error
-/// where that one is out of reach, before a forward pass that could have no backward one.
+/// The monomials that every head's pass needs: up to the degree of p, and of the potential where there is a `backward`
+/// pass. An error where that one is out of reach, before a forward pass that could have no backward one.
 pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bool) -> Result<Monomials> {
     let potential_degree = engine.degree + usize::from(engine.gradient == Gradient::ClosedForm);
     match monomials::rank(d, potential_degree) {
@@ -292,8 +295,8 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// Blocks at the start of a causal sequence whose queries meet all their keys exactly, so that coefficients may be fitted to them
-    /// without any query's answer depending on a later token.
+    /// Blocks at the start of a causal sequence whose queries meet all their keys exactly, so that coefficients may be
+    /// fitted to them without any query's answer depending on a later token.
     pub fn prefix(&self) -> usize {
         if self.engine.coefficients == Coefficients::Fitted {
             (FIT_PREFIX / self.block()).max(self.lag() + 1)
@@ -411,7 +414,8 @@ impl<'a, T: Real> Pass<'a, T> {
         Ok(sum)
     }
 
-    /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up to 64.
+    /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up
+    /// to 64.
     pub fn partition(&self, tokens: usize, step: usize, r: usize) -> usize {
         let state = r * self.e();
         let units = (PARTIAL_STATES / state).clamp(8, 64).min((LARGEST_STATE / state).max(1));
@@ -457,8 +461,8 @@ impl<'a, T: Real> Pass<'a, T> {
         let head = self.head.index;
         if denominator == T::ZERO && self.biases.is_some() {
             return Err(Error::Denominator(format!(
-                "row {row} of head {head} has no key to attend to: key_bias is -inf, or far below its maximum, for every key \
-                 that it may see; leave such rows out of q, or give one of their keys a finite bias"
+                "row {row} of head {head} has no key to attend to: key_bias is -inf, or far below its maximum, for every \
+                 key that it may see; {NO_KEY_REMEDY}"
             )));
         }
         Err(Error::Denominator(if denominator.finite() && denominator <= T::ZERO {
@@ -539,8 +543,8 @@ impl<'a, T: Real> Pass<'a, T> {
         self.tree.pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
     }
 
-    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's weights. `level` is what
-    /// the keys' weights are relative to, in the state too.
+    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's
+    /// weights. `level` is what the keys' weights are relative to, in the state too.
     pub fn key_gradients(
         &self,
         start: usize,

@@ -228,8 +228,9 @@ pub fn backward<T: Real>(
 
 /// The mean cross-entropy of predicting `targets` from `tokens`, both `(batch, n)`, and its gradients.
 ///
-/// The head and the loss are computed tile by tile: there is never a logit for every token. With `samples > 0` the error
-/// of each layer's attention is measured on so many rows. Memory as for [`forward`] and [`backward`], without logits.
+/// The head and the loss are computed tile by tile: there is never a logit for every token. With `samples > 0` the
+/// error of each layer's attention is measured on so many rows. Memory as for [`forward`] and [`backward`], without
+/// logits.
 pub fn value_and_grad<T: Real>(
     ctx: &Context,
     config: &Config,
@@ -421,8 +422,8 @@ impl<'a, T: Real> Model<'a, T> {
         Ok(Attended { normed, inside, z })
     }
 
-    /// The gradient with respect to the last layer's output, and what `head(last, dlast, dhead)` returns: it is given the
-    /// final norm's output, and writes the gradients with respect to that and to the head.
+    /// The gradient with respect to the last layer's output, and what `head(last, dlast, dhead)` returns: it is given
+    /// the final norm's output, and writes the gradients with respect to that and to the head.
     fn head_backward<R>(
         &self,
         trace: &Trace<T>,

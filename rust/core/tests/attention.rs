@@ -7,8 +7,8 @@ use lingrad_core::naive::{Naive, relative_error};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
 use proptest::prelude::*;
 
-/// Rounding alone separates an engine from the oracle of the same weights. float32: sums of up to 1000 terms and a score
-/// of rounding error 1e-6; float64 the same with 1e-15.
+/// Rounding alone separates an engine from the oracle of the same weights. float32: sums of up to 1000 terms and a
+/// score of rounding error 1e-6; float64 the same with 1e-15.
 const LIMIT_F32: f64 = 2e-5;
 const LIMIT_F64: f64 = 1e-11;
 
@@ -267,7 +267,8 @@ fn errors_with_bias<T: Real>(case: &Case, bias: impl Fn(usize) -> f64) -> Vec<f6
 fn biases_of_any_range_fit_under_a_causal_mask() {
     for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
         let case = Case { bias: true, ..Case::new(Engine::Polynomial(polynomial(2, gradient)), 1200, true) };
-        let biases: [(&str, fn(usize) -> f64); 4] = [
+        type Bias = fn(usize) -> f64;
+        let biases: [(&str, Bias); 4] = [
             ("a rising slope", |j| 0.25 * j as f64),
             ("a falling slope", |j| -0.25 * j as f64),
             ("a late peak", |j| if j == 900 { 200.0 } else { (j % 7) as f64 / 7.0 }),

@@ -217,8 +217,8 @@ pub fn transformer_backward<'py>(
     })
 }
 
-/// `(loss, grads, errors)`: the mean cross-entropy, its gradients, and the measured error of each layer's attention where
-/// `samples > 0`.
+/// `(loss, grads, errors)`: the mean cross-entropy, its gradients, and the measured error of each layer's attention
+/// where `samples > 0`.
 #[pyfunction]
 #[pyo3(signature = (config, params, tokens, targets, *, samples, progress))]
 pub fn transformer_value_and_grad<'py>(

@@ -14,8 +14,8 @@
 //! ```
 //!
 //! With a score bound, a head's row `z` of queries or keys becomes `u = z / |z|`, before it is turned by its position.
-//! As `du/dz = (1 - u u^T) / |z|` and turning keeps lengths and inner products, a gradient `g` of the turned `u` becomes
-//! `(g - u (u . g)) / |z|` and is then turned back. A row of zeros stays zero, and so does its gradient.
+//! As `du/dz = (1 - u u^T) / |z|` and turning keeps lengths and inner products, a gradient `g` of the turned `u`
+//! becomes `(g - u (u . g)) / |z|` and is then turned back. A row of zeros stays zero, and so does its gradient.
 
 use std::collections::BTreeMap;
 

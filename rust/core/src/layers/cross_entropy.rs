@@ -32,8 +32,8 @@ pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogi
 /// [`mean`] of the logits `x w`, and its gradients with respect to `x` and `w`, tile by tile: the logits of all tokens
 /// never exist at once.
 ///
-/// `x (.., d)`, `w (d, vocab)`, `targets` one a token. Time `O(n d vocab)`; memory beyond the outputs a tile of logits a
-/// thread and `O(d vocab)` a partition of the tokens.
+/// `x (.., d)`, `w (d, vocab)`, `targets` one a token. Time `O(n d vocab)`; memory beyond the outputs a tile of logits
+/// a thread and `O(d vocab)` a partition of the tokens.
 pub fn linear_mean<T: Real>(
     ctx: &Context,
     x: &Rows<'_, T>,

@@ -162,8 +162,8 @@ fn too_long(name: &str) -> Error {
     ))
 }
 
-/// The gradients of the projections `rows = x w` with respect to each `w`, where there is one, and the sum of those with
-/// respect to `x` in `dx`.
+/// The gradients of the projections `rows = x w` with respect to each `w`, where there is one, and the sum of those
+/// with respect to `x` in `dx`.
 pub(crate) fn unproject<T: Real>(
     ctx: &Context,
     x: &Rows<'_, T>,

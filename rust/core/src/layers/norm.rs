@@ -1,6 +1,7 @@
 //! RMSNorm and LayerNorm over the last axis, of width `d`.
 //!
-//! RMSNorm: `y = x̂ ∘ gain`, `x̂ = r x`, `r = (mean(x^2) + eps)^(-1/2)`. Since `dr/dx = -r^3 x / d`, with `t = gain ∘ dy`
+//! RMSNorm: `y = x̂ ∘ gain`, `x̂ = r x`, `r = (mean(x^2) + eps)^(-1/2)`. Since `dr/dx = -r^3 x / d`, with
+//! `t = gain ∘ dy`
 //!
 //! ```text
 //! dx = r (t - x̂ mean(t ∘ x̂)),    dgain = sum of dy ∘ x̂ over the tokens.
@@ -175,11 +176,8 @@ fn moments<T: Real>(x: &[T], centred: bool, eps: f64) -> Result<(T, T)> {
     let d = x.len() as f64;
     let mean = if centred { row_sum(x, |x| x) / d } else { 0.0 };
     let square = row_sum(x, |x| (x - mean) * (x - mean)) / d + eps;
-    if square.is_finite() && square > 0.0 {
-        Ok((T::of(mean), T::of(square.sqrt().recip())))
-    } else {
-        Err(unusable(square))
-    }
+    let r = T::of(square.sqrt().recip());
+    if square.is_finite() && square > 0.0 && r.finite() { Ok((T::of(mean), r)) } else { Err(unusable(square)) }
 }
 
 #[cold]
@@ -187,6 +185,6 @@ fn moments<T: Real>(x: &[T], centred: bool, eps: f64) -> Result<(T, T)> {
 fn unusable(square: f64) -> Error {
     Error::NonFinite(format!(
         "the mean square of a row of x, plus eps, is {square}; expected a finite number > 0 (x holds NaN or \
-         infinity, its square overflows, or both it and eps are zero)"
+         infinity, its square overflows, or both it and eps are zero or nearly)"
     ))
 }
