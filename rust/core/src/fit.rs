@@ -16,6 +16,7 @@ use faer::{Mat, MatRef};
 
 use crate::error::{Error, Result};
 use crate::real::Real;
+use crate::sample::stratified;
 
 /// Rows, and columns, of the sample at the most.
 const SAMPLE: usize = 256;
@@ -32,26 +33,6 @@ pub(crate) fn taylor(degree: usize) -> Vec<f64> {
     a
 }
 
-/// `count` indices below `n`, one drawn in each of as many equal strata by a fixed hash, so that no period of the data
-/// is met.
-fn sample(n: usize, salt: u64) -> Vec<usize> {
-    let count = n.min(SAMPLE);
-    (0..count)
-        .map(|s| {
-            let (start, end) = (s * n / count, (s + 1) * n / count);
-            start + (splitmix(salt + s as u64) % (end - start) as u64) as usize
-        })
-        .collect()
-}
-
-/// A well-mixed 64-bit hash.
-pub(crate) fn splitmix(x: u64) -> u64 {
-    let mut z = x.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
 /// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; keys later
 /// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever `n` and `m`.
 pub(crate) fn fit<T: Real>(
@@ -65,7 +46,7 @@ pub(crate) fn fit<T: Real>(
     let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
         Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
     };
-    let (rows, mut columns) = (sample(q.nrows(), 0), sample(k.nrows(), SAMPLE as u64));
+    let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
     columns.retain(|&j| weight(j) > 0.0);
     let scores = faer::Scale(scale) * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
     let seen = |i: usize, j: usize| !causal || columns[j] <= rows[i];

@@ -17,6 +17,7 @@ pub mod naive;
 mod polynomial;
 pub mod real;
 pub mod rows;
+mod sample;
 mod tile;
 pub mod transformer;
 

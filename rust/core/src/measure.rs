@@ -7,8 +7,8 @@ use crate::attention::{Heads, Sizes, check_finite, expect_views};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::exact::{Softmax, TILE, add_bias};
-use crate::fit::splitmix;
 use crate::real::Real;
+use crate::sample::stratified;
 use crate::tile::{product, view_mut};
 
 /// An estimate of a relative Frobenius error, with its 95% confidence interval.
@@ -58,12 +58,7 @@ pub fn measure_error<T: Real>(
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let drawn: Vec<usize> = (0..rows)
-        .map(|s| {
-            let (start, end) = (s * total / rows, (s + 1) * total / rows);
-            start + (splitmix(seed ^ splitmix(s as u64)) % (end - start) as u64) as usize
-        })
-        .collect();
+    let drawn = stratified(total, rows, seed);
     let blocks: Vec<&[usize]> =
         drawn.chunk_by(|a, b| a / n == b / n).flat_map(|of_head| of_head.chunks(TILE)).collect();
     let pairs = blocks

@@ -23,7 +23,7 @@ use faer::{Accum, MatRef};
 
 use super::heads::{Part, Projected, Shaping, project, unproject};
 use super::rope::Rope;
-use super::tiles::{add_product, for_each_tile, load, product, rounded};
+use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded};
 use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
@@ -226,7 +226,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                     for_each_tile(ctx, rows, [], [w_o.nrows() * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
                         let count = tile.len();
                         let o = view(inside.out.side_by_side(n, tile.clone(), o_tile), count, w_o.nrows());
-                        add_product(sum, o, view(load(dy, tile, dy_tile), count, e), buffer);
+                        accumulate_transposed(sum, o, view(load(dy, tile, dy_tile), count, e), buffer);
                         Ok(())
                     })?;
                 grads.insert("w_o", rounded(&sum));

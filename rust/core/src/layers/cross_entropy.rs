@@ -5,7 +5,7 @@
 
 use faer::{Accum, MatRef};
 
-use super::tiles::{add_product, for_each_tile, load, product, round, row_sum, sized};
+use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, row_sum, sized};
 use super::{expect_below, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
@@ -55,7 +55,7 @@ pub fn linear_mean<T: Real>(
             product(logits, Accum::Replace, x, w);
             loss[0] += differentiate(logits, &targets[tile], rows)?;
             let dlogits = view(logits, count, vocab);
-            add_product(dw, x, dlogits, buffer);
+            accumulate_transposed(dw, x, dlogits, buffer);
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())
         })?;

@@ -6,7 +6,7 @@
 use faer::{Accum, MatRef};
 
 use super::activation::{ActivationKind, apply, apply_with_slope, multiply};
-use super::tiles::{add_product, for_each_tile, load, product, round, sized};
+use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, sized};
 use super::{expect_rows, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
@@ -71,12 +71,12 @@ pub fn backward<T: Real>(
             let (hidden, slope) = (sized(hidden, count * f), sized(slope, count * f));
             product(hidden, Accum::Replace, x, w_in);
             apply_with_slope(kind, hidden, slope);
-            add_product(dw_out, view(hidden, count, f), dy, buffer);
+            accumulate_transposed(dw_out, view(hidden, count, f), dy, buffer);
             let dhidden = sized(dhidden, count * f);
             product(dhidden, Accum::Replace, dy, w_out.transpose());
             multiply(dhidden, slope);
             let dhidden = view(dhidden, count, f);
-            add_product(dw_in, x, dhidden, buffer);
+            accumulate_transposed(dw_in, x, dhidden, buffer);
             product(dx, Accum::Replace, dhidden, w_in.transpose());
             Ok(())
         },

@@ -6,7 +6,7 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use super::rope::Rope;
-use super::tiles::{TILE, add_product, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
+use super::tiles::{TILE, accumulate_transposed, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
@@ -181,7 +181,7 @@ pub(crate) fn unproject<T: Real>(
             match part.w {
                 Some(w) => {
                     let dz = view(dz, count, w.ncols());
-                    add_product(sum, x, dz, buffer);
+                    accumulate_transposed(sum, x, dz, buffer);
                     product(dx, Accum::Add, dz, w.transpose());
                 }
                 None => dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz),

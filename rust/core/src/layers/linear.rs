@@ -4,7 +4,7 @@
 
 use faer::{Accum, MatRef};
 
-use super::tiles::{add_product, for_each_tile, load, product, round};
+use super::tiles::{accumulate_transposed, for_each_tile, load, product, round};
 use super::{expect_rows, expect_shape};
 use crate::context::Context;
 use crate::error::{Result, expect_len};
@@ -72,7 +72,7 @@ pub fn backward<T: Real>(
             }
             let dy = view(dy, count, e);
             product(dx, Accum::Replace, dy, w.transpose());
-            add_product(dw, x, dy, buffer);
+            accumulate_transposed(dw, x, dy, buffer);
             Ok(())
         })?;
     round(&dw_sum, dw);

@@ -118,7 +118,12 @@ pub(crate) fn product<T: Real>(out: &mut [T], accum: Accum, lhs: MatRef<'_, T>, 
 }
 
 /// `sum += lhs^T rhs`, the product in `T` and the sum in float64.
-pub(crate) fn add_product<T: Real>(sum: &mut [f64], lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, buffer: &mut Vec<T>) {
+pub(crate) fn accumulate_transposed<T: Real>(
+    sum: &mut [f64],
+    lhs: MatRef<'_, T>,
+    rhs: MatRef<'_, T>,
+    buffer: &mut Vec<T>,
+) {
     let tile = sized(buffer, sum.len());
     product(tile, Accum::Replace, lhs.transpose(), rhs);
     vectorised(

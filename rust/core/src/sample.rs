@@ -1,0 +1,21 @@
+//! Draws that are the same on every machine and for any number of threads.
+
+/// `count` of the numbers below `n`, in order, one drawn in each of as many equal strata by a hash of `seed`: no period of the data is
+/// met. All of them where `count >= n`.
+pub(crate) fn stratified(n: usize, count: usize, seed: u64) -> Vec<usize> {
+    let count = count.min(n);
+    (0..count)
+        .map(|s| {
+            let (start, end) = (s * n / count, (s + 1) * n / count);
+            start + (splitmix(seed ^ splitmix(s as u64)) % (end - start) as u64) as usize
+        })
+        .collect()
+}
+
+/// A well-mixed 64-bit hash.
+fn splitmix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
