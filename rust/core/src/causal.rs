@@ -28,8 +28,9 @@ use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, Scratch, State, add, optional_chunks, weigh_into};
+use crate::polynomial::{Pass, Scratch, optional_chunks};
 use crate::real::{Real, vectorised};
+use crate::state::{State, add, weigh_into};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
 
 /// The cutting of the sequence.
@@ -144,7 +145,7 @@ pub(crate) fn forward<T: Real>(
                 if has_far {
                     pass.load_queries(queries.start, len, &mut scratch.x);
                     pass.tree.features(&scratch.x, len, r, &mut scratch.features);
-                    let state = view(far.weighted(), r, e).transpose();
+                    let state = view(far.weighted(), e, r);
                     product(view_mut(&mut scratch.values, e, len), state, view(&scratch.features, r, len), T::ONE);
                     for t in 0..len {
                         let by = T::of(level - max[t].to_f64()).exp_nonpositive();
@@ -304,7 +305,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
                 if first >= cut.blocks {
                     continue;
                 }
-                weigh_into(&far.state.sum()[..r * e], &of_values, e, &mut for_values);
+                weigh_into(far.state.sum(), r_plus, &of_values, &mut for_values);
                 let keys = cut.tokens(c..c + 1);
                 let local = keys.start - own..keys.end - own;
                 pass.key_gradients(
@@ -331,17 +332,16 @@ struct Far<T> {
     weights: Vec<f64>,
     weighted: Vec<T>,
     stale: bool,
-    e: usize,
 }
 
 impl<T: Real> Far<T> {
     fn new(start: Vec<f64>, weights: Vec<f64>, e: usize) -> Self {
-        Self { weighted: vec![T::ZERO; start.len()], state: State::from_sum(start, e), weights, stale: true, e }
+        Self { weighted: vec![T::ZERO; start.len()], state: State::from_sum(start, e), weights, stale: true }
     }
 
     fn weighted(&mut self) -> &[T] {
         if self.stale {
-            weigh_into(self.state.sum(), &self.weights, self.e, &mut self.weighted);
+            self.state.weigh_into(&self.weights, &mut self.weighted);
             self.stale = false;
         }
         &self.weighted
@@ -376,7 +376,7 @@ impl<T: Real> Far<T> {
 
     fn add(&mut self, pass: &Pass<'_, T>, len: usize, scratch: &mut Scratch<T>) {
         pass.tree.features(&scratch.x, len, self.weights.len(), &mut scratch.features);
-        self.state.add(&scratch.features, &scratch.values, len);
+        self.state.add(&scratch.values, &scratch.features, len);
         self.stale = true;
     }
 }
@@ -519,11 +519,16 @@ impl<T: Real> Near<T> {
         if !consistent {
             slope.copy_from_slice(f);
         }
-        for (slope, ds) in slope.chunks_exact(bq).zip(ds.chunks_exact_mut(bq)) {
-            for ((ds, &slope), &delta) in ds.iter_mut().zip(slope).zip(delta) {
-                *ds = slope * (*ds - delta);
-            }
-        }
+        vectorised(
+            #[inline(always)]
+            || {
+                for (slope, ds) in slope.chunks_exact(bq).zip(ds.chunks_exact_mut(bq)) {
+                    for ((ds, &slope), &delta) in ds.iter_mut().zip(slope).zip(delta) {
+                        *ds = slope * (*ds - delta);
+                    }
+                }
+            },
+        );
     }
 
     /// Adds dk, dv and db of the keys `part` of `keys`, to rows that start at token `origin`.

@@ -18,6 +18,7 @@ mod polynomial;
 pub mod real;
 pub mod rows;
 mod sample;
+mod state;
 mod tile;
 pub mod transformer;
 

@@ -5,8 +5,8 @@
 //! = e^{b_j - level}` (a common factor of numerators and denominators; the level is the largest bias):
 //!
 //! ```text
-//! S = sum_j φ(k_j) [w_j v_j, w_j]          (r, dv + 1)
-//! [N_i, D_i] = φ(q_i)^T diag(ω_p) S        out_i = N_i / D_i
+//! S = sum_j [w_j v_j, w_j]^T φ(k_j)^T       (dv + 1, r)
+//! [N_i, D_i] = S diag(ω_p) φ(q_i)        out_i = N_i / D_i
 //! ```
 //!
 //! Backward. Let `f_ij = w_j p(c q_i.k_j) / D_i`, `delta_i = dout_i.out_i` and `e_ij = dout_i.v_j - delta_i`.
@@ -16,17 +16,17 @@
 //! `g + 1`. So
 //!
 //! ```text
-//! dq_i = (1/D_i) ∇_q sum_j w_j e_ij P(c q_i.k_j) = (1/D_i) J_φ⁺(q_i)^T diag(ω_P) S⁺ [dout_i; -delta_i]
+//! dq_i = (1/D_i) ∇_q sum_j w_j e_ij P(c q_i.k_j) = (1/D_i) J_φ⁺(q_i)^T diag(ω_P) S⁺^T [dout_i; -delta_i]
 //! ```
 //!
 //! *Consistent*: the derivative of the forward pass. Its scores have the gradient `w_j p'(s_ij) e_ij / D_i`, and
 //! `c p'(c q.k) k = ∇_q p(c q.k)`: the same formula with `p` in place of `P` and degree `g`. The `P` or `p` that is
 //! differentiated is called the *potential* below.
 //!
-//! For keys the roles change, with the state `R = sum_i φ(q_i) [dout_i, -delta_i] / D_i`:
+//! For keys the roles change, with the state `R = sum_i [dout_i, -delta_i]^T φ(q_i)^T / D_i`:
 //!
 //! ```text
-//! dk_j = w_j J_φ(k_j)^T diag(ω) R [v_j; 1]       [dv_j, h_j] = w_j φ(k_j)^T diag(ω_p) R       db_j = dv_j.v_j + h_j
+//! dk_j = w_j J_φ(k_j)^T diag(ω) R^T [v_j; 1]     [dv_j, h_j] = w_j R diag(ω_p) φ(k_j)       db_j = dv_j.v_j + h_j
 //! ```
 //!
 //! Shifts. With `q' = q - α`, `k' = k - β` and the bias `b'_j = b_j + c α.k'_j`, `c q'.k' + b'` differs from `c q.k +
@@ -38,7 +38,7 @@
 //! dβ = -sum_j (dk'_j + c db_j α)             dk_j = dk'_j + c db_j α + dβ / m
 //! ```
 //!
-//! Sums over tokens are products of at most [`FLUSH`] tokens in the arrays' own type, added up in float64.
+//! Sums over tokens are products of at most `FLUSH` tokens in the arrays' own type, added up in float64.
 
 use faer::MatRef;
 use rayon::prelude::*;
@@ -52,7 +52,8 @@ use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
 use crate::monomials::{self, Monomials};
 use crate::real::Real;
-use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
+use crate::state::{State, add, weigh};
+use crate::tile::{load_transposed, product, store_transposed, view, view_mut};
 
 /// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
 #[derive(Debug, Clone)]
@@ -67,8 +68,6 @@ pub(crate) struct Constants<T> {
 
 /// Numbers in a tile of features that stay in a core's second-level cache.
 const TILE_NUMBERS: usize = 1 << 17;
-/// Tokens summed in the arrays' own type before they are added to the float64 state.
-const FLUSH: usize = 512;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
 const FIT_PREFIX: usize = 1024;
 /// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
@@ -354,7 +353,7 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `sum_j φ(k_j) [w_j v_j, w_j]^T` over a range of keys, in float64, the weights relative to `level`.
+    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, the weights relative to `level`.
     pub fn key_state(&self, keys: std::ops::Range<usize>, level: f64, r: usize) -> Result<Vec<f64>> {
         self.state(keys, r, |start, len, x, values| {
             self.load_keys(start, len, x);
@@ -362,7 +361,7 @@ impl<'a, T: Real> Pass<'a, T> {
         })
     }
 
-    /// `sum_i φ(q_i) [dout_i, -delta_i]^T factor(i)` over a range of queries, in float64.
+    /// `sum_i [dout_i, -delta_i]^T φ(q_i)^T factor(i)` over a range of queries, in float64.
     pub fn query_state(
         &self,
         up: &Upstream<'_, T>,
@@ -382,14 +381,14 @@ impl<'a, T: Real> Pass<'a, T> {
         r: usize,
         load: impl Fn(usize, usize, &mut [T], &mut [T]),
     ) -> Result<Vec<f64>> {
-        let mut state = State::new(r, self.e());
+        let mut state = State::new(self.e(), r);
         let mut scratch = Scratch::new(self, Self::tile(r), r, 0);
         for start in tokens.clone().step_by(Self::tile(r)) {
             self.ctx.check()?;
             let len = Self::tile(r).min(tokens.end - start);
             load(start, len, &mut scratch.x, &mut scratch.values);
             self.tree.features(&scratch.x, len, r, &mut scratch.features);
-            state.add(&scratch.features, &scratch.values, len);
+            state.add(&scratch.values, &scratch.features, len);
         }
         Ok(state.finish())
     }
@@ -427,7 +426,7 @@ impl<'a, T: Real> Pass<'a, T> {
         let (r, e, dv) = (self.rank(), self.e(), self.e() - 1);
         let level = self.level(0..self.head.k.nrows());
         let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, level, r), r)?;
-        let state = weigh(&state, &self.tree.weights(&self.constants.coefficients, self.scale), e);
+        let state = weigh(&state, r, &self.tree.weights(&self.constants.coefficients, self.scale));
         let tile = Self::tile(r);
         row_max.fill(T::ZERO);
         (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile)).into_par_iter().enumerate().try_for_each_init(
@@ -438,12 +437,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 self.load_queries(start, len, &mut scratch.x);
                 self.tree.features(&scratch.x, len, r, &mut scratch.features);
                 let values = &mut scratch.values;
-                product(
-                    view_mut(values, e, len),
-                    view(&state, r, e).transpose(),
-                    view(&scratch.features, r, len),
-                    T::ONE,
-                );
+                product(view_mut(values, e, len), view(&state, e, r), view(&scratch.features, r, len), T::ONE);
                 for (t, scale) in scale.iter_mut().enumerate() {
                     *scale = self.inverse(values[dv * len + t], start + t)?;
                 }
@@ -492,7 +486,7 @@ impl<'a, T: Real> Pass<'a, T> {
         let level = self.level(0..m);
 
         let state = self.whole_state(m, |keys| self.key_state(keys, level, r_plus), r_plus)?;
-        let state = weigh(&state, &potential, e);
+        let state = weigh(&state, r_plus, &potential);
         dq.par_chunks_mut(tile * d).enumerate().try_for_each_init(
             || Scratch::new(self, tile, parents, r_plus),
             |scratch, (i, dq)| {
@@ -510,8 +504,8 @@ impl<'a, T: Real> Pass<'a, T> {
 
         let state =
             self.whole_state(n, |queries| self.query_state(&up, queries, r_plus, |i| up.rows.scale[i]), r_plus)?;
-        let weighted = weigh(&state, &potential, e);
-        let of_values = weigh(&state[..r * e], &self.tree.weights(&self.constants.coefficients, self.scale), e);
+        let weighted = weigh(&state, r_plus, &potential);
+        let of_values = weigh(&state, r_plus, &self.tree.weights(&self.constants.coefficients, self.scale));
         drop(state);
         let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
         (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
@@ -538,7 +532,7 @@ impl<'a, T: Real> Pass<'a, T> {
     pub fn pullback(&self, state: &[T], len: usize, scratch: &mut Scratch<T>) {
         let (r_plus, e) = (self.potential_rank(), self.e());
         let Scratch { x, values, features, u, dx, .. } = scratch;
-        product(view_mut(u, r_plus, len), view(state, r_plus, e), view(values, e, len), T::ONE);
+        product(view_mut(u, r_plus, len), view(state, e, r_plus).transpose(), view(values, e, len), T::ONE);
         let d = self.head.q.ncols();
         self.tree.pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
     }
@@ -562,7 +556,7 @@ impl<'a, T: Real> Pass<'a, T> {
         self.tree.features(&scratch.x, len, r, &mut scratch.features);
         self.pullback(potential, len, scratch);
         let Scratch { values, features, out, dx, .. } = scratch;
-        product(view_mut(out, e, len), view(of_values, r, e).transpose(), view(features, r, len), T::ONE);
+        product(view_mut(out, e, len), view(of_values, e, r), view(features, r, len), T::ONE);
         for t in 0..len {
             let w = self.weight(start + t, level);
             let mut db = out[dv * len + t];
@@ -636,90 +630,6 @@ impl<T: Real> Scratch<T> {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
         let (d, e) = (pass.head.q.ncols(), pass.e());
         Self { x: zeros(d), values: zeros(e), features: zeros(r), out: zeros(e), u: zeros(r_plus), dx: zeros(d) }
-    }
-}
-
-/// A sum of outer products of features and values, kept in float64.
-pub(crate) struct State<T> {
-    sum: Vec<f64>,
-    pending: Vec<T>,
-    tokens: usize,
-    r: usize,
-    e: usize,
-}
-
-impl<T: Real> State<T> {
-    pub fn new(r: usize, e: usize) -> Self {
-        Self::from_sum(vec![0.0; r * e], e)
-    }
-
-    pub fn from_sum(sum: Vec<f64>, e: usize) -> Self {
-        Self { pending: vec![T::ZERO; sum.len()], tokens: 0, r: sum.len() / e, e, sum }
-    }
-
-    /// Adds `features values^T`, of `(r, len)` and `(e, len)`.
-    pub fn add(&mut self, features: &[T], values: &[T], len: usize) {
-        if self.tokens + len > FLUSH {
-            self.flush();
-        }
-        let (r, e) = (self.r, self.e);
-        let (features, values) = (view(features, r, len), view(values, e, len).transpose());
-        let pending = view_mut(&mut self.pending, r, e);
-        if self.tokens == 0 {
-            product(pending, features, values, T::ONE)
-        } else {
-            add_product(pending, features, values, T::ONE)
-        }
-        self.tokens += len;
-    }
-
-    fn flush(&mut self) {
-        if self.tokens > 0 {
-            for (sum, &x) in self.sum.iter_mut().zip(&self.pending) {
-                *sum += x.to_f64();
-            }
-            self.tokens = 0;
-        }
-    }
-
-    /// Multiplies the sum.
-    pub fn scale(&mut self, by: f64) {
-        self.flush();
-        self.sum.iter_mut().for_each(|x| *x *= by);
-    }
-
-    /// The sum so far.
-    pub fn sum(&mut self) -> &[f64] {
-        self.flush();
-        &self.sum
-    }
-
-    fn finish(mut self) -> Vec<f64> {
-        self.flush();
-        self.sum
-    }
-}
-
-/// `diag(weights) state`, rounded to the arrays' type.
-pub(crate) fn weigh<T: Real>(state: &[f64], weights: &[f64], e: usize) -> Vec<T> {
-    let mut weighted = vec![T::ZERO; state.len()];
-    weigh_into(state, weights, e, &mut weighted);
-    weighted
-}
-
-/// [`weigh`], into a buffer.
-pub(crate) fn weigh_into<T: Real>(state: &[f64], weights: &[f64], e: usize, weighted: &mut [T]) {
-    for ((to, from), &w) in weighted.chunks_exact_mut(e).zip(state.chunks_exact(e)).zip(weights) {
-        for (to, &from) in to.iter_mut().zip(from) {
-            *to = T::of(from * w);
-        }
-    }
-}
-
-/// `sum += x`.
-pub(crate) fn add(sum: &mut [f64], x: &[f64]) {
-    for (sum, x) in sum.iter_mut().zip(x) {
-        *sum += x;
     }
 }
 
