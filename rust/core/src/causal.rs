@@ -28,7 +28,7 @@ use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, Scratch, optional_chunks};
+use crate::polynomial::{Pass, Scratch, optional_chunks, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{State, add, weigh_into};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
@@ -50,9 +50,9 @@ struct Cut {
 }
 
 impl Cut {
-    fn new<T: Real>(pass: &Pass<'_, T>, r: usize) -> Self {
+    fn new<T: Real>(pass: &Pass<'_, T>, degree: usize) -> Self {
         let (n, block) = (pass.head.q.nrows(), pass.block());
-        let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, r) / block);
+        let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, degree) / block);
         let (lag, prefix, runs) = (pass.lag(), pass.prefix(), blocks.div_ceil(run));
         let mut cut = Self { n, block, blocks, lag, prefix, run, runs, levels: Vec::with_capacity(blocks + 1) };
         let (mut level, mut far) = (f64::NEG_INFINITY, 0);
@@ -115,16 +115,17 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<()> {
-    let (r, e, dv) = (pass.rank(), pass.e(), pass.e() - 1);
-    let cut = Cut::new(pass, r);
+    let (g, e, dv) = (pass.engine.degree, pass.e(), pass.e() - 1);
+    let (cut, tile) = (Cut::new(pass, g), pass.tile(g));
     let weights = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts = key_states(pass, &cut, r)?;
+    let starts = key_states(pass, &cut, g)?;
     let rows = cut.run * cut.block;
     (out.par_chunks_mut(rows * dv), row_max.par_chunks_mut(rows), row_scale.par_chunks_mut(rows), starts)
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (out, max, scale, start))| {
-            let mut scratch = Scratch::new(pass, cut.block, r, 0);
+            let mut scratch = Scratch::new(pass, tile, g);
+            let mut values = vec![T::ZERO; e * cut.block];
             let mut near = Near::new(pass, &cut);
             let mut far = Far::new(start, weights.clone(), e);
             for c in cut.of_run(p) {
@@ -132,9 +133,8 @@ pub(crate) fn forward<T: Real>(
                 let level = cut.levels[c];
                 if c > p * cut.run {
                     far.rescale(decay(cut.levels[c - 1], level));
-                    for block in cut.first_near(c - 1)..cut.first_near(c) {
-                        far.add_keys(pass, cut.tokens(block..block + 1), level, &mut scratch);
-                    }
+                    let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
+                    pass.add_keys(far.grow(), keys, level, g, &mut scratch)?;
                 }
                 let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
@@ -143,32 +143,33 @@ pub(crate) fn forward<T: Real>(
                 near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, level: T::of(level) });
                 near.load_values(pass, keys.clone());
                 if has_far {
-                    pass.load_queries(queries.start, len, &mut scratch.x);
-                    pass.tree.features(&scratch.x, len, r, &mut scratch.features);
-                    let state = view(far.weighted(), e, r);
-                    product(view_mut(&mut scratch.values, e, len), state, view(&scratch.features, r, len), T::ONE);
+                    for (start, count) in tiles(queries.clone(), tile) {
+                        pass.load_queries(start, count, &mut scratch.x);
+                        let out = view_mut(&mut values, e, len).subcols_mut(start - queries.start, count);
+                        scratch.apply(pass.tree, g, far.weighted(), count, out);
+                    }
                     for t in 0..len {
                         let by = T::of(level - max[t].to_f64()).exp_nonpositive();
                         for c in 0..e {
-                            scratch.values[c * len + t] *= by;
+                            values[c * len + t] *= by;
                         }
                     }
                 } else {
-                    scratch.values[..e * len].fill(T::ZERO);
+                    values[..e * len].fill(T::ZERO);
                 }
-                let (values, weights) = (view(&near.values, e, keys.len()), view(&near.f, keys.len(), len));
-                add_product(view_mut(&mut scratch.values, e, len), values, weights, T::ONE);
+                let (of_keys, weights) = (view(&near.values, e, keys.len()), view(&near.f, keys.len(), len));
+                add_product(view_mut(&mut values, e, len), of_keys, weights, T::ONE);
                 for (t, scale) in scale.iter_mut().enumerate() {
-                    *scale = pass.inverse(scratch.values[dv * len + t], queries.start + t)?;
+                    *scale = pass.inverse(values[dv * len + t], queries.start + t)?;
                 }
-                store_transposed(&scratch.values, len, dv, &mut out[first * dv..(first + len) * dv], |t| scale[t]);
+                store_transposed(&values, len, dv, &mut out[first * dv..(first + len) * dv], |t| scale[t]);
             }
             Ok(())
         })
 }
 
 /// The state from which each run's forward scan starts: all keys before the near ones of its first block.
-fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Vec<f64>>> {
+fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, degree: usize) -> Result<Vec<Vec<f64>>> {
     let edge = |p: usize| cut.first_near(p * cut.run);
     let level_of = |p: usize| cut.levels[((p + 1) * cut.run).min(cut.blocks)];
     let mut states = (0..cut.runs)
@@ -176,7 +177,7 @@ fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Ve
         .map(|p| {
             let last = p + 1 == cut.runs; // nobody reads its sum
             let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
-            pass.key_state(keys, level_of(p), r)
+            pass.key_state(keys, level_of(p), degree)
         })
         .collect::<Result<Vec<_>>>()?;
     exclusive_prefix_sums(&mut states, &(0..cut.runs).map(level_of).collect::<Vec<_>>());
@@ -184,7 +185,7 @@ fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, r: usize) -> Result<Vec<Ve
 }
 
 /// The state from which each run's reverse scan starts, last run first: all queries after those near its last block.
-fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, r: usize) -> Result<Vec<Vec<f64>>> {
+fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, degree: usize) -> Result<Vec<Vec<f64>>> {
     let after = |p: usize| cut.first_far(cut.of_run(p).end - 1);
     // Run p's queries are first used by run p - 1, at the level of the first of them.
     let first = |p: usize| if p == 0 { 0 } else { after(p - 1) };
@@ -193,7 +194,7 @@ fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, r:
         .rev()
         .map(|p| {
             let queries = if p == 0 { 0..0 } else { cut.tokens(first(p)..after(p)) };
-            pass.query_state(up, queries, r, up.rows.far_factor(cut.levels[first(p)]))
+            pass.query_state(up, queries, degree, up.rows.far_factor(cut.levels[first(p)]))
         })
         .collect::<Result<Vec<_>>>()?;
     // Weights of keys fall with the level that they are relative to; factors of queries rise.
@@ -204,15 +205,15 @@ fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, r:
 /// Adds one head's gradients.
 pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
     let HeadGrads { dq, dk, dv: grad_v, mut dkey_bias } = grads;
-    let (r_plus, parents, e) = (pass.potential_rank(), pass.parent_rank(), pass.e());
-    let (d, dv) = (pass.head.q.ncols(), e - 1);
-    let cut = Cut::new(pass, r_plus);
+    let (degree, e, d) = (pass.potential_degree(), pass.e(), pass.head.q.ncols());
+    let dv = e - 1;
+    let (cut, tile) = (Cut::new(pass, degree), pass.tile(degree));
     let potential = pass.tree.weights(&pass.potential(), pass.scale);
     let rows = cut.run * cut.block;
 
     // Queries, forward: dq whole, and what the near queries give dk, dv and db. What falls to keys of the run before is
     // handed back, and added afterwards.
-    let starts = key_states(pass, &cut, r_plus)?;
+    let starts = key_states(pass, &cut, degree)?;
     let mut db = optional_chunks(dkey_bias.as_deref_mut(), rows, cut.runs);
     let halos = (
         dq.par_chunks_mut(rows * d),
@@ -224,7 +225,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
         .into_par_iter()
         .enumerate()
         .map(|(p, (dq, dk, dv_, db, start))| {
-            let mut scratch = Scratch::new(pass, cut.block, r_plus, r_plus);
+            let mut scratch = Scratch::new(pass, tile, degree);
             let mut near = Near::new(pass, &cut);
             let mut far = Far::new(start, potential.clone(), e);
             let own = p * rows;
@@ -235,20 +236,21 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
                 let level = cut.levels[c];
                 if c > p * cut.run {
                     far.rescale(decay(cut.levels[c - 1], level));
-                    for block in cut.first_near(c - 1)..cut.first_near(c) {
-                        far.add_keys(pass, cut.tokens(block..block + 1), level, &mut scratch);
-                    }
+                    let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
+                    pass.add_keys(far.grow(), keys, level, degree, &mut scratch)?;
                 }
                 let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let len = queries.len();
                 let dq = &mut dq[(queries.start - own) * d..(queries.end - own) * d];
                 if has_far {
-                    pass.load_queries(queries.start, len, &mut scratch.x);
-                    pass.tree.features(&scratch.x, len, parents, &mut scratch.features);
-                    pass.load_upstream(&up, queries.start, len, up.rows.far_factor(level), &mut scratch.values);
-                    pass.pullback(far.weighted(), len, &mut scratch);
-                    store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
+                    for (start, count) in tiles(queries.clone(), tile) {
+                        pass.load_queries(start, count, &mut scratch.x);
+                        pass.load_upstream(&up, start, count, up.rows.far_factor(level), &mut scratch.values);
+                        scratch.pullback(pass.tree, degree, far.weighted(), count);
+                        let dq = &mut dq[(start - queries.start) * d..][..count * d];
+                        store_transposed(&scratch.dx, count, d, dq, |_| T::ONE);
+                    }
                 } else {
                     dq.fill(T::ZERO);
                 }
@@ -280,17 +282,16 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
     }
 
     // Keys, in reverse: what the far queries give.
-    let r = pass.rank();
     let of_values = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts: Vec<_> = query_states(pass, &cut, &up, r_plus)?.into_iter().rev().collect();
+    let starts: Vec<_> = query_states(pass, &cut, &up, degree)?.into_iter().rev().collect();
     let mut db = optional_chunks(dkey_bias, rows, cut.runs);
     (dk.par_chunks_mut(rows * d), grad_v.par_chunks_mut(rows * dv), db.par_iter_mut(), starts)
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (dk, dv_, db, start))| {
-            let mut scratch = Scratch::new(pass, cut.block, r_plus, r_plus);
+            let mut scratch = Scratch::new(pass, tile, degree);
             let mut far = Far::new(start, potential.clone(), e);
-            let mut for_values = vec![T::ZERO; r * e];
+            let mut for_values = vec![T::ZERO; of_values.len() * e];
             let own = p * rows;
             for c in cut.of_run(p).rev() {
                 pass.ctx.check()?;
@@ -298,29 +299,23 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
                 let level = cut.levels[first];
                 if c + 1 < cut.of_run(p).end {
                     far.rescale(decay(level, cut.levels[cut.first_far(c + 1)]));
-                    for block in first..cut.first_far(c + 1) {
-                        far.add_queries(pass, &up, cut.tokens(block..block + 1), level, &mut scratch);
-                    }
+                    let queries = cut.tokens(first..cut.first_far(c + 1));
+                    pass.add_queries(far.grow(), &up, queries, up.rows.far_factor(level), degree, &mut scratch)?;
                 }
                 if first >= cut.blocks {
                     continue;
                 }
-                weigh_into(far.state.sum(), r_plus, &of_values, &mut for_values);
-                let keys = cut.tokens(c..c + 1);
-                let local = keys.start - own..keys.end - own;
-                pass.key_gradients(
-                    keys.start,
-                    level,
-                    far.weighted(),
-                    &for_values,
-                    &mut scratch,
-                    HeadGrads {
+                weigh_into(far.state.sum(), potential.len(), &of_values, &mut for_values);
+                for (start, count) in tiles(cut.tokens(c..c + 1), tile) {
+                    let local = start - own..start - own + count;
+                    let grads = HeadGrads {
                         dq: &mut [],
                         dk: &mut dk[local.start * d..local.end * d],
                         dv: &mut dv_[local.start * dv..local.end * dv],
                         dkey_bias: db.as_deref_mut().map(|db| &mut db[local]),
-                    },
-                );
+                    };
+                    pass.key_gradients(start, level, far.weighted(), &for_values, &mut scratch, grads)?;
+                }
             }
             Ok(())
         })
@@ -355,29 +350,10 @@ impl<T: Real> Far<T> {
         }
     }
 
-    fn add_keys(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, level: f64, scratch: &mut Scratch<T>) {
-        pass.load_keys(keys.start, keys.len(), &mut scratch.x);
-        pass.load_values(keys.start, keys.len(), Some(level), &mut scratch.values);
-        self.add(pass, keys.len(), scratch);
-    }
-
-    fn add_queries(
-        &mut self,
-        pass: &Pass<'_, T>,
-        up: &Upstream<'_, T>,
-        queries: Range<usize>,
-        level: f64,
-        scratch: &mut Scratch<T>,
-    ) {
-        pass.load_queries(queries.start, queries.len(), &mut scratch.x);
-        pass.load_upstream(up, queries.start, queries.len(), up.rows.far_factor(level), &mut scratch.values);
-        self.add(pass, queries.len(), scratch);
-    }
-
-    fn add(&mut self, pass: &Pass<'_, T>, len: usize, scratch: &mut Scratch<T>) {
-        pass.tree.features(&scratch.x, len, self.weights.len(), &mut scratch.features);
-        self.state.add(&scratch.values, &scratch.features, len);
+    /// The state, to be added to.
+    fn grow(&mut self) -> &mut State<T> {
         self.stale = true;
+        &mut self.state
     }
 }
 

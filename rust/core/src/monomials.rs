@@ -11,6 +11,8 @@
 //! the chain rule `u_parent += u_child x_var`, `dx_var += u_child x^parent` turns a gradient of the features into one
 //! of `x`.
 
+use std::ops::Range;
+
 use crate::real::{Real, vectorised};
 
 /// The tree of the monomials of `d` variables up to some degree, in order of degree.
@@ -24,6 +26,8 @@ pub(crate) struct Monomials {
     ranks: Vec<usize>,
 }
 
+/// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the cache.
+pub(crate) const PIECE: usize = 256;
 /// Beyond this not even one variable makes sense.
 const LARGEST_DEGREE: usize = 1 << 20;
 
@@ -81,44 +85,104 @@ impl Monomials {
         weights
     }
 
+    /// The features of degree at most `degree` in pieces of consecutive ones: those below that degree, then the others,
+    /// [`PIECE`] at a time.
+    pub fn pieces(&self, degree: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (low, r) = (self.ranks[degree - 1], self.ranks[degree]);
+        std::iter::once(0..low).chain((low..r).step_by(PIECE).map(move |start| start..(start + PIECE).min(r)))
+    }
+
     /// Writes the first `r` features of a tile: `x` is `(d, len)`, `f` `(r, len)`.
     pub fn features<T: Real>(&self, x: &[T], len: usize, r: usize, f: &mut [T]) {
         f[..len].fill(T::ONE);
         vectorised(
             #[inline(always)]
             || {
-                for (a, &(parent, variable)) in self.links[..r].iter().enumerate().skip(1) {
+                for (a, &link) in self.links[..r].iter().enumerate().skip(1) {
                     let (done, rest) = f.split_at_mut(a * len);
-                    let parent = &done[parent as usize * len..][..len];
-                    let x = &x[variable as usize * len..][..len];
-                    for ((f, &p), &x) in rest[..len].iter_mut().zip(parent).zip(x) {
-                        *f = p * x;
-                    }
+                    child(link, x, done, len, &mut rest[..len]);
                 }
             },
         );
     }
 
-    /// Writes `dx = J^T u` as `(d, len)`, from the gradient `u` of the first `r` features, which it destroys. Of `f`
-    /// only the features of less than the highest degree are read.
-    pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, u: &mut [T], dx: &mut [T]) {
-        dx.fill(T::ZERO);
+    /// Writes a piece of the features of the highest degree, from all those below that degree.
+    pub fn piece<T: Real>(&self, x: &[T], low: &[T], len: usize, piece: Range<usize>, f: &mut [T]) {
         vectorised(
             #[inline(always)]
             || {
-                for (a, &(parent, variable)) in self.links[..r].iter().enumerate().skip(1).rev() {
-                    let (before, rest) = u.split_at_mut(a * len);
-                    let du_parent = &mut before[parent as usize * len..][..len];
-                    let parent = &f[parent as usize * len..][..len];
-                    let x = &x[variable as usize * len..][..len];
-                    let dx = &mut dx[variable as usize * len..][..len];
-                    for t in 0..len {
-                        du_parent[t] += rest[t] * x[t];
-                        dx[t] += rest[t] * parent[t];
-                    }
+                for (&link, f) in self.links[piece].iter().zip(f.chunks_exact_mut(len)) {
+                    child(link, x, low, len, f);
                 }
             },
         );
+    }
+
+    /// Adds to `dx`, `(d, len)`, and to the gradient `dlow` of the features below the highest degree what a piece of that degree with
+    /// the gradient `df` gives them.
+    pub fn pullback_piece<T: Real>(
+        &self,
+        x: &[T],
+        low: &[T],
+        len: usize,
+        piece: Range<usize>,
+        df: &[T],
+        dlow: &mut [T],
+        dx: &mut [T],
+    ) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (&link, df) in self.links[piece].iter().zip(df.chunks_exact(len)) {
+                    pull(link, x, low, len, df, dlow, dx);
+                }
+            },
+        );
+    }
+
+    /// Adds `J^T df` to `dx`, `(d, len)`, for the gradient `df` of the first `r` features, which it destroys. Of `f` only the
+    /// features of less than the highest degree are read.
+    pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, df: &mut [T], dx: &mut [T]) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (a, &link) in self.links[..r].iter().enumerate().skip(1).rev() {
+                    let (before, rest) = df.split_at_mut(a * len);
+                    pull(link, x, f, len, &rest[..len], before, dx);
+                }
+            },
+        );
+    }
+}
+
+/// `f = f_parent x_variable`.
+#[inline(always)]
+fn child<T: Real>((parent, variable): (u32, u32), x: &[T], parents: &[T], len: usize, f: &mut [T]) {
+    let parent = &parents[parent as usize * len..][..len];
+    let x = &x[variable as usize * len..][..len];
+    for ((f, &p), &x) in f.iter_mut().zip(parent).zip(x) {
+        *f = p * x;
+    }
+}
+
+/// `df_parent += df x_variable`, `dx_variable += df f_parent`.
+#[inline(always)]
+fn pull<T: Real>(
+    (parent, variable): (u32, u32),
+    x: &[T],
+    parents: &[T],
+    len: usize,
+    df: &[T],
+    dparents: &mut [T],
+    dx: &mut [T],
+) {
+    let dparent = &mut dparents[parent as usize * len..][..len];
+    let parent = &parents[parent as usize * len..][..len];
+    let x = &x[variable as usize * len..][..len];
+    let dx = &mut dx[variable as usize * len..][..len];
+    for t in 0..len {
+        dparent[t] += df[t] * x[t];
+        dx[t] += df[t] * parent[t];
     }
 }
 
@@ -171,8 +235,20 @@ mod tests {
         };
         let mut f = vec![0.0; r];
         tree.features(&x, 1, r, &mut f);
-        let mut dx = vec![f64::NAN; d];
+        let mut dx = vec![0.0; d];
         tree.pullback(&x, &f, 1, r, &mut u.clone(), &mut dx);
+        let low = tree.rank(degree - 1);
+        let (mut by_pieces, mut dlow) = (vec![0.0; d], u[..low].to_vec());
+        for piece in tree.pieces(degree).skip(1) {
+            let mut top = vec![f64::NAN; piece.len()];
+            tree.piece(&x, &f[..low], 1, piece.clone(), &mut top);
+            assert_eq!(top, f[piece.clone()]);
+            tree.pullback_piece(&x, &f[..low], 1, piece.clone(), &u[piece], &mut dlow, &mut by_pieces);
+        }
+        tree.pullback(&x, &f[..low], 1, low, &mut dlow, &mut by_pieces);
+        for (a, b) in by_pieces.iter().zip(&dx) {
+            assert!((a - b).abs() <= 1e-13 * b.abs().max(1.0), "{a} {b}");
+        }
         for c in 0..d {
             let h = 1e-5;
             let (mut up, mut down) = (x.clone(), x.clone());

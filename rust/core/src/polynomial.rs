@@ -40,7 +40,10 @@
 //!
 //! Sums over tokens are products of at most `FLUSH` tokens in the arrays' own type, added up in float64.
 
-use faer::MatRef;
+use std::ops::Range;
+
+use faer::prelude::ReborrowMut;
+use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
@@ -50,10 +53,10 @@ use crate::engine::{self, Coefficients, Diagonal, Gradient, Shift};
 use crate::error::{Error, Result};
 use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
-use crate::monomials::{self, Monomials};
+use crate::monomials::{self, Monomials, PIECE};
 use crate::real::Real;
 use crate::state::{State, add, weigh};
-use crate::tile::{load_transposed, product, store_transposed, view, view_mut};
+use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
 
 /// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
 #[derive(Debug, Clone)]
@@ -231,7 +234,7 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// The largest `b'_j` of some keys, `-inf` where there are none.
-    pub fn level(&self, keys: std::ops::Range<usize>) -> f64 {
+    pub fn level(&self, keys: Range<usize>) -> f64 {
         keys.map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max)
     }
 
@@ -249,19 +252,9 @@ impl<'a, T: Real> Pass<'a, T> {
         self.head.v.ncols() + 1
     }
 
-    /// Rank of the forward features.
-    pub fn rank(&self) -> usize {
-        self.tree.rank(self.engine.degree)
-    }
-
-    /// Rank of the potential's features.
-    pub fn potential_rank(&self) -> usize {
-        self.tree.rank(self.potential().len() - 1)
-    }
-
-    /// Rank of the features that the potential's pullback reads, those below its degree: at most [`rank`](Self::rank).
-    pub fn parent_rank(&self) -> usize {
-        self.tree.rank(self.potential().len() - 2)
+    /// The degree of the potential.
+    pub fn potential_degree(&self) -> usize {
+        self.potential().len() - 1
     }
 
     /// Coefficients of the polynomial whose gradient stands in dq and dk: `P` with `P' = p`, or `p` itself.
@@ -275,15 +268,15 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// Tokens a tile, for `r` features.
-    fn tile(r: usize) -> usize {
-        let fit = (TILE_NUMBERS / r).max(1);
+    /// Tokens a tile, for features up to `degree`.
+    pub fn tile(&self, degree: usize) -> usize {
+        let fit = (TILE_NUMBERS / self.tree.rank(degree - 1).max(PIECE)).max(1);
         (1usize << fit.ilog2()).clamp(32, 256)
     }
 
     /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
     pub fn block(&self) -> usize {
-        if self.rank() <= 1024 { 64 } else { 128 }
+        if self.tree.rank(self.engine.degree) <= 1024 { 64 } else { 128 }
     }
 
     /// Blocks before a query's own whose scores are exact too.
@@ -353,60 +346,78 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, the weights relative to `level`.
-    pub fn key_state(&self, keys: std::ops::Range<usize>, level: f64, r: usize) -> Result<Vec<f64>> {
-        self.state(keys, r, |start, len, x, values| {
-            self.load_keys(start, len, x);
-            self.load_values(start, len, Some(level), values);
-        })
+    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, with features up to `degree` and the weights relative
+    /// to `level`.
+    pub fn key_state(&self, keys: Range<usize>, level: f64, degree: usize) -> Result<Vec<f64>> {
+        let mut state = State::new(self.e(), self.tree.rank(degree));
+        self.add_keys(&mut state, keys, level, degree, &mut Scratch::new(self, self.tile(degree), degree))?;
+        Ok(state.finish())
     }
 
     /// `sum_i [dout_i, -delta_i]^T φ(q_i)^T factor(i)` over a range of queries, in float64.
     pub fn query_state(
         &self,
         up: &Upstream<'_, T>,
-        queries: std::ops::Range<usize>,
-        r: usize,
+        queries: Range<usize>,
+        degree: usize,
         factor: impl Fn(usize) -> T + Copy,
     ) -> Result<Vec<f64>> {
-        self.state(queries, r, |start, len, x, values| {
-            self.load_queries(start, len, x);
-            self.load_upstream(up, start, len, factor, values);
-        })
+        let mut state = State::new(self.e(), self.tree.rank(degree));
+        self.add_queries(&mut state, up, queries, factor, degree, &mut Scratch::new(self, self.tile(degree), degree))?;
+        Ok(state.finish())
     }
 
-    fn state(
+    /// Adds keys to a state.
+    pub fn add_keys(
         &self,
-        tokens: std::ops::Range<usize>,
-        r: usize,
-        load: impl Fn(usize, usize, &mut [T], &mut [T]),
-    ) -> Result<Vec<f64>> {
-        let mut state = State::new(self.e(), r);
-        let mut scratch = Scratch::new(self, Self::tile(r), r, 0);
-        for start in tokens.clone().step_by(Self::tile(r)) {
+        state: &mut State<T>,
+        keys: Range<usize>,
+        level: f64,
+        degree: usize,
+        scratch: &mut Scratch<T>,
+    ) -> Result<()> {
+        for (start, len) in tiles(keys, self.tile(degree)) {
             self.ctx.check()?;
-            let len = Self::tile(r).min(tokens.end - start);
-            load(start, len, &mut scratch.x, &mut scratch.values);
-            self.tree.features(&scratch.x, len, r, &mut scratch.features);
-            state.add(&scratch.values, &scratch.features, len);
+            self.load_keys(start, len, &mut scratch.x);
+            self.load_values(start, len, Some(level), &mut scratch.values);
+            scratch.add_to(state, self.tree, degree, len);
         }
-        Ok(state.finish())
+        Ok(())
+    }
+
+    /// Adds queries, with what is pulled back through them, to a state.
+    pub fn add_queries(
+        &self,
+        state: &mut State<T>,
+        up: &Upstream<'_, T>,
+        queries: Range<usize>,
+        factor: impl Fn(usize) -> T + Copy,
+        degree: usize,
+        scratch: &mut Scratch<T>,
+    ) -> Result<()> {
+        for (start, len) in tiles(queries, self.tile(degree)) {
+            self.ctx.check()?;
+            self.load_queries(start, len, &mut scratch.x);
+            self.load_upstream(up, start, len, factor, &mut scratch.values);
+            scratch.add_to(state, self.tree, degree, len);
+        }
+        Ok(())
     }
 
     /// The whole head's state: partial sums over fixed ranges, added up in order.
     fn whole_state(
         &self,
         tokens: usize,
-        partial: impl Fn(std::ops::Range<usize>) -> Result<Vec<f64>> + Sync,
-        r: usize,
+        degree: usize,
+        partial: impl Fn(Range<usize>) -> Result<Vec<f64>> + Sync,
     ) -> Result<Vec<f64>> {
-        let rows = self.partition(tokens, Self::tile(r), r);
+        let rows = self.partition(tokens, self.tile(degree), degree);
         let partials: Vec<_> = (0..tokens.div_ceil(rows))
             .into_par_iter()
             .map(|p| partial(p * rows..tokens.min((p + 1) * rows)))
             .collect::<Result<_>>()?;
         let mut partials = partials.into_iter();
-        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; r * self.e()]);
+        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; self.tree.rank(degree) * self.e()]);
         for partial in partials {
             add(&mut sum, &partial);
         }
@@ -415,29 +426,28 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up
     /// to 64.
-    pub fn partition(&self, tokens: usize, step: usize, r: usize) -> usize {
-        let state = r * self.e();
+    pub fn partition(&self, tokens: usize, step: usize, degree: usize) -> usize {
+        let state = self.tree.rank(degree) * self.e();
         let units = (PARTIAL_STATES / state).clamp(8, 64).min((LARGEST_STATE / state).max(1));
         let units = 1 << units.ilog2();
         tokens.div_ceil(units).next_multiple_of(step).max(step)
     }
 
     fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
-        let (r, e, dv) = (self.rank(), self.e(), self.e() - 1);
+        let (g, e, dv) = (self.engine.degree, self.e(), self.e() - 1);
         let level = self.level(0..self.head.k.nrows());
-        let state = self.whole_state(self.head.k.nrows(), |keys| self.key_state(keys, level, r), r)?;
-        let state = weigh(&state, r, &self.tree.weights(&self.constants.coefficients, self.scale));
-        let tile = Self::tile(r);
+        let state = self.whole_state(self.head.k.nrows(), g, |keys| self.key_state(keys, level, g))?;
+        let weights = self.tree.weights(&self.constants.coefficients, self.scale);
+        let state = weigh(&state, weights.len(), &weights);
+        let tile = self.tile(g);
         row_max.fill(T::ZERO);
         (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile)).into_par_iter().enumerate().try_for_each_init(
-            || Scratch::new(self, tile, r, 0),
-            |scratch, (i, (out, scale))| {
+            || (Scratch::new(self, tile, g), vec![T::ZERO; e * tile]),
+            |(scratch, values), (i, (out, scale))| {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, scale.len());
                 self.load_queries(start, len, &mut scratch.x);
-                self.tree.features(&scratch.x, len, r, &mut scratch.features);
-                let values = &mut scratch.values;
-                product(view_mut(values, e, len), view(&state, e, r), view(&scratch.features, r, len), T::ONE);
+                scratch.apply(self.tree, g, &state, len, view_mut(values, e, len));
                 for (t, scale) in scale.iter_mut().enumerate() {
                     *scale = self.inverse(values[dv * len + t], start + t)?;
                 }
@@ -478,24 +488,21 @@ impl<'a, T: Real> Pass<'a, T> {
 
     fn backward(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
         let HeadGrads { dq, dk, dv: grad_v, dkey_bias } = grads;
-        let (r, r_plus, parents, e) = (self.rank(), self.potential_rank(), self.parent_rank(), self.e());
-        let (d, dv) = (self.head.q.ncols(), e - 1);
-        let tile = Self::tile(r_plus);
-        let (n, m) = (self.head.q.nrows(), self.head.k.nrows());
+        let (degree, d, dv) = (self.potential_degree(), self.head.q.ncols(), self.e() - 1);
+        let (n, m, tile) = (self.head.q.nrows(), self.head.k.nrows(), self.tile(degree));
         let potential = self.tree.weights(&self.potential(), self.scale);
         let level = self.level(0..m);
 
-        let state = self.whole_state(m, |keys| self.key_state(keys, level, r_plus), r_plus)?;
-        let state = weigh(&state, r_plus, &potential);
+        let state = self.whole_state(m, degree, |keys| self.key_state(keys, level, degree))?;
+        let state = weigh(&state, potential.len(), &potential);
         dq.par_chunks_mut(tile * d).enumerate().try_for_each_init(
-            || Scratch::new(self, tile, parents, r_plus),
+            || Scratch::new(self, tile, degree),
             |scratch, (i, dq)| {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
                 self.load_queries(start, len, &mut scratch.x);
-                self.tree.features(&scratch.x, len, parents, &mut scratch.features);
                 self.load_upstream(&up, start, len, |i| up.rows.scale[i], &mut scratch.values);
-                self.pullback(&state, len, scratch);
+                scratch.pullback(self.tree, degree, &state, len);
                 store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
                 Ok(())
             },
@@ -503,41 +510,24 @@ impl<'a, T: Real> Pass<'a, T> {
         drop(state);
 
         let state =
-            self.whole_state(n, |queries| self.query_state(&up, queries, r_plus, |i| up.rows.scale[i]), r_plus)?;
-        let weighted = weigh(&state, r_plus, &potential);
-        let of_values = weigh(&state, r_plus, &self.tree.weights(&self.constants.coefficients, self.scale));
+            self.whole_state(n, degree, |queries| self.query_state(&up, queries, degree, |i| up.rows.scale[i]))?;
+        let weighted = weigh(&state, potential.len(), &potential);
+        let of_values = weigh(&state, potential.len(), &self.tree.weights(&self.constants.coefficients, self.scale));
         drop(state);
         let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
         (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
-                || Scratch::new(self, tile, r, r_plus),
+                || Scratch::new(self, tile, degree),
                 |scratch, (j, (dk, dv, db))| {
-                    self.ctx.check()?;
-                    self.key_gradients(
-                        j * tile,
-                        level,
-                        &weighted,
-                        &of_values,
-                        scratch,
-                        HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() },
-                    );
-                    Ok(())
+                    let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
+                    self.key_gradients(j * tile, level, &weighted, &of_values, scratch, grads)
                 },
             )
     }
 
-    /// `scratch.dx = J_φ(x)^T state values`, for the tokens, features and values in `scratch`.
-    pub fn pullback(&self, state: &[T], len: usize, scratch: &mut Scratch<T>) {
-        let (r_plus, e) = (self.potential_rank(), self.e());
-        let Scratch { x, values, features, u, dx, .. } = scratch;
-        product(view_mut(u, r_plus, len), view(state, e, r_plus).transpose(), view(values, e, len), T::ONE);
-        let d = self.head.q.ncols();
-        self.tree.pullback(x, features, len, r_plus, u, &mut dx[..d * len]);
-    }
-
-    /// Adds dk, dv and db of the keys from `start` on, from the query state weighted by the potential's and by p's
+    /// Adds dk, dv and db of the keys from `start` on, no more than a tile, from the query state weighted by the potential's and by p's
     /// weights. `level` is what the keys' weights are relative to, in the state too.
     pub fn key_gradients(
         &self,
@@ -547,16 +537,17 @@ impl<'a, T: Real> Pass<'a, T> {
         of_values: &[T],
         scratch: &mut Scratch<T>,
         mut grads: HeadGrads<'_, T>,
-    ) {
-        let (r, e) = (self.rank(), self.e());
-        let (d, dv) = (self.head.k.ncols(), e - 1);
+    ) -> Result<()> {
+        self.ctx.check()?;
+        let (e, d, dv) = (self.e(), self.head.k.ncols(), self.e() - 1);
         let len = grads.dk.len() / d;
         self.load_keys(start, len, &mut scratch.x);
         self.load_values(start, len, None, &mut scratch.values);
-        self.tree.features(&scratch.x, len, r, &mut scratch.features);
-        self.pullback(potential, len, scratch);
-        let Scratch { values, features, out, dx, .. } = scratch;
-        product(view_mut(out, e, len), view(of_values, e, r), view(features, r, len), T::ONE);
+        scratch.pullback(self.tree, self.potential_degree(), potential, len);
+        let mut out = std::mem::take(&mut scratch.out);
+        scratch.apply(self.tree, self.engine.degree, of_values, len, view_mut(&mut out, e, len));
+        scratch.out = out;
+        let Scratch { values, out, dx, .. } = scratch;
         for t in 0..len {
             let w = self.weight(start + t, level);
             let mut db = out[dv * len + t];
@@ -572,6 +563,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 grad[t] += w * db;
             }
         }
+        Ok(())
     }
 
     /// The gradients behind the shifts: see the top of this file.
@@ -608,29 +600,106 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 }
 
-/// Buffers of one thread's tiles.
+/// Buffers of one thread's tiles, and what is done with the features of a tile. Those of the highest degree, most of them, are formed
+/// a piece at a time and used at once.
 pub(crate) struct Scratch<T> {
     /// Queries or keys, `(d, len)`.
     pub x: Vec<T>,
     /// Extended values or upstream gradients, `(e, len)`.
     pub values: Vec<T>,
-    /// `(r, len)`.
-    pub features: Vec<T>,
-    /// A second `(e, len)`.
-    pub out: Vec<T>,
-    /// Gradients of features, `(r, len)`.
-    pub u: Vec<T>,
     /// Gradients of x, `(d, len)`.
     pub dx: Vec<T>,
+    /// A second `(e, len)`.
+    out: Vec<T>,
+    /// The features below the highest degree, and a piece of the others.
+    low: Vec<T>,
+    piece: Vec<T>,
+    /// Their gradients.
+    dlow: Vec<T>,
+    dpiece: Vec<T>,
 }
 
 impl<T: Real> Scratch<T> {
-    /// For tiles of `len` tokens, `r` features, and `r_plus` gradients of features (0: no gradients).
-    pub fn new(pass: &Pass<'_, T>, len: usize, r: usize, r_plus: usize) -> Self {
+    /// For tiles of at most `len` tokens and features up to `degree`.
+    pub fn new(pass: &Pass<'_, T>, len: usize, degree: usize) -> Self {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
-        let (d, e) = (pass.head.q.ncols(), pass.e());
-        Self { x: zeros(d), values: zeros(e), features: zeros(r), out: zeros(e), u: zeros(r_plus), dx: zeros(d) }
+        let (d, e, low) = (pass.head.q.ncols(), pass.e(), pass.tree.rank(degree - 1));
+        Self {
+            x: zeros(d),
+            values: zeros(e),
+            dx: zeros(d),
+            out: zeros(e),
+            low: zeros(low),
+            piece: zeros(PIECE),
+            dlow: zeros(low),
+            dpiece: zeros(PIECE),
+        }
     }
+
+    /// Calls `body` with every piece of the features of `x` up to `degree`.
+    fn for_each_piece(
+        &mut self,
+        tree: &Monomials,
+        degree: usize,
+        len: usize,
+        mut body: impl FnMut(Range<usize>, &[T]),
+    ) {
+        for piece in tree.pieces(degree) {
+            if piece.start == 0 {
+                tree.features(&self.x, len, piece.end, &mut self.low);
+                body(piece, &self.low);
+            } else {
+                tree.piece(&self.x, &self.low, len, piece.clone(), &mut self.piece);
+                body(piece, &self.piece);
+            }
+        }
+    }
+
+    /// Adds `values φ(x)^T` to a state.
+    fn add_to(&mut self, state: &mut State<T>, tree: &Monomials, degree: usize, len: usize) {
+        state.start_tile(len);
+        let values = std::mem::take(&mut self.values);
+        self.for_each_piece(tree, degree, len, |piece, f| state.add(&values, piece, f, len));
+        self.values = values;
+    }
+
+    /// `out = state φ(x)`, for a weighted state `(e, r)`.
+    pub fn apply(&mut self, tree: &Monomials, degree: usize, state: &[T], len: usize, mut out: MatMut<'_, T>) {
+        let state = view(state, out.nrows(), tree.rank(degree));
+        self.for_each_piece(tree, degree, len, |piece, f| {
+            let (state, f) = (state.subcols(piece.start, piece.len()), view(f, piece.len(), len));
+            if piece.start == 0 {
+                product(out.rb_mut(), state, f, T::ONE);
+            } else {
+                add_product(out.rb_mut(), state, f, T::ONE);
+            }
+        });
+    }
+
+    /// `dx = J_φ(x)^T state^T values`, for a weighted state `(e, r)`.
+    pub fn pullback(&mut self, tree: &Monomials, degree: usize, state: &[T], len: usize) {
+        let Self { x, values, dx, low, dlow, dpiece, .. } = self;
+        let r = tree.rank(degree);
+        let e = state.len() / r;
+        let (state, values) = (view(state, e, r), view(values, e, len));
+        dx.fill(T::ZERO);
+        for piece in tree.pieces(degree) {
+            let df = if piece.start == 0 { &mut *dlow } else { &mut *dpiece };
+            let of_piece = state.subcols(piece.start, piece.len()).transpose();
+            product(view_mut(df, piece.len(), len), of_piece, values, T::ONE);
+            if piece.start == 0 {
+                tree.features(x, len, piece.end, low);
+            } else {
+                tree.pullback_piece(x, low, len, piece, dpiece, dlow, dx);
+            }
+        }
+        tree.pullback(x, low, len, tree.rank(degree - 1), dlow, dx);
+    }
+}
+
+/// The first token and the length of each tile of a range.
+pub(crate) fn tiles(tokens: Range<usize>, tile: usize) -> impl Iterator<Item = (usize, usize)> {
+    tokens.clone().step_by(tile).map(move |start| (start, tile.min(tokens.end - start)))
 }
 
 /// `x` in chunks of `len`, or as many `None`.

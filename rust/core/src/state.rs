@@ -1,8 +1,10 @@
 //! Sums over tokens of outer products of values and features: what stands for all the keys, or queries, that a low-rank engine has
 //! seen. Products of a few hundred tokens are formed in the arrays' own type and added up in float64.
 
+use std::ops::Range;
+
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, product, view, view_mut};
+use crate::tile::{add_product, view, view_mut};
 
 /// Tokens summed in the arrays' own type before they are added to the float64 sum.
 const FLUSH: usize = 512;
@@ -24,20 +26,22 @@ impl<T: Real> State<T> {
         Self { pending: vec![T::ZERO; sum.len()], tokens: 0, e, sum }
     }
 
-    /// Adds `values features^T`, of `(e, len)` and `(r, len)`.
-    pub fn add(&mut self, values: &[T], features: &[T], len: usize) {
+    /// Makes room for a tile of `len` tokens, whose pieces [`add`](Self::add) then adds one by one.
+    pub fn start_tile(&mut self, len: usize) {
         if self.tokens + len > FLUSH {
             self.flush();
         }
-        let (e, r) = (self.e, self.sum.len() / self.e);
-        let (values, features) = (view(values, e, len), view(features, r, len).transpose());
-        let pending = view_mut(&mut self.pending, e, r);
         if self.tokens == 0 {
-            product(pending, values, features, T::ONE);
-        } else {
-            add_product(pending, values, features, T::ONE);
+            self.pending.fill(T::ZERO);
         }
         self.tokens += len;
+    }
+
+    /// Adds `values f^T` to the columns `piece`, for values `(e, len)` and that piece of the features of a tile, `(piece, len)`.
+    pub fn add(&mut self, values: &[T], piece: Range<usize>, f: &[T], len: usize) {
+        let (e, r) = (self.e, self.sum.len() / self.e);
+        let pending = view_mut(&mut self.pending, e, r).subcols_mut(piece.start, piece.len());
+        add_product(pending, view(values, e, len), view(f, piece.len(), len).transpose(), T::ONE);
     }
 
     fn flush(&mut self) {
