@@ -235,7 +235,7 @@ impl Attention {
     /// Writes `out`, contiguous `(heads, n, dv)`, and returns what [`backward`](Self::backward) needs.
     ///
     /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
-    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine 8 to 64 states of `r (dv +
+    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine 8 to 32 states of `r (dv +
     /// 1)` float64 numbers, and a float64 number a key where there is a bias.
     pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
         let sizes = self.check(heads)?;

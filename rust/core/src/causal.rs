@@ -28,7 +28,7 @@ use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, Scratch, optional_chunks, tiles};
+use crate::polynomial::{Pass, optional_chunks, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{State, add, weigh_into};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
@@ -124,7 +124,7 @@ pub(crate) fn forward<T: Real>(
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (out, max, scale, start))| {
-            let mut scratch = Scratch::new(pass, tile, g);
+            let mut scratch = pass.scratch(g);
             let mut values = vec![T::ZERO; e * cut.block];
             let mut near = Near::new(pass, &cut);
             let mut far = Far::new(start, weights.clone(), e);
@@ -174,11 +174,14 @@ fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, degree: usize) -> Result<V
     let level_of = |p: usize| cut.levels[((p + 1) * cut.run).min(cut.blocks)];
     let mut states = (0..cut.runs)
         .into_par_iter()
-        .map(|p| {
-            let last = p + 1 == cut.runs; // nobody reads its sum
-            let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
-            pass.key_state(keys, level_of(p), degree)
-        })
+        .map_init(
+            || pass.scratch(degree),
+            |scratch, p| {
+                let last = p + 1 == cut.runs; // nobody reads its sum
+                let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
+                pass.key_state(keys, level_of(p), degree, scratch)
+            },
+        )
         .collect::<Result<Vec<_>>>()?;
     exclusive_prefix_sums(&mut states, &(0..cut.runs).map(level_of).collect::<Vec<_>>());
     Ok(states)
@@ -192,10 +195,13 @@ fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, de
     let mut states = (0..cut.runs)
         .into_par_iter()
         .rev()
-        .map(|p| {
-            let queries = if p == 0 { 0..0 } else { cut.tokens(first(p)..after(p)) };
-            pass.query_state(up, queries, degree, up.rows.far_factor(cut.levels[first(p)]))
-        })
+        .map_init(
+            || pass.scratch(degree),
+            |scratch, p| {
+                let queries = if p == 0 { 0..0 } else { cut.tokens(first(p)..after(p)) };
+                pass.query_state(up, queries, degree, up.rows.far_factor(cut.levels[first(p)]), scratch)
+            },
+        )
         .collect::<Result<Vec<_>>>()?;
     // Weights of keys fall with the level that they are relative to; factors of queries rise.
     exclusive_prefix_sums(&mut states, &(0..cut.runs).rev().map(|p| -cut.levels[first(p)]).collect::<Vec<_>>());
@@ -225,7 +231,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
         .into_par_iter()
         .enumerate()
         .map(|(p, (dq, dk, dv_, db, start))| {
-            let mut scratch = Scratch::new(pass, tile, degree);
+            let mut scratch = pass.scratch(degree);
             let mut near = Near::new(pass, &cut);
             let mut far = Far::new(start, potential.clone(), e);
             let own = p * rows;
@@ -289,7 +295,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
         .into_par_iter()
         .enumerate()
         .try_for_each(|(p, (dk, dv_, db, start))| {
-            let mut scratch = Scratch::new(pass, tile, degree);
+            let mut scratch = pass.scratch(degree);
             let mut far = Far::new(start, potential.clone(), e);
             let mut for_values = vec![T::ZERO; of_values.len() * e];
             let own = p * rows;

@@ -27,7 +27,7 @@ pub(crate) struct Monomials {
 }
 
 /// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the cache.
-pub(crate) const PIECE: usize = 256;
+pub(crate) const PIECE: usize = 128;
 /// Beyond this not even one variable makes sense.
 const LARGEST_DEGREE: usize = 1 << 20;
 

@@ -71,6 +71,8 @@ pub(crate) struct Constants<T> {
 
 /// Numbers in a tile of features that stay in a core's second-level cache.
 const TILE_NUMBERS: usize = 1 << 17;
+/// Tiles that share one set of buffers at least: new buffers cost as much as a tile.
+const TILES_A_SCRATCH: usize = 4;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
 const FIT_PREFIX: usize = 1024;
 /// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
@@ -274,6 +276,11 @@ impl<'a, T: Real> Pass<'a, T> {
         (1usize << fit.ilog2()).clamp(32, 256)
     }
 
+    /// Buffers for tiles with features up to `degree`.
+    pub fn scratch(&self, degree: usize) -> Scratch<T> {
+        Scratch::new(self, self.tile(degree), degree)
+    }
+
     /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
     pub fn block(&self) -> usize {
         if self.tree.rank(self.engine.degree) <= 1024 { 64 } else { 128 }
@@ -348,9 +355,15 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, with features up to `degree` and the weights relative
     /// to `level`.
-    pub fn key_state(&self, keys: Range<usize>, level: f64, degree: usize) -> Result<Vec<f64>> {
+    pub fn key_state(
+        &self,
+        keys: Range<usize>,
+        level: f64,
+        degree: usize,
+        scratch: &mut Scratch<T>,
+    ) -> Result<Vec<f64>> {
         let mut state = State::new(self.e(), self.tree.rank(degree));
-        self.add_keys(&mut state, keys, level, degree, &mut Scratch::new(self, self.tile(degree), degree))?;
+        self.add_keys(&mut state, keys, level, degree, scratch)?;
         Ok(state.finish())
     }
 
@@ -361,9 +374,10 @@ impl<'a, T: Real> Pass<'a, T> {
         queries: Range<usize>,
         degree: usize,
         factor: impl Fn(usize) -> T + Copy,
+        scratch: &mut Scratch<T>,
     ) -> Result<Vec<f64>> {
         let mut state = State::new(self.e(), self.tree.rank(degree));
-        self.add_queries(&mut state, up, queries, factor, degree, &mut Scratch::new(self, self.tile(degree), degree))?;
+        self.add_queries(&mut state, up, queries, factor, degree, scratch)?;
         Ok(state.finish())
     }
 
@@ -409,12 +423,12 @@ impl<'a, T: Real> Pass<'a, T> {
         &self,
         tokens: usize,
         degree: usize,
-        partial: impl Fn(Range<usize>) -> Result<Vec<f64>> + Sync,
+        partial: impl Fn(Range<usize>, &mut Scratch<T>) -> Result<Vec<f64>> + Sync,
     ) -> Result<Vec<f64>> {
         let rows = self.partition(tokens, self.tile(degree), degree);
         let partials: Vec<_> = (0..tokens.div_ceil(rows))
             .into_par_iter()
-            .map(|p| partial(p * rows..tokens.min((p + 1) * rows)))
+            .map_init(|| self.scratch(degree), |scratch, p| partial(p * rows..tokens.min((p + 1) * rows), scratch))
             .collect::<Result<_>>()?;
         let mut partials = partials.into_iter();
         let mut sum = partials.next().unwrap_or_else(|| vec![0.0; self.tree.rank(degree) * self.e()]);
@@ -425,10 +439,10 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up
-    /// to 64.
+    /// to 32.
     pub fn partition(&self, tokens: usize, step: usize, degree: usize) -> usize {
         let state = self.tree.rank(degree) * self.e();
-        let units = (PARTIAL_STATES / state).clamp(8, 64).min((LARGEST_STATE / state).max(1));
+        let units = (PARTIAL_STATES / state).clamp(8, 32).min((LARGEST_STATE / state).max(1));
         let units = 1 << units.ilog2();
         tokens.div_ceil(units).next_multiple_of(step).max(step)
     }
@@ -436,25 +450,30 @@ impl<'a, T: Real> Pass<'a, T> {
     fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
         let (g, e, dv) = (self.engine.degree, self.e(), self.e() - 1);
         let level = self.level(0..self.head.k.nrows());
-        let state = self.whole_state(self.head.k.nrows(), g, |keys| self.key_state(keys, level, g))?;
+        let state =
+            self.whole_state(self.head.k.nrows(), g, |keys, scratch| self.key_state(keys, level, g, scratch))?;
         let weights = self.tree.weights(&self.constants.coefficients, self.scale);
         let state = weigh(&state, weights.len(), &weights);
         let tile = self.tile(g);
         row_max.fill(T::ZERO);
-        (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile)).into_par_iter().enumerate().try_for_each_init(
-            || (Scratch::new(self, tile, g), vec![T::ZERO; e * tile]),
-            |(scratch, values), (i, (out, scale))| {
-                self.ctx.check()?;
-                let (start, len) = (i * tile, scale.len());
-                self.load_queries(start, len, &mut scratch.x);
-                scratch.apply(self.tree, g, &state, len, view_mut(values, e, len));
-                for (t, scale) in scale.iter_mut().enumerate() {
-                    *scale = self.inverse(values[dv * len + t], start + t)?;
-                }
-                store_transposed(values, len, dv, out, |t| scale[t]);
-                Ok(())
-            },
-        )
+        (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile))
+            .into_par_iter()
+            .enumerate()
+            .with_min_len(TILES_A_SCRATCH)
+            .try_for_each_init(
+                || (self.scratch(g), vec![T::ZERO; e * tile]),
+                |(scratch, values), (i, (out, scale))| {
+                    self.ctx.check()?;
+                    let (start, len) = (i * tile, scale.len());
+                    self.load_queries(start, len, &mut scratch.x);
+                    scratch.apply(self.tree, g, &state, len, view_mut(values, e, len));
+                    for (t, scale) in scale.iter_mut().enumerate() {
+                        *scale = self.inverse(values[dv * len + t], start + t)?;
+                    }
+                    store_transposed(values, len, dv, out, |t| scale[t]);
+                    Ok(())
+                },
+            )
     }
 
     /// `1/D_i`, or what to do about a denominator that has none.
@@ -493,10 +512,10 @@ impl<'a, T: Real> Pass<'a, T> {
         let potential = self.tree.weights(&self.potential(), self.scale);
         let level = self.level(0..m);
 
-        let state = self.whole_state(m, degree, |keys| self.key_state(keys, level, degree))?;
+        let state = self.whole_state(m, degree, |keys, scratch| self.key_state(keys, level, degree, scratch))?;
         let state = weigh(&state, potential.len(), &potential);
-        dq.par_chunks_mut(tile * d).enumerate().try_for_each_init(
-            || Scratch::new(self, tile, degree),
+        dq.par_chunks_mut(tile * d).enumerate().with_min_len(TILES_A_SCRATCH).try_for_each_init(
+            || self.scratch(degree),
             |scratch, (i, dq)| {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
@@ -509,8 +528,9 @@ impl<'a, T: Real> Pass<'a, T> {
         )?;
         drop(state);
 
-        let state =
-            self.whole_state(n, degree, |queries| self.query_state(&up, queries, degree, |i| up.rows.scale[i]))?;
+        let state = self.whole_state(n, degree, |queries, scratch| {
+            self.query_state(&up, queries, degree, |i| up.rows.scale[i], scratch)
+        })?;
         let weighted = weigh(&state, potential.len(), &potential);
         let of_values = weigh(&state, potential.len(), &self.tree.weights(&self.constants.coefficients, self.scale));
         drop(state);
@@ -518,8 +538,9 @@ impl<'a, T: Real> Pass<'a, T> {
         (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
             .into_par_iter()
             .enumerate()
+            .with_min_len(TILES_A_SCRATCH)
             .try_for_each_init(
-                || Scratch::new(self, tile, degree),
+                || self.scratch(degree),
                 |scratch, (j, (dk, dv, db))| {
                     let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
                     self.key_gradients(j * tile, level, &weighted, &of_values, scratch, grads)
@@ -621,7 +642,7 @@ pub(crate) struct Scratch<T> {
 
 impl<T: Real> Scratch<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
-    pub fn new(pass: &Pass<'_, T>, len: usize, degree: usize) -> Self {
+    fn new(pass: &Pass<'_, T>, len: usize, degree: usize) -> Self {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
         let (d, e, low) = (pass.head.q.ncols(), pass.e(), pass.tree.rank(degree - 1));
         Self {
