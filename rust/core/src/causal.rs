@@ -28,7 +28,7 @@ use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, optional_chunks, tiles};
+use crate::polynomial::{Pass, Scratch, optional_chunks, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{State, add, weigh_into};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
@@ -130,12 +130,7 @@ pub(crate) fn forward<T: Real>(
             let mut far = Far::new(start, weights.clone(), e);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
-                let level = cut.levels[c];
-                if c > p * cut.run {
-                    far.rescale(decay(cut.levels[c - 1], level));
-                    let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
-                    pass.add_keys(far.grow(), keys, level, g, &mut scratch)?;
-                }
+                let level = far.advance(pass, &cut, c, c > p * cut.run, g, &mut scratch)?;
                 let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let (len, first) = (queries.len(), queries.start - p * rows);
@@ -239,12 +234,7 @@ pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: 
             let mut halo = Halo::new(halo_start..own, d, dv);
             for c in cut.of_run(p) {
                 pass.ctx.check()?;
-                let level = cut.levels[c];
-                if c > p * cut.run {
-                    far.rescale(decay(cut.levels[c - 1], level));
-                    let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
-                    pass.add_keys(far.grow(), keys, level, degree, &mut scratch)?;
-                }
+                let level = far.advance(pass, &cut, c, c > p * cut.run, degree, &mut scratch)?;
                 let has_far = level > f64::NEG_INFINITY;
                 let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
                 let len = queries.len();
@@ -354,6 +344,26 @@ impl<T: Real> Far<T> {
             self.state.scale(by);
             self.stale = true;
         }
+    }
+
+    /// Moves a state of keys on to block `c`, from the block before (`moves`) or from the start of a run, and returns
+    /// its level.
+    fn advance(
+        &mut self,
+        pass: &Pass<'_, T>,
+        cut: &Cut,
+        c: usize,
+        moves: bool,
+        degree: usize,
+        scratch: &mut Scratch<T>,
+    ) -> Result<f64> {
+        let level = cut.levels[c];
+        if moves {
+            self.rescale(decay(cut.levels[c - 1], level));
+            let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
+            pass.add_keys(self.grow(), keys, level, degree, scratch)?;
+        }
+        Ok(level)
     }
 
     /// The state, to be added to.

@@ -34,7 +34,8 @@ pub(crate) fn taylor(degree: usize) -> Vec<f64> {
 }
 
 /// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; keys later
-/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever `n` and `m`.
+/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever
+/// `n` and `m`.
 pub(crate) fn fit<T: Real>(
     degree: usize,
     (q, query_shift): (MatRef<'_, T>, &[T]),

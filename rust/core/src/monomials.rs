@@ -26,7 +26,8 @@ pub(crate) struct Monomials {
     ranks: Vec<usize>,
 }
 
-/// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the cache.
+/// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the
+/// cache.
 pub(crate) const PIECE: usize = 128;
 /// Beyond this not even one variable makes sense.
 const LARGEST_DEGREE: usize = 1 << 20;
@@ -118,8 +119,8 @@ impl Monomials {
         );
     }
 
-    /// Adds to `dx`, `(d, len)`, and to the gradient `dlow` of the features below the highest degree what a piece of that degree with
-    /// the gradient `df` gives them.
+    /// Adds to `dx`, `(d, len)`, and to the gradient `dlow` of the features below the highest degree what a piece of
+    /// that degree with the gradient `df` gives them.
     pub fn pullback_piece<T: Real>(
         &self,
         x: &[T],
@@ -140,8 +141,8 @@ impl Monomials {
         );
     }
 
-    /// Adds `J^T df` to `dx`, `(d, len)`, for the gradient `df` of the first `r` features, which it destroys. Of `f` only the
-    /// features of less than the highest degree are read.
+    /// Adds `J^T df` to `dx`, `(d, len)`, for the gradient `df` of the first `r` features, which it destroys. Of `f`
+    /// only the features of less than the highest degree are read.
     pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, df: &mut [T], dx: &mut [T]) {
         vectorised(
             #[inline(always)]

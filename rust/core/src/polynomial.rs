@@ -353,8 +353,8 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, with features up to `degree` and the weights relative
-    /// to `level`.
+    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, with features up to `degree` and the weights
+    /// relative to `level`.
     pub fn key_state(
         &self,
         keys: Range<usize>,
@@ -548,8 +548,8 @@ impl<'a, T: Real> Pass<'a, T> {
             )
     }
 
-    /// Adds dk, dv and db of the keys from `start` on, no more than a tile, from the query state weighted by the potential's and by p's
-    /// weights. `level` is what the keys' weights are relative to, in the state too.
+    /// Adds dk, dv and db of the keys from `start` on, no more than a tile, from the query state weighted by the
+    /// potential's and by p's weights. `level` is what the keys' weights are relative to, in the state too.
     pub fn key_gradients(
         &self,
         start: usize,
@@ -621,8 +621,8 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 }
 
-/// Buffers of one thread's tiles, and what is done with the features of a tile. Those of the highest degree, most of them, are formed
-/// a piece at a time and used at once.
+/// Buffers of one thread's tiles, and what is done with the features of a tile. Those of the highest degree, most of
+/// them, are formed a piece at a time and used at once.
 pub(crate) struct Scratch<T> {
     /// Queries or keys, `(d, len)`.
     pub x: Vec<T>,

@@ -1,7 +1,7 @@
 //! Draws that are the same on every machine and for any number of threads.
 
-/// `count` of the numbers below `n`, in order, one drawn in each of as many equal strata by a hash of `seed`: no period of the data is
-/// met. All of them where `count >= n`.
+/// `count` of the numbers below `n`, in order, one drawn in each of as many equal strata by a hash of `seed`: no period
+/// of the data is met. All of them where `count >= n`.
 pub(crate) fn stratified(n: usize, count: usize, seed: u64) -> Vec<usize> {
     let count = count.min(n);
     (0..count)

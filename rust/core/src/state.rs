@@ -1,5 +1,5 @@
-//! Sums over tokens of outer products of values and features: what stands for all the keys, or queries, that a low-rank engine has
-//! seen. Products of a few hundred tokens are formed in the arrays' own type and added up in float64.
+//! Sums over tokens of outer products of values and features: what stands for all the keys, or queries, that a low-rank
+//! engine has seen. Products of a few hundred tokens are formed in the arrays' own type and added up in float64.
 
 use std::ops::Range;
 
@@ -37,7 +37,8 @@ impl<T: Real> State<T> {
         self.tokens += len;
     }
 
-    /// Adds `values f^T` to the columns `piece`, for values `(e, len)` and that piece of the features of a tile, `(piece, len)`.
+    /// Adds `values f^T` to the columns `piece`, for values `(e, len)` and that piece of the features of a tile,
+    /// `(piece, len)`.
     pub fn add(&mut self, values: &[T], piece: Range<usize>, f: &[T], len: usize) {
         let (e, r) = (self.e, self.sum.len() / self.e);
         let pending = view_mut(&mut self.pending, e, r).subcols_mut(piece.start, piece.len());
