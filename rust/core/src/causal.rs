@@ -1,111 +1,214 @@
 //! The polynomial engine under a causal mask: forward and reverse scans over blocks of tokens.
 //!
-//! The sequence is cut in blocks. A query of block `c` meets the keys of blocks before `c - lag` through the state `S`
-//! of the polynomial, carried forward from block to block, and the *near* keys, from block `c - lag` to itself, one by
-//! one (in the first `prefix` blocks, which fitted coefficients are taken from, all keys are near): with
-//! `diagonal="exact"` by `exp`, with `diagonal="polynomial"` (then `lag = 0`) by the polynomial. Numerators and
-//! denominators of both parts add up, each row scaled by `e^{-M_i}` and the state kept relative to its *level* `l`, the
-//! largest bias of its keys, so that biases of any range fit. `M_i` is the largest of `l` and the near scores (of the
-//! near biases, where the near scores go through the polynomial):
+//! The sequence is cut in blocks. A query of block `c` meets the *near* keys, those from `start_c` on (the engine's
+//! window before the block, and the block itself) one by one: with `diagonal="exact"` by `exp`, with
+//! `diagonal="polynomial"` (then there is no window) by the polynomial. In the first `prefix` blocks, which fitted
+//! coefficients are taken from, all keys are near. Earlier keys it meets through their state `S_c` of the polynomial.
+//! Numerators and denominators of both parts add up, each row scaled by `e^{-M_i}` and the state relative to its
+//! *level* `l`, the largest bias of its keys, so that biases of any range fit. `M_i` is the largest of `l` and the near
+//! scores (of the near biases, where the near scores go through the polynomial):
 //!
 //! ```text
-//! [N_i, D_i] = e^{l - M_i} φ(q_i)^T diag(ω_p) S + sum_{near j} e^{-M_i} A_ij [v_j, 1]
+//! [N_i, D_i] = e^{l - M_i} φ(q_i)^T diag(ω_p) S_c + sum_{near j} e^{-M_i} A_ij [v_j, 1]
 //! ```
 //!
 //! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same
-//! `D_i`. A key of block `c` is met through the state by the queries of blocks `max(c + lag + 1, prefix)` and later, so
-//! their state `R` is carried in reverse.
+//! `D_i`. With the keys `K_c` from `start_{c-1}` to `start_c`, `S_c` is `S_{c-1}` and the keys `K_c`; and these are met
+//! through the state by the queries of blocks `c` and later, so that their state `R_c` is `R_{c+1}` and the queries of
+//! block `c`.
 //!
-//! Parallel over runs of consecutive blocks: each run's part of the state is summed first, prefix sums (suffix sums,
-//! for `R`) give every run the state that it starts from, and the runs go on by themselves. Their number depends on the
-//! sizes alone.
+//! Blocks are taken in segments, one after the other. In a segment each block's own part of the state is summed first,
+//! then a scan makes of the parts, in place, the weighted states that the blocks meet, then the blocks go on by
+//! themselves: the first and the last step in parallel over blocks, the second over the rows of the state. Nothing is
+//! computed twice, and every sum has an order that depends on the sizes alone.
 
 use std::ops::Range;
 
+use faer::MatRef;
 use rayon::prelude::*;
 
 use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, Scratch, optional_chunks, tiles};
+use crate::polynomial::{Pass, tiles};
 use crate::real::{Real, vectorised};
-use crate::state::{State, add, weigh_into};
+use crate::state::{Tokens, step};
 use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
 
+/// Numbers in the states of a segment that stay in a shared cache; its blocks at least, for as many threads, and at
+/// the most; and its numbers at the most (128 MiB), as long as that leaves eight blocks.
+const SEGMENT_NUMBERS: usize = 1 << 20;
+const SEGMENT_BLOCKS: [usize; 2] = [32, 256];
+const SEGMENT_LIMIT: usize = 1 << 25;
+
 /// The cutting of the sequence.
-#[derive(Debug, Clone)]
 struct Cut {
     n: usize,
     /// Tokens a block, and blocks.
     block: usize,
     blocks: usize,
-    lag: usize,
+    window: usize,
     prefix: usize,
-    /// Blocks a run, and runs.
-    run: usize,
-    runs: usize,
-    /// The largest bias of the keys far from each block, `-inf` where there are none; one more entry than blocks.
+    /// The largest bias of the keys far from each block, `-inf` where there are none.
     levels: Vec<f64>,
 }
 
 impl Cut {
-    fn new<T: Real>(pass: &Pass<'_, T>, degree: usize) -> Self {
+    fn new<T: Real>(pass: &Pass<'_, T>) -> Self {
         let (n, block) = (pass.head.q.nrows(), pass.block());
-        let (blocks, run) = (n.div_ceil(block), pass.partition(n, block, degree) / block);
-        let (lag, prefix, runs) = (pass.lag(), pass.prefix(), blocks.div_ceil(run));
-        let mut cut = Self { n, block, blocks, lag, prefix, run, runs, levels: Vec::with_capacity(blocks + 1) };
-        let (mut level, mut far) = (f64::NEG_INFINITY, 0);
-        for c in 0..blocks {
-            level = level.max(pass.level(cut.tokens(far..cut.first_near(c))));
-            far = cut.first_near(c);
+        let (window, prefix) = (pass.window(), pass.prefix());
+        let mut cut = Self { n, block, blocks: n.div_ceil(block), window, prefix, levels: Vec::new() };
+        let mut level = f64::NEG_INFINITY;
+        for c in 0..cut.blocks {
+            level = level.max(pass.level(cut.keys(c)));
             cut.levels.push(level);
         }
-        cut.levels.push(level);
         cut
     }
 
-    fn tokens(&self, blocks: Range<usize>) -> Range<usize> {
-        (blocks.start * self.block).min(self.n)..(blocks.end * self.block).min(self.n)
+    /// The tokens of block `c`.
+    fn queries(&self, c: usize) -> Range<usize> {
+        c * self.block..((c + 1) * self.block).min(self.n)
     }
 
-    /// The blocks of run `p`.
-    fn of_run(&self, p: usize) -> Range<usize> {
-        p * self.run..((p + 1) * self.run).min(self.blocks)
-    }
-
-    /// The first block that is near block `c`. It never falls as `c` grows.
-    fn first_near(&self, c: usize) -> usize {
-        if c < self.prefix { 0 } else { c.saturating_sub(self.lag) }
-    }
-
-    /// The first block that block `c` is not near to, or `blocks`. It never falls as `c` grows.
-    fn first_far(&self, c: usize) -> usize {
-        (c + self.lag + 1).max(self.prefix).min(self.blocks)
+    /// The first token near block `c`. It never falls as `c` grows.
+    fn start(&self, c: usize) -> usize {
+        if c < self.prefix { 0 } else { (c * self.block).saturating_sub(self.window) }
     }
 
     /// The tokens near block `c`, up to its own.
     fn near(&self, c: usize) -> Range<usize> {
-        self.tokens(self.first_near(c)..c + 1)
+        self.start(c)..self.queries(c).end
     }
-}
 
-/// `states[p]` becomes the sum of all before it. Each comes relative to the level at which the next one is first used,
-/// `levels[p]`, and leaves relative to `levels[p - 1]`.
-fn exclusive_prefix_sums(states: &mut [Vec<f64>], levels: &[f64]) {
-    let Some(first) = states.first() else { return };
-    let mut total = vec![0.0; first.len()];
-    for (p, state) in states.iter_mut().enumerate() {
-        let by = if p == 0 { 1.0 } else { decay(levels[p - 1], levels[p]) };
-        let mut next: Vec<f64> = total.iter().map(|x| x * by).collect();
-        add(&mut next, state);
-        *state = std::mem::replace(&mut total, next);
+    /// The keys `K_c`.
+    fn keys(&self, c: usize) -> Range<usize> {
+        self.start(c.saturating_sub(1))..self.start(c)
+    }
+
+    /// Segments of blocks, for a state of so many numbers.
+    fn segments(&self, state: usize) -> Vec<Range<usize>> {
+        let [least, most] = SEGMENT_BLOCKS;
+        let blocks = (SEGMENT_NUMBERS / state).clamp(least, most).min((SEGMENT_LIMIT / state).max(8));
+        (0..self.blocks).step_by(blocks).map(|first| first..(first + blocks).min(self.blocks)).collect()
     }
 }
 
 /// `e^(from - to)`, for two levels that may both be `-inf`.
 fn decay(from: f64, to: f64) -> f64 {
     if from == to { 1.0 } else { (from - to).exp() }
+}
+
+/// The states of a segment's blocks, and what they are a scan of.
+struct Scan<T> {
+    e: usize,
+    /// The running sum, `(e, r)`.
+    sum: Vec<f64>,
+    /// What the sum is multiplied by for the blocks.
+    weights: Vec<f64>,
+    /// The same for the first features, where a second weighting of them is asked for.
+    more_weights: Vec<f64>,
+    /// A state a block of the segment, in the order of the scan.
+    states: Vec<T>,
+    /// The same with the second weights.
+    more: Vec<T>,
+}
+
+impl<T: Real> Scan<T> {
+    fn new(e: usize, weights: Vec<f64>, more_weights: Vec<f64>, blocks: usize) -> Self {
+        Self {
+            e,
+            sum: vec![0.0; e * weights.len()],
+            states: vec![T::ZERO; blocks * e * weights.len()],
+            more: vec![T::ZERO; blocks * e * more_weights.len()],
+            weights,
+            more_weights,
+        }
+    }
+
+    /// Numbers in a state.
+    fn len(&self) -> usize {
+        self.sum.len()
+    }
+
+    /// Moves on by a segment: `add(i, state)` adds what is the own of the i-th block, and `decays[i]` is what the sum is
+    /// multiplied by before. Afterwards [`state`](Self::state) is the weighted sum with the i-th block.
+    fn advance<B: Send>(
+        &mut self,
+        decays: &[f64],
+        buffers: impl Fn() -> B + Sync + Send,
+        add: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let (len, r, more_r) = (self.len(), self.weights.len(), self.more_weights.len());
+        let count = decays.len();
+        self.states[..count * len].par_chunks_mut(len).enumerate().try_for_each_init(
+            buffers,
+            |buffers, (i, state)| {
+                state.fill(T::ZERO);
+                add(i, state, buffers)
+            },
+        )?;
+        let mut rows: Vec<_> = self.sum.chunks_mut(r).map(|sum| (sum, Vec::new(), Vec::new())).collect();
+        for state in self.states[..count * len].chunks_mut(len) {
+            rows.iter_mut().zip(state.chunks_mut(r)).for_each(|(row, part)| row.1.push(part));
+        }
+        for more in self.more.chunks_mut((self.e * more_r).max(1)).take(count) {
+            rows.iter_mut().zip(more.chunks_mut(more_r)).for_each(|(row, part)| row.2.push(part));
+        }
+        let (weights, more_weights) = (&self.weights, &self.more_weights);
+        rows.into_par_iter().for_each(|(sum, parts, mut more)| {
+            for (i, (part, &decay)) in parts.into_iter().zip(decays).enumerate() {
+                step(sum, decay, part, weights);
+                if let Some(more) = more.get_mut(i) {
+                    for ((more, &sum), &w) in more.iter_mut().zip(&*sum).zip(more_weights) {
+                        *more = T::of(sum * w);
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The weighted state of the i-th block.
+    fn state(&self, i: usize) -> MatRef<'_, T> {
+        view(&self.states[i * self.len()..], self.e, self.weights.len())
+    }
+
+    /// The same with the second weights, or the same.
+    fn more(&self, i: usize) -> MatRef<'_, T> {
+        match self.more_weights.len() {
+            0 => self.state(i),
+            r => view(&self.more[i * self.e * r..], self.e, r),
+        }
+    }
+}
+
+/// A scan over keys, and its segments: forward.
+fn key_scan<T: Real>(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>) -> (Scan<T>, Vec<Range<usize>>) {
+    let segments = cut.segments(pass.e() * weights.len());
+    (Scan::new(pass.e(), weights, Vec::new(), segments[0].len()), segments)
+}
+
+/// Moves a scan over keys on by a segment.
+fn advance_keys<T: Real>(
+    pass: &Pass<'_, T>,
+    cut: &Cut,
+    scan: &mut Scan<T>,
+    segment: &Range<usize>,
+    degree: usize,
+) -> Result<()> {
+    let decays: Vec<f64> =
+        segment.clone().map(|c| if c == 0 { 1.0 } else { decay(cut.levels[c - 1], cut.levels[c]) }).collect();
+    scan.advance(
+        &decays,
+        || pass.tokens(degree),
+        |i, state, tokens: &mut Tokens<T>| {
+            let c = segment.start + i;
+            tiles(cut.keys(c), pass.tile(degree))
+                .try_for_each(|tile| pass.add_keys(state, tile, cut.levels[c], degree, tokens))
+        },
+    )
 }
 
 /// Writes `out` and the row factors of one head.
@@ -115,262 +218,201 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<()> {
-    let (g, e, dv) = (pass.engine.degree, pass.e(), pass.e() - 1);
-    let (cut, tile) = (Cut::new(pass, g), pass.tile(g));
-    let weights = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts = key_states(pass, &cut, g)?;
-    let rows = cut.run * cut.block;
-    (out.par_chunks_mut(rows * dv), row_max.par_chunks_mut(rows), row_scale.par_chunks_mut(rows), starts)
-        .into_par_iter()
-        .enumerate()
-        .try_for_each(|(p, (out, max, scale, start))| {
-            let mut scratch = pass.scratch(g);
-            let mut values = vec![T::ZERO; e * cut.block];
-            let mut near = Near::new(pass, &cut);
-            let mut far = Far::new(start, weights.clone(), e);
-            for c in cut.of_run(p) {
-                pass.ctx.check()?;
-                let level = far.advance(pass, &cut, c, c > p * cut.run, g, &mut scratch)?;
-                let has_far = level > f64::NEG_INFINITY;
-                let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
-                let (len, first) = (queries.len(), queries.start - p * rows);
-                let (max, scale) = (&mut max[first..first + len], &mut scale[first..first + len]);
-                near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, level: T::of(level) });
-                near.load_values(pass, keys.clone());
-                if has_far {
-                    for (start, count) in tiles(queries.clone(), tile) {
-                        pass.load_queries(start, count, &mut scratch.x);
-                        let out = view_mut(&mut values, e, len).subcols_mut(start - queries.start, count);
-                        scratch.apply(pass.tree, g, far.weighted(), count, out);
-                    }
-                    for t in 0..len {
-                        let by = T::of(level - max[t].to_f64()).exp_nonpositive();
-                        for c in 0..e {
-                            values[c * len + t] *= by;
+    let (g, dv) = (pass.engine.degree, pass.e() - 1);
+    let cut = Cut::new(pass);
+    let (mut scan, segments) = key_scan(pass, &cut, pass.tree.weights(&pass.constants.coefficients, pass.scale));
+    for segment in segments {
+        advance_keys(pass, &cut, &mut scan, &segment, g)?;
+        let tokens = segment.start * cut.block..cut.queries(segment.end - 1).end;
+        (
+            out[tokens.start * dv..tokens.end * dv].par_chunks_mut(cut.block * dv),
+            row_max[tokens.clone()].par_chunks_mut(cut.block),
+            row_scale[tokens].par_chunks_mut(cut.block),
+        )
+            .into_par_iter()
+            .enumerate()
+            .try_for_each_init(
+                || (pass.scratch(g), Near::new(pass, &cut)),
+                |(scratch, near), (i, (out, max, scale))| {
+                    pass.ctx.check()?;
+                    let c = segment.start + i;
+                    let (level, queries, keys) = (cut.levels[c], cut.queries(c), cut.near(c));
+                    let len = queries.len();
+                    near.load_queries(pass, queries.clone());
+                    near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, level: T::of(level) });
+                    near.start_out(pass, keys, len);
+                    if level > f64::NEG_INFINITY {
+                        for (start, count) in tiles(queries.clone(), pass.tile(g)) {
+                            pass.load_queries(start, count, &mut scratch.x);
+                            scratch.apply(pass.tree, g, scan.state(i), count);
+                            let first = start - queries.start;
+                            near.add_far(&scratch.out, first, count, len, |t| {
+                                T::of(level - max[first + t].to_f64()).exp_nonpositive()
+                            });
                         }
                     }
-                } else {
-                    values[..e * len].fill(T::ZERO);
-                }
-                let (of_keys, weights) = (view(&near.values, e, keys.len()), view(&near.f, keys.len(), len));
-                add_product(view_mut(&mut values, e, len), of_keys, weights, T::ONE);
-                for (t, scale) in scale.iter_mut().enumerate() {
-                    *scale = pass.inverse(values[dv * len + t], queries.start + t)?;
-                }
-                store_transposed(&values, len, dv, &mut out[first * dv..(first + len) * dv], |t| scale[t]);
-            }
-            Ok(())
-        })
-}
-
-/// The state from which each run's forward scan starts: all keys before the near ones of its first block.
-fn key_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, degree: usize) -> Result<Vec<Vec<f64>>> {
-    let edge = |p: usize| cut.first_near(p * cut.run);
-    let level_of = |p: usize| cut.levels[((p + 1) * cut.run).min(cut.blocks)];
-    let mut states = (0..cut.runs)
-        .into_par_iter()
-        .map_init(
-            || pass.scratch(degree),
-            |scratch, p| {
-                let last = p + 1 == cut.runs; // nobody reads its sum
-                let keys = if last { 0..0 } else { cut.tokens(edge(p)..edge(p + 1)) };
-                pass.key_state(keys, level_of(p), degree, scratch)
-            },
-        )
-        .collect::<Result<Vec<_>>>()?;
-    exclusive_prefix_sums(&mut states, &(0..cut.runs).map(level_of).collect::<Vec<_>>());
-    Ok(states)
-}
-
-/// The state from which each run's reverse scan starts, last run first: all queries after those near its last block.
-fn query_states<T: Real>(pass: &Pass<'_, T>, cut: &Cut, up: &Upstream<'_, T>, degree: usize) -> Result<Vec<Vec<f64>>> {
-    let after = |p: usize| cut.first_far(cut.of_run(p).end - 1);
-    // Run p's queries are first used by run p - 1, at the level of the first of them.
-    let first = |p: usize| if p == 0 { 0 } else { after(p - 1) };
-    let mut states = (0..cut.runs)
-        .into_par_iter()
-        .rev()
-        .map_init(
-            || pass.scratch(degree),
-            |scratch, p| {
-                let queries = if p == 0 { 0..0 } else { cut.tokens(first(p)..after(p)) };
-                pass.query_state(up, queries, degree, up.rows.far_factor(cut.levels[first(p)]), scratch)
-            },
-        )
-        .collect::<Result<Vec<_>>>()?;
-    // Weights of keys fall with the level that they are relative to; factors of queries rise.
-    exclusive_prefix_sums(&mut states, &(0..cut.runs).rev().map(|p| -cut.levels[first(p)]).collect::<Vec<_>>());
-    Ok(states)
+                    for (t, scale) in scale.iter_mut().enumerate() {
+                        *scale = pass.inverse(near.out[dv * len + t], queries.start + t)?;
+                    }
+                    store_transposed(&near.out, len, dv, out, |t| scale[t]);
+                    Ok(())
+                },
+            )?;
+    }
+    Ok(())
 }
 
 /// Adds one head's gradients.
 pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
-    let HeadGrads { dq, dk, dv: grad_v, mut dkey_bias } = grads;
-    let (degree, e, d) = (pass.potential_degree(), pass.e(), pass.head.q.ncols());
-    let dv = e - 1;
-    let (cut, tile) = (Cut::new(pass, degree), pass.tile(degree));
-    let potential = pass.tree.weights(&pass.potential(), pass.scale);
-    let rows = cut.run * cut.block;
+    let HeadGrads { dq, dk, dv, mut dkey_bias } = grads;
+    let cut = Cut::new(pass);
+    let (potential, own) = pass.weights();
+    queries_backward(pass, &cut, potential.clone(), &up, dq, dk, dv, dkey_bias.as_deref_mut())?;
+    far_keys_backward(pass, &cut, potential, own.unwrap_or_default(), &up, dk, dv, dkey_bias)
+}
 
-    // Queries, forward: dq whole, and what the near queries give dk, dv and db. What falls to keys of the run before is
-    // handed back, and added afterwards.
-    let starts = key_states(pass, &cut, degree)?;
-    let mut db = optional_chunks(dkey_bias.as_deref_mut(), rows, cut.runs);
-    let halos = (
-        dq.par_chunks_mut(rows * d),
-        dk.par_chunks_mut(rows * d),
-        grad_v.par_chunks_mut(rows * dv),
-        db.par_iter_mut(),
-        starts,
-    )
-        .into_par_iter()
-        .enumerate()
-        .map(|(p, (dq, dk, dv_, db, start))| {
-            let mut scratch = pass.scratch(degree);
-            let mut near = Near::new(pass, &cut);
-            let mut far = Far::new(start, potential.clone(), e);
-            let own = p * rows;
-            let halo_start = cut.near(p * cut.run).start;
-            let mut halo = Halo::new(halo_start..own, d, dv);
-            for c in cut.of_run(p) {
-                pass.ctx.check()?;
-                let level = far.advance(pass, &cut, c, c > p * cut.run, degree, &mut scratch)?;
-                let has_far = level > f64::NEG_INFINITY;
-                let (queries, keys) = (cut.tokens(c..c + 1), cut.near(c));
-                let len = queries.len();
-                let dq = &mut dq[(queries.start - own) * d..(queries.end - own) * d];
-                if has_far {
-                    for (start, count) in tiles(queries.clone(), tile) {
-                        pass.load_queries(start, count, &mut scratch.x);
-                        pass.load_upstream(&up, start, count, up.rows.far_factor(level), &mut scratch.values);
-                        scratch.pullback(pass.tree, degree, far.weighted(), count);
-                        let dq = &mut dq[(start - queries.start) * d..][..count * d];
-                        store_transposed(&scratch.dx, count, d, dq, |_| T::ONE);
-                    }
-                } else {
-                    dq.fill(T::ZERO);
-                }
-                near.weigh(pass, queries.clone(), keys.clone(), Row::Known(&up));
-                near.score_gradients(pass, &up, queries.clone(), keys.clone());
-                let scale = T::of(pass.scale);
-                let ds = view(&near.ds, keys.len(), len);
-                add_product(view_mut(dq, len, d), ds.transpose(), pass.head.k.subrows(keys.start, keys.len()), scale);
-                let split = keys.start.max(own).min(keys.end);
-                for (part, from_halo) in [(keys.start..split, true), (split..keys.end, false)] {
-                    if part.is_empty() {
-                        continue;
-                    }
-                    let into = if from_halo {
-                        halo.grads(db.is_some())
+/// Queries, forward: dq whole, and what the near queries give dk, dv and db.
+fn queries_backward<T: Real>(
+    pass: &Pass<'_, T>,
+    cut: &Cut,
+    potential: Vec<f64>,
+    up: &Upstream<'_, T>,
+    dq: &mut [T],
+    dk: &mut [T],
+    dv: &mut [T],
+    mut db: Option<&mut [T]>,
+) -> Result<()> {
+    let (degree, d, width, block) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1, cut.block);
+    let (mut scan, segments) = key_scan(pass, cut, potential);
+    for segment in segments {
+        advance_keys(pass, cut, &mut scan, &segment, degree)?;
+        let tokens = segment.start * block..cut.queries(segment.end - 1).end;
+        let mut own_db: Vec<_> = match &mut db {
+            Some(db) => db[tokens.clone()].chunks_mut(block).map(Some).collect(),
+            None => segment.clone().map(|_| None).collect(),
+        };
+        let halos = (
+            dq[tokens.start * d..tokens.end * d].par_chunks_mut(block * d),
+            dk[tokens.start * d..tokens.end * d].par_chunks_mut(block * d),
+            dv[tokens.start * width..tokens.end * width].par_chunks_mut(block * width),
+            own_db.par_iter_mut(),
+        )
+            .into_par_iter()
+            .enumerate()
+            .map_init(
+                || (pass.scratch(degree), Near::new(pass, cut)),
+                |(scratch, near), (i, (dq, dk, dv, db))| {
+                    pass.ctx.check()?;
+                    let c = segment.start + i;
+                    let (level, queries, keys) = (cut.levels[c], cut.queries(c), cut.near(c));
+                    let len = queries.len();
+                    if level > f64::NEG_INFINITY {
+                        let factor = up.rows.far_factor(level);
+                        for (start, count) in tiles(queries.clone(), pass.tile(degree)) {
+                            pass.load_queries(start, count, &mut scratch.x);
+                            pass.load_upstream(up, start, count, &mut scratch.values);
+                            scratch.pullback(pass.tree, degree, scan.state(i), count);
+                            let dq = &mut dq[(start - queries.start) * d..][..count * d];
+                            store_transposed(&scratch.dx, count, d, dq, |t| factor(start + t));
+                        }
                     } else {
-                        HeadGrads { dq: &mut [], dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() }
-                    };
-                    let origin = if from_halo { halo_start } else { own };
-                    near.add_key_gradients(pass, &up, &queries, &keys, part, origin, into);
-                }
-            }
-            Ok(halo)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    drop(db);
-    for halo in halos {
-        halo.add_to(d, dv, dk, grad_v, dkey_bias.as_deref_mut());
+                        dq.fill(T::ZERO);
+                    }
+                    near.load_queries(pass, queries.clone());
+                    near.weigh(pass, queries.clone(), keys.clone(), Row::Known(up));
+                    near.score_gradients(pass, up, queries.clone(), keys.clone());
+                    let ds = view(&near.ds, keys.len(), len).transpose();
+                    add_product(
+                        view_mut(dq, len, d),
+                        ds,
+                        pass.head.k.subrows(keys.start, keys.len()),
+                        T::of(pass.scale),
+                    );
+                    // What falls to keys before the block's own is handed back, and added afterwards.
+                    let mut halo = Halo::new(keys.start..queries.start, d, width);
+                    let before = halo.grads(db.is_some());
+                    near.add_key_gradients(pass, up, &queries, &keys, keys.start..queries.start, before);
+                    let own = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
+                    near.add_key_gradients(pass, up, &queries, &keys, queries.clone(), own);
+                    Ok(halo)
+                },
+            )
+            .collect::<Result<Vec<_>>>()?;
+        drop(own_db);
+        for halo in halos {
+            halo.add_to(d, width, dk, dv, db.as_deref_mut());
+        }
     }
+    Ok(())
+}
 
-    // Keys, in reverse: what the far queries give.
-    let of_values = pass.tree.weights(&pass.constants.coefficients, pass.scale);
-    let starts: Vec<_> = query_states(pass, &cut, &up, degree)?.into_iter().rev().collect();
-    let mut db = optional_chunks(dkey_bias, rows, cut.runs);
-    (dk.par_chunks_mut(rows * d), grad_v.par_chunks_mut(rows * dv), db.par_iter_mut(), starts)
-        .into_par_iter()
-        .enumerate()
-        .try_for_each(|(p, (dk, dv_, db, start))| {
-            let mut scratch = pass.scratch(degree);
-            let mut far = Far::new(start, potential.clone(), e);
-            let mut for_values = vec![T::ZERO; of_values.len() * e];
-            let own = p * rows;
-            for c in cut.of_run(p).rev() {
-                pass.ctx.check()?;
-                let first = cut.first_far(c);
-                let level = cut.levels[first];
-                if c + 1 < cut.of_run(p).end {
-                    far.rescale(decay(level, cut.levels[cut.first_far(c + 1)]));
-                    let queries = cut.tokens(first..cut.first_far(c + 1));
-                    pass.add_queries(far.grow(), &up, queries, up.rows.far_factor(level), degree, &mut scratch)?;
+/// Keys, in reverse: what the far queries give dk, dv and db. `own` are p's weights, where they are not the potential's.
+fn far_keys_backward<T: Real>(
+    pass: &Pass<'_, T>,
+    cut: &Cut,
+    potential: Vec<f64>,
+    own: Vec<f64>,
+    up: &Upstream<'_, T>,
+    mut dk: &mut [T],
+    mut dv: &mut [T],
+    mut db: Option<&mut [T]>,
+) -> Result<()> {
+    let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
+    let segments = cut.segments(pass.e() * potential.len());
+    let mut scan = Scan::new(pass.e(), potential, own, segments[0].len());
+    for segment in segments.into_iter().rev() {
+        let blocks: Vec<usize> = segment.rev().collect();
+        let decays: Vec<f64> = (blocks.iter())
+            .map(|&c| if c + 1 == cut.blocks { 1.0 } else { decay(cut.levels[c], cut.levels[c + 1]) })
+            .collect();
+        scan.advance(
+            &decays,
+            || pass.tokens(degree),
+            |i, state, tokens: &mut Tokens<T>| {
+                let (c, factor) = (blocks[i], up.rows.far_factor(cut.levels[blocks[i]]));
+                if cut.start(c) == 0 {
+                    return Ok(());
                 }
-                if first >= cut.blocks {
-                    continue;
-                }
-                weigh_into(far.state.sum(), potential.len(), &of_values, &mut for_values);
-                for (start, count) in tiles(cut.tokens(c..c + 1), tile) {
-                    let local = start - own..start - own + count;
+                tiles(cut.queries(c), pass.tile(degree))
+                    .try_for_each(|tile| pass.add_queries(state, up, tile, factor, degree, tokens))
+            },
+        )?;
+        let mut tasks = Vec::with_capacity(blocks.len());
+        for (i, &c) in blocks.iter().enumerate() {
+            let keys = cut.keys(c);
+            let grads = HeadGrads {
+                dq: &mut [],
+                dk: take_from(&mut dk, keys.start * d, keys.len() * d),
+                dv: take_from(&mut dv, keys.start * width, keys.len() * width),
+                dkey_bias: db.as_mut().map(|db| take_from(db, keys.start, keys.len())),
+            };
+            tasks.push((i, keys, grads));
+        }
+        tasks.into_par_iter().try_for_each_init(
+            || pass.scratch(degree),
+            |scratch, (i, keys, mut grads)| {
+                for (start, count) in tiles(keys.clone(), pass.tile(degree)) {
+                    let local = start - keys.start..start - keys.start + count;
                     let grads = HeadGrads {
                         dq: &mut [],
-                        dk: &mut dk[local.start * d..local.end * d],
-                        dv: &mut dv_[local.start * dv..local.end * dv],
-                        dkey_bias: db.as_deref_mut().map(|db| &mut db[local]),
+                        dk: &mut grads.dk[local.start * d..local.end * d],
+                        dv: &mut grads.dv[local.start * width..local.end * width],
+                        dkey_bias: grads.dkey_bias.as_deref_mut().map(|db| &mut db[local]),
                     };
-                    pass.key_gradients(start, level, far.weighted(), &for_values, &mut scratch, grads)?;
+                    pass.key_gradients(start, cut.levels[blocks[i]], scan.state(i), scan.more(i), scratch, grads)?;
                 }
-            }
-            Ok(())
-        })
+                Ok(())
+            },
+        )?;
+    }
+    Ok(())
 }
 
-/// A state that walks along the blocks, and its weighted copy.
-struct Far<T> {
-    state: State<T>,
-    weights: Vec<f64>,
-    weighted: Vec<T>,
-    stale: bool,
-}
-
-impl<T: Real> Far<T> {
-    fn new(start: Vec<f64>, weights: Vec<f64>, e: usize) -> Self {
-        Self { weighted: vec![T::ZERO; start.len()], state: State::from_sum(start, e), weights, stale: true }
-    }
-
-    fn weighted(&mut self) -> &[T] {
-        if self.stale {
-            self.state.weigh_into(&self.weights, &mut self.weighted);
-            self.stale = false;
-        }
-        &self.weighted
-    }
-
-    /// Moves the state to another level.
-    fn rescale(&mut self, by: f64) {
-        if by != 1.0 {
-            self.state.scale(by);
-            self.stale = true;
-        }
-    }
-
-    /// Moves a state of keys on to block `c`, from the block before (`moves`) or from the start of a run, and returns
-    /// its level.
-    fn advance(
-        &mut self,
-        pass: &Pass<'_, T>,
-        cut: &Cut,
-        c: usize,
-        moves: bool,
-        degree: usize,
-        scratch: &mut Scratch<T>,
-    ) -> Result<f64> {
-        let level = cut.levels[c];
-        if moves {
-            self.rescale(decay(cut.levels[c - 1], level));
-            let keys = cut.tokens(cut.first_near(c - 1)..cut.first_near(c));
-            pass.add_keys(self.grow(), keys, level, degree, scratch)?;
-        }
-        Ok(level)
-    }
-
-    /// The state, to be added to.
-    fn grow(&mut self) -> &mut State<T> {
-        self.stale = true;
-        &mut self.state
-    }
+/// Takes `len` entries from `start` on out of a slice, and leaves what comes before them.
+fn take_from<'a, T>(slice: &mut &'a mut [T], start: usize, len: usize) -> &'a mut [T] {
+    let (before, rest) = std::mem::take(slice).split_at_mut(start);
+    *slice = before;
+    &mut rest[..len]
 }
 
 /// Where a row's maximum comes from: found among the near scores and the level of the far keys, or known from the
@@ -382,37 +424,71 @@ enum Row<'a, 'b, T> {
 
 /// The near keys' part of one block of queries. Tiles are `(keys, queries)`.
 struct Near<T> {
+    /// Queries, then gradients of outputs, each `(width, queries)`.
+    columns: Vec<T>,
     /// Weights `e^{-M_i} A_ij`, or (row known) `f_ij`.
     f: Vec<T>,
-    /// The factor of `e_ij` in the score's gradient: `f` itself, but for a consistent polynomial its derivative.
+    /// The factor of `e_ij` in the score's gradient where it is not `f`: the derivative of a consistent polynomial.
     slope: Vec<T>,
     /// `dout_i.v_j`, then the gradient of the score.
     ds: Vec<T>,
-    /// `[v_j; 1]`.
-    values: Vec<T>,
+    /// Numerators and denominators, `(e, queries)`.
+    out: Vec<T>,
 }
 
 impl<T: Real> Near<T> {
     fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
-        let keys = ((cut.lag + 1).max(cut.prefix) * cut.block).min(cut.n);
+        let keys = (cut.block + cut.window).max(cut.prefix * cut.block).min(cut.n);
         let tile = || vec![T::ZERO; keys * cut.block];
-        Self { f: tile(), slope: tile(), ds: tile(), values: vec![T::ZERO; pass.e() * keys] }
+        let columns = pass.head.q.ncols().max(pass.e()) * cut.block;
+        let slope = if Self::has_slope(pass) { tile() } else { Vec::new() };
+        Self { columns: vec![T::ZERO; columns], f: tile(), slope, ds: tile(), out: vec![T::ZERO; pass.e() * cut.block] }
     }
 
-    fn load_values(&mut self, pass: &Pass<'_, T>, keys: Range<usize>) {
-        let e = pass.e();
-        load_transposed(pass.head.v, keys.start, keys.len(), &[], &mut self.values);
-        self.values[(e - 1) * keys.len()..e * keys.len()].fill(T::ONE);
+    /// Whether a score's gradient has another factor than its weight.
+    fn has_slope(pass: &Pass<'_, T>) -> bool {
+        pass.engine.gradient == Gradient::Consistent && pass.engine.diagonal == Diagonal::Polynomial
+    }
+
+    fn load_queries(&mut self, pass: &Pass<'_, T>, queries: Range<usize>) {
+        load_transposed(pass.head.q, queries.start, queries.len(), &[], &mut self.columns);
     }
 
     /// Fills `f` (and `slope`, where it differs).
     fn weigh(&mut self, pass: &Pass<'_, T>, queries: Range<usize>, keys: Range<usize>, row: Row<'_, '_, T>) {
         let (bq, bk) = (queries.len(), keys.len());
-        let q = pass.head.q.subrows(queries.start, bq).transpose();
+        let q = view(&self.columns, pass.head.q.ncols(), bq);
         product(view_mut(&mut self.f, bk, bq), pass.head.k.subrows(keys.start, bk), q, T::of(pass.scale));
         match pass.engine.diagonal {
             Diagonal::Exact => self.weigh_exactly(pass, queries, keys, row),
             Diagonal::Polynomial => self.weigh_by_polynomial(pass, queries, keys, row),
+        }
+    }
+
+    /// Numerators and denominators of the near keys.
+    fn start_out(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, bq: usize) {
+        let dv = pass.e() - 1;
+        let v = pass.head.v.subrows(keys.start, keys.len()).transpose();
+        product(view_mut(&mut self.out, dv, bq), v, view(&self.f, keys.len(), bq), T::ONE);
+        let (sums, f) = (&mut self.out[dv * bq..(dv + 1) * bq], &self.f[..keys.len() * bq]);
+        vectorised(
+            #[inline(always)]
+            || {
+                sums.fill(T::ZERO);
+                for f in f.chunks_exact(bq) {
+                    sums.iter_mut().zip(f).for_each(|(sum, &f)| *sum += f);
+                }
+            },
+        );
+    }
+
+    /// Adds those of the far keys, for `count` queries from `first` on, each times its factor.
+    fn add_far(&mut self, far: &[T], first: usize, count: usize, bq: usize, factor: impl Fn(usize) -> T) {
+        let factors: Vec<T> = (0..count).map(factor).collect();
+        for (out, far) in self.out.chunks_exact_mut(bq).zip(far.chunks_exact(count)) {
+            for ((out, &far), &by) in out[first..first + count].iter_mut().zip(far).zip(&factors) {
+                *out += far * by;
+            }
         }
     }
 
@@ -481,21 +557,22 @@ impl<T: Real> Near<T> {
             }
         };
         for j in 0..keys.len() {
-            let (f, slope) = (&mut self.f[j * bq..][..bq], &mut self.slope[j * bq..][..bq]);
+            let f = &mut self.f[j * bq..][..bq];
+            let mut slope = self.slope.get_mut(j * bq..(j + 1) * bq);
             for i in 0..bq {
                 let seen = keys.start + j <= queries.start + i;
                 let w = if seen { pass.weight(keys.start + j, max[i].to_f64()) } else { T::ZERO };
-                if w == T::ZERO {
-                    (f[i], slope[i]) = (T::ZERO, T::ZERO);
-                    continue;
-                }
                 let (s, by) = (f[i], w * scale.map_or(T::ONE, |s| s[i]));
                 let (mut p, mut dp) = (T::ZERO, T::ZERO);
                 for &a in a.iter().rev() {
                     dp = dp * s + p;
                     p = p * s + a;
                 }
-                (f[i], slope[i]) = (p * by, dp * by);
+                let used = w != T::ZERO;
+                f[i] = if used { p * by } else { T::ZERO };
+                if let Some(slope) = &mut slope {
+                    slope[i] = if used { dp * by } else { T::ZERO };
+                }
             }
         }
     }
@@ -503,14 +580,12 @@ impl<T: Real> Near<T> {
     /// Fills `ds`: the gradients of the scores, from `f`.
     fn score_gradients(&mut self, pass: &Pass<'_, T>, up: &Upstream<'_, T>, queries: Range<usize>, keys: Range<usize>) {
         let (bq, bk) = (queries.len(), keys.len());
-        let dout = up.dout.subrows(queries.start, bq).transpose();
+        load_transposed(up.dout, queries.start, bq, &[], &mut self.columns);
+        let dout = view(&self.columns, pass.e() - 1, bq);
         product(view_mut(&mut self.ds, bk, bq), pass.head.v.subrows(keys.start, bk), dout, T::ONE);
         let delta = &up.delta[queries];
-        let consistent = pass.engine.gradient == Gradient::Consistent && pass.engine.diagonal == Diagonal::Polynomial;
-        let (f, slope, ds) = (&self.f[..bk * bq], &mut self.slope[..bk * bq], &mut self.ds[..bk * bq]);
-        if !consistent {
-            slope.copy_from_slice(f);
-        }
+        let slope = if Self::has_slope(pass) { &self.slope } else { &self.f };
+        let (slope, ds) = (&slope[..bk * bq], &mut self.ds[..bk * bq]);
         vectorised(
             #[inline(always)]
             || {
@@ -523,7 +598,7 @@ impl<T: Real> Near<T> {
         );
     }
 
-    /// Adds dk, dv and db of the keys `part` of `keys`, to rows that start at token `origin`.
+    /// Adds dk, dv and db of the keys `part` of `keys`.
     fn add_key_gradients(
         &self,
         pass: &Pass<'_, T>,
@@ -531,18 +606,17 @@ impl<T: Real> Near<T> {
         queries: &Range<usize>,
         keys: &Range<usize>,
         part: Range<usize>,
-        origin: usize,
         grads: HeadGrads<'_, T>,
     ) {
         let (d, dv, bq) = (pass.head.q.ncols(), pass.e() - 1, queries.len());
         let (q, dout) = (pass.head.q.subrows(queries.start, bq), up.dout.subrows(queries.start, bq));
         let rows = |x| view(x, keys.len(), bq).subrows(part.start - keys.start, part.len());
-        let (first, len) = (part.start - origin, part.len());
-        add_product(view_mut(&mut grads.dk[first * d..], len, d), rows(&self.ds), q, T::of(pass.scale));
-        add_product(view_mut(&mut grads.dv[first * dv..], len, dv), rows(&self.f), dout, T::ONE);
+        let len = part.len();
+        add_product(view_mut(grads.dk, len, d), rows(&self.ds), q, T::of(pass.scale));
+        add_product(view_mut(grads.dv, len, dv), rows(&self.f), dout, T::ONE);
         if let Some(db) = grads.dkey_bias {
             // db takes f where dk takes the slope: the weight's derivative by the bias is the weight itself.
-            for (j, db) in db[first..first + len].iter_mut().enumerate() {
+            for (j, db) in db.iter_mut().enumerate() {
                 let v = pass.head.v.row(part.start + j);
                 let f = rows(&self.f).row(j);
                 for i in 0..bq {
@@ -554,7 +628,7 @@ impl<T: Real> Near<T> {
     }
 }
 
-/// Gradients of keys before a run's own.
+/// Gradients of the near keys before a block's own.
 struct Halo<T> {
     start: usize,
     dk: Vec<T>,

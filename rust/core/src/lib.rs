@@ -10,6 +10,7 @@ pub mod engine;
 pub mod error;
 mod exact;
 mod fit;
+mod kernel;
 pub mod layers;
 pub mod measure;
 mod monomials;

@@ -13,6 +13,8 @@
 
 use std::ops::Range;
 
+use pulp::{Arch, Simd, WithSimd};
+
 use crate::real::{Real, vectorised};
 
 /// The tree of the monomials of `d` variables up to some degree, in order of degree.
@@ -20,6 +22,8 @@ use crate::real::{Real, vectorised};
 pub(crate) struct Monomials {
     /// `(parent, variable)` of each monomial but the constant one.
     links: Vec<(u32, u32)>,
+    /// Where the children of each monomial below the highest degree start; they are consecutive. One more entry.
+    children: Vec<u32>,
     /// `j!/α!`.
     multinomials: Vec<f64>,
     /// Number of monomials of degree at most `j`.
@@ -28,9 +32,22 @@ pub(crate) struct Monomials {
 
 /// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the
 /// cache.
-pub(crate) const PIECE: usize = 128;
+///
+/// Strides of tiles are odd multiples of 16: those of powers of two would all share a few places in the cache.
+pub(crate) const PIECE: usize = 144;
 /// Beyond this not even one variable makes sense.
 const LARGEST_DEGREE: usize = 1 << 20;
+
+/// Consecutive children of one parent: `feature = parent x_variable`, `variable` counting up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run {
+    parent: u32,
+    /// Of the first.
+    variable: u32,
+    /// The first child's place in the piece.
+    at: u32,
+    count: u32,
+}
 
 /// `C(d + g, g)`, or `None` where it does not fit.
 pub(crate) fn rank(d: usize, degree: usize) -> Option<usize> {
@@ -53,10 +70,12 @@ impl Monomials {
         // How often the last variable stands in the monomial.
         let mut repeats = vec![0u32];
         let mut ranks = vec![1];
+        let mut children = Vec::new();
         let mut previous = 0..1;
         for j in 1..=degree {
             for parent in previous.clone() {
                 let last = links[parent].1;
+                children.push(links.len() as u32);
                 for variable in last..d as u32 {
                     let run = if variable == last { repeats[parent] + 1 } else { 1 };
                     links.push((parent as u32, variable));
@@ -67,12 +86,17 @@ impl Monomials {
             previous = previous.end..links.len();
             ranks.push(links.len());
         }
-        Self { links, multinomials, ranks }
+        children.push(links.len() as u32);
+        Self { links, children, multinomials, ranks }
     }
 
     /// Number of monomials of degree at most `degree`.
     pub fn rank(&self, degree: usize) -> usize {
         self.ranks[degree]
+    }
+
+    fn variables(&self) -> usize {
+        self.ranks.get(1).map_or(0, |r| r - 1)
     }
 
     /// What multiplies `q^α k^α` in `sum_j coefficients_j (scale q.k)^j`, for every `α`.
@@ -93,34 +117,52 @@ impl Monomials {
         std::iter::once(0..low).chain((low..r).step_by(PIECE).map(move |start| start..(start + PIECE).min(r)))
     }
 
-    /// Writes the first `r` features of a tile: `x` is `(d, len)`, `f` `(r, len)`.
-    pub fn features<T: Real>(&self, x: &[T], len: usize, r: usize, f: &mut [T]) {
-        f[..len].fill(T::ONE);
-        vectorised(
-            #[inline(always)]
-            || {
-                for (a, &link) in self.links[..r].iter().enumerate().skip(1) {
-                    let (done, rest) = f.split_at_mut(a * len);
-                    child(link, x, done, len, &mut rest[..len]);
+    /// The runs of children that make up a range of features, without the constant one.
+    fn runs(&self, features: Range<usize>) -> impl Iterator<Item = Run> {
+        let first = self.links[features.start].0 as usize;
+        self.children[first..]
+            .array_windows()
+            .zip(first..)
+            .map(move |(&[start, end], parent)| {
+                let from = (start as usize).max(features.start);
+                Run {
+                    parent: parent as u32,
+                    variable: self.links[from].1,
+                    at: (from - features.start) as u32,
+                    count: (end as usize).min(features.end).saturating_sub(from) as u32,
                 }
-            },
-        );
+            })
+            .take_while(|run| run.count > 0)
     }
 
-    /// Writes a piece of the features of the highest degree, from all those below that degree.
+    /// Writes the features of a tile up to `degree`: `x` is `(d, len)`, `f` `(r, len)`.
+    pub fn features<T: Real>(&self, x: &[T], len: usize, degree: usize, f: &mut [T]) {
+        f[..len].fill(T::ONE);
+        for j in 1..=degree {
+            let level = self.ranks[j - 1]..self.ranks[j];
+            let (low, f) = f.split_at_mut(level.start * len);
+            self.piece(x, low, len, level, f);
+        }
+    }
+
+    /// Writes a piece of the features of one degree, from those of less.
     pub fn piece<T: Real>(&self, x: &[T], low: &[T], len: usize, piece: Range<usize>, f: &mut [T]) {
         vectorised(
             #[inline(always)]
             || {
-                for (&link, f) in self.links[piece].iter().zip(f.chunks_exact_mut(len)) {
-                    child(link, x, low, len, f);
+                for (&(parent, variable), f) in self.links[piece].iter().zip(f.chunks_exact_mut(len)) {
+                    let parent = &low[parent as usize * len..][..len];
+                    let x = &x[variable as usize * len..][..len];
+                    for ((f, &p), &x) in f.iter_mut().zip(parent).zip(x) {
+                        *f = p * x;
+                    }
                 }
             },
         );
     }
 
-    /// Adds to `dx`, `(d, len)`, and to the gradient `dlow` of the features below the highest degree what a piece of
-    /// that degree with the gradient `df` gives them.
+    /// Adds to `dx`, `(d, len)`, and to the gradient `dlow` of the features of lower degree what a piece of one degree
+    /// with the gradient `df` gives them.
     pub fn pullback_piece<T: Real>(
         &self,
         x: &[T],
@@ -131,59 +173,184 @@ impl Monomials {
         dlow: &mut [T],
         dx: &mut [T],
     ) {
-        vectorised(
-            #[inline(always)]
-            || {
-                for (&link, df) in self.links[piece].iter().zip(df.chunks_exact(len)) {
-                    pull(link, x, low, len, df, dlow, dx);
-                }
-            },
-        );
+        let parents = (self.links[piece.end - 1].0 as usize + 1) * len;
+        let variables = self.variables() * len;
+        assert!(df.len() >= piece.len() * len && low.len() >= parents && dlow.len() >= parents, "a tile's features");
+        assert!(x.len() >= variables && dx.len() >= variables, "a tile's variables");
+        let (x, low, df) = (x.as_ptr(), low.as_ptr(), df.as_ptr());
+        let (dlow, dx) = (dlow.as_mut_ptr(), dx.as_mut_ptr());
+        Arch::new().dispatch(Pull { runs: self.runs(piece), len, x, low, df, dlow, dx });
     }
 
-    /// Adds `J^T df` to `dx`, `(d, len)`, for the gradient `df` of the first `r` features, which it destroys. Of `f`
-    /// only the features of less than the highest degree are read.
-    pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, r: usize, df: &mut [T], dx: &mut [T]) {
-        vectorised(
-            #[inline(always)]
-            || {
-                for (a, &link) in self.links[..r].iter().enumerate().skip(1).rev() {
-                    let (before, rest) = df.split_at_mut(a * len);
-                    pull(link, x, f, len, &rest[..len], before, dx);
-                }
-            },
+    /// Adds `J^T df` to `dx`, `(d, len)`, for the gradient `df` of the features up to `degree`, which it destroys. Of
+    /// `f` only the features of less than that degree are read.
+    pub fn pullback<T: Real>(&self, x: &[T], f: &[T], len: usize, degree: usize, df: &mut [T], dx: &mut [T]) {
+        for j in (1..=degree).rev() {
+            let level = self.ranks[j - 1]..self.ranks[j];
+            let (dlow, df) = df.split_at_mut(level.start * len);
+            self.pullback_piece(x, f, len, level, df, dlow, dx);
+        }
+    }
+
+    /// Numbers beyond the end of a row of variables, and of a buffer of rows of features, that vectors may run into.
+    pub const OVERRUN: usize = 16;
+
+    /// Writes the features below `degree`, each token's in a row of `rank(degree - 1)`. Rows of `x` are `width` long,
+    /// with [`OVERRUN`](Self::OVERRUN) numbers behind the variables.
+    pub fn low_rows<T: Real>(&self, x: &[T], width: usize, len: usize, degree: usize, low: &mut [T]) {
+        let r = self.ranks[degree - 1];
+        assert!(low.len() >= len * r + Self::OVERRUN && x.len() >= len * width, "a tile's rows");
+        assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
+        if r == 1 {
+            return low[..len].fill(T::ONE);
+        }
+        let f = low.as_mut_ptr();
+        let runs: Vec<Run> = self.runs(1..r).map(|run| Run { at: run.at + 1, ..run }).collect();
+        Arch::new().dispatch(FormRows {
+            runs: &runs,
+            len,
+            x: x.as_ptr(),
+            width,
+            low: f,
+            low_width: r,
+            f,
+            f_width: r,
+            first: true,
+        });
+    }
+
+    /// Writes a piece of the features of `degree` in rows of [`PIECE`], from those that [`low_rows`](Self::low_rows)
+    /// wrote.
+    pub fn piece_rows<T: Real>(
+        &self,
+        x: &[T],
+        width: usize,
+        low: &[T],
+        len: usize,
+        degree: usize,
+        piece: Range<usize>,
+        f: &mut [T],
+    ) {
+        let r = self.ranks[degree - 1];
+        let level = r..self.ranks[degree];
+        assert!(
+            level.contains(&piece.start) && piece.end <= level.end && piece.len() <= PIECE,
+            "a piece of one degree"
         );
+        assert!(
+            f.len() >= len * PIECE + Self::OVERRUN && low.len() >= len * r && x.len() >= len * width,
+            "a tile's rows"
+        );
+        assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
+        let (x, low, f) = (x.as_ptr(), low.as_ptr(), f.as_mut_ptr());
+        let runs: Vec<Run> = self.runs(piece).collect();
+        Arch::new().dispatch(FormRows {
+            runs: &runs,
+            len,
+            x,
+            width,
+            low,
+            low_width: r,
+            f,
+            f_width: PIECE,
+            first: false,
+        });
     }
 }
 
-/// `f = f_parent x_variable`.
-#[inline(always)]
-fn child<T: Real>((parent, variable): (u32, u32), x: &[T], parents: &[T], len: usize, f: &mut [T]) {
-    let parent = &parents[parent as usize * len..][..len];
-    let x = &x[variable as usize * len..][..len];
-    for ((f, &p), &x) in f.iter_mut().zip(parent).zip(x) {
-        *f = p * x;
-    }
-}
-
-/// `df_parent += df x_variable`, `dx_variable += df f_parent`.
-#[inline(always)]
-fn pull<T: Real>(
-    (parent, variable): (u32, u32),
-    x: &[T],
-    parents: &[T],
+/// The features of `runs`, token by token. Vectors run over the end of a run into what is written after it.
+struct FormRows<'a, T> {
+    runs: &'a [Run],
+    /// Whether the constant feature comes first.
+    first: bool,
     len: usize,
-    df: &[T],
-    dparents: &mut [T],
-    dx: &mut [T],
-) {
-    let dparent = &mut dparents[parent as usize * len..][..len];
-    let parent = &parents[parent as usize * len..][..len];
-    let x = &x[variable as usize * len..][..len];
-    let dx = &mut dx[variable as usize * len..][..len];
-    for t in 0..len {
-        dparent[t] += df[t] * x[t];
-        dx[t] += df[t] * parent[t];
+    x: *const T,
+    width: usize,
+    low: *const T,
+    low_width: usize,
+    f: *mut T,
+    f_width: usize,
+}
+
+impl<T: Real> WithSimd for FormRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let lanes = T::lanes::<S>();
+        for t in 0..self.len {
+            // SAFETY: whoever makes this sees to it that each row of x has `OVERRUN` numbers behind its variables and
+            // the last row of f as many behind its features, that a run's parents are in low and its variables in x.
+            // A vector is no longer than that.
+            unsafe {
+                let (x, low, f) =
+                    (self.x.add(t * self.width), self.low.add(t * self.low_width), self.f.add(t * self.f_width));
+                if self.first {
+                    *f = T::ONE;
+                }
+                for run in self.runs {
+                    let parent = T::splat(simd, *low.add(run.parent as usize));
+                    let (x, f) = (x.add(run.variable as usize), f.add(run.at as usize));
+                    let mut done = 0;
+                    while done < run.count as usize {
+                        T::store(simd, f.add(done), T::multiply(simd, parent, T::load(simd, x.add(done))));
+                        done += lanes;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `dlow += sum over a run of df x`, `dx += df low`, tokens along the lanes.
+struct Pull<I, T> {
+    runs: I,
+    len: usize,
+    x: *const T,
+    low: *const T,
+    df: *const T,
+    dlow: *mut T,
+    dx: *mut T,
+}
+
+impl<I: Iterator<Item = Run>, T: Real> WithSimd for Pull<I, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { runs, len, x, low, df, dlow, dx } = self;
+        let lanes = T::lanes::<S>();
+        for run in runs {
+            // SAFETY: whoever makes this sees to it that the run's parent and variables, and its place in df, lie
+            // within the tiles, whose rows are `len` long.
+            unsafe {
+                let (low, dlow) = (low.add(run.parent as usize * len), dlow.add(run.parent as usize * len));
+                let first = run.variable as usize * len;
+                let (x, dx, df) = (x.add(first), dx.add(first), df.add(run.at as usize * len));
+                let mut t = 0;
+                while t + lanes <= len {
+                    let parent = T::load(simd, low.add(t));
+                    let mut sum = T::load(simd, dlow.add(t));
+                    for child in 0..run.count as usize {
+                        let at = child * len + t;
+                        let g = T::load(simd, df.add(at));
+                        sum = T::multiply_add(simd, g, T::load(simd, x.add(at)), sum);
+                        T::store(simd, dx.add(at), T::multiply_add(simd, g, parent, T::load(simd, dx.add(at))));
+                    }
+                    T::store(simd, dlow.add(t), sum);
+                    t += lanes;
+                }
+                for t in t..len {
+                    let mut sum = *dlow.add(t);
+                    for child in 0..run.count as usize {
+                        let at = child * len + t;
+                        sum += *df.add(at) * *x.add(at);
+                        *dx.add(at) += *df.add(at) * *low.add(t);
+                    }
+                    *dlow.add(t) = sum;
+                }
+            }
+        }
     }
 }
 
@@ -211,8 +378,8 @@ mod tests {
         let q: Vec<f64> = (0..d * len).map(number).collect();
         let k: Vec<f64> = (0..d * len).map(|i| number(i + 5)).collect();
         let (mut fq, mut fk) = (vec![f64::NAN; r * len], vec![f64::NAN; r * len]);
-        tree.features(&q, len, r, &mut fq);
-        tree.features(&k, len, r, &mut fk);
+        tree.features(&q, len, 4, &mut fq);
+        tree.features(&k, len, 4, &mut fk);
         let weights = tree.weights(&coefficients, scale);
         for t in 0..len {
             let s: f64 = scale * (0..d).map(|c| q[c * len + t] * k[c * len + t]).sum::<f64>();
@@ -231,13 +398,13 @@ mod tests {
         let u: Vec<f64> = (0..r).map(|a| ((a * 7 % 11) as f64 - 5.0) / 3.0).collect();
         let value = |x: &[f64]| -> f64 {
             let mut f = vec![0.0; r];
-            tree.features(x, 1, r, &mut f);
+            tree.features(x, 1, degree, &mut f);
             f.iter().zip(&u).map(|(f, u)| f * u).sum()
         };
         let mut f = vec![0.0; r];
-        tree.features(&x, 1, r, &mut f);
+        tree.features(&x, 1, degree, &mut f);
         let mut dx = vec![0.0; d];
-        tree.pullback(&x, &f, 1, r, &mut u.clone(), &mut dx);
+        tree.pullback(&x, &f, 1, degree, &mut u.clone(), &mut dx);
         let low = tree.rank(degree - 1);
         let (mut by_pieces, mut dlow) = (vec![0.0; d], u[..low].to_vec());
         for piece in tree.pieces(degree).skip(1) {
@@ -246,7 +413,7 @@ mod tests {
             assert_eq!(top, f[piece.clone()]);
             tree.pullback_piece(&x, &f[..low], 1, piece.clone(), &u[piece], &mut dlow, &mut by_pieces);
         }
-        tree.pullback(&x, &f[..low], 1, low, &mut dlow, &mut by_pieces);
+        tree.pullback(&x, &f[..low], 1, degree - 1, &mut dlow, &mut by_pieces);
         for (a, b) in by_pieces.iter().zip(&dx) {
             assert!((a - b).abs() <= 1e-13 * b.abs().max(1.0), "{a} {b}");
         }

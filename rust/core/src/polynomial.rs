@@ -42,8 +42,7 @@
 
 use std::ops::Range;
 
-use faer::prelude::ReborrowMut;
-use faer::{MatMut, MatRef};
+use faer::MatRef;
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
@@ -55,8 +54,8 @@ use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
 use crate::monomials::{self, Monomials, PIECE};
 use crate::real::Real;
-use crate::state::{State, add, weigh};
-use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
+use crate::state::{State, Tokens, add, weigh, weigh_first};
+use crate::tile::{add_product, load_rows, load_transposed, product, store_transposed, view, view_mut};
 
 /// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
 #[derive(Debug, Clone)]
@@ -67,6 +66,8 @@ pub(crate) struct Constants<T> {
     query_shift: Vec<T>,
     /// `β`, empty for none.
     key_shift: Vec<T>,
+    /// The state of all keys, where the backward pass of an engine without mask uses the same one: not weighted.
+    key_state: Option<Vec<f64>>,
 }
 
 /// Numbers in a tile of features that stay in a core's second-level cache.
@@ -79,6 +80,8 @@ const FIT_PREFIX: usize = 1024;
 const LARGEST_STATE: usize = 1 << 27;
 /// Numbers in all partial states of a head together, where eight of them take no more than 1 GiB.
 const PARTIAL_STATES: usize = 1 << 23;
+/// Blocks of the causal scans with few features, and with many, whose states are dearer to keep.
+const BLOCKS: [usize; 2] = [112, 240];
 
 /// One head's pass, with everything that its tiles share.
 pub(crate) struct Pass<'a, T> {
@@ -120,11 +123,12 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<Constants<T>> {
-    let pass = Pass::new(ctx, head, attention, engine, tree, None)?;
+    let mut pass = Pass::new(ctx, head, attention, engine, tree, None)?;
     if attention.causal {
         causal::forward(&pass, out, row_max, row_scale)?;
     } else {
-        pass.forward(out, row_max, row_scale)?;
+        let state = pass.forward(out, row_max, row_scale)?;
+        pass.constants.key_state = (engine.gradient == Gradient::Consistent).then_some(state);
     }
     Ok(pass.constants)
 }
@@ -140,13 +144,13 @@ pub(crate) fn backward<T: Real>(
     up: Upstream<'_, T>,
     grads: HeadGrads<'_, T>,
 ) -> Result<()> {
-    let pass = Pass::new(ctx, head, attention, engine, tree, Some(constants.clone()))?;
+    let pass = Pass::new(ctx, head, attention, engine, tree, Some(constants))?;
     if attention.causal {
         causal::backward(&pass, up, grads)
     } else if engine.shift == Shift::None {
-        pass.backward(up, grads)
+        pass.backward(constants.key_state.as_deref(), up, grads)
     } else {
-        pass.backward_through_shift(up, grads)
+        pass.backward_through_shift(constants.key_state.as_deref(), up, grads)
     }
 }
 
@@ -157,16 +161,21 @@ impl<'a, T: Real> Pass<'a, T> {
         attention: &Attention,
         engine: &'a engine::Polynomial,
         tree: &'a Monomials,
-        constants: Option<Constants<T>>,
+        constants: Option<&Constants<T>>,
     ) -> Result<Self> {
-        let none = Constants { coefficients: Vec::new(), query_shift: Vec::new(), key_shift: Vec::new() };
+        let none =
+            Constants { coefficients: Vec::new(), query_shift: Vec::new(), key_shift: Vec::new(), key_state: None };
         let mut pass = Self { ctx, head, engine, scale: attention.scale, constants: none, tree, biases: None };
         let fit_it = constants.is_none();
         match constants {
             Some(constants) if constants.coefficients.len() != engine.degree + 1 => {
                 return Err(Error::Argument("saved comes from a forward pass of another degree".into()));
             }
-            Some(constants) => pass.constants = constants,
+            Some(Constants { coefficients, query_shift, key_shift, .. }) => {
+                pass.constants.coefficients.clone_from(coefficients);
+                pass.constants.query_shift.clone_from(query_shift);
+                pass.constants.key_shift.clone_from(key_shift);
+            }
             None if engine.shift == Shift::Mean => {
                 pass.constants.query_shift = mean(head.q);
                 pass.constants.key_shift = mean(head.k);
@@ -189,7 +198,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
                 let tokens = |x: MatRef<'a, T>| {
                     let all = x.nrows();
-                    x.subrows(0, if causal { all.min(self.prefix() * self.block()) } else { all })
+                    x.subrows(0, if causal { all.min(FIT_PREFIX) } else { all })
                 };
                 let level = self.level(0..tokens(self.head.k).nrows());
                 let weight =
@@ -260,20 +269,30 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Coefficients of the polynomial whose gradient stands in dq and dk: `P` with `P' = p`, or `p` itself.
+    ///
+    /// The constant of `P` is free. With that of `p`, Taylor's `P` continues `p`: then one weighted state is both.
     pub fn potential(&self) -> Vec<f64> {
         let a = &self.constants.coefficients;
         match self.engine.gradient {
             Gradient::Consistent => a.clone(),
             Gradient::ClosedForm => {
-                std::iter::once(0.0).chain(a.iter().enumerate().map(|(j, a)| a / (j + 1) as f64)).collect()
+                std::iter::once(a[0]).chain(a.iter().enumerate().map(|(j, a)| a / (j + 1) as f64)).collect()
             }
         }
     }
 
+    /// The weights of the potential's features, and those of p's where they are not the first of them.
+    pub fn weights(&self) -> (Vec<f64>, Option<Vec<f64>>) {
+        let (a, potential) = (&self.constants.coefficients, self.potential());
+        let own = (potential[..a.len()] != a[..]).then(|| self.tree.weights(a, self.scale));
+        (self.tree.weights(&potential, self.scale), own)
+    }
+
     /// Tokens a tile, for features up to `degree`.
     pub fn tile(&self, degree: usize) -> usize {
-        let fit = (TILE_NUMBERS / self.tree.rank(degree - 1).max(PIECE)).max(1);
-        (1usize << fit.ilog2()).clamp(32, 256)
+        let fit = TILE_NUMBERS / self.tree.rank(degree - 1).max(PIECE);
+        // An odd multiple of 16: see PIECE.
+        (fit / 32 * 32).clamp(64, 256) - 16
     }
 
     /// Buffers for tiles with features up to `degree`.
@@ -281,15 +300,20 @@ impl<'a, T: Real> Pass<'a, T> {
         Scratch::new(self, self.tile(degree), degree)
     }
 
-    /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
-    pub fn block(&self) -> usize {
-        if self.tree.rank(self.engine.degree) <= 1024 { 64 } else { 128 }
+    /// Buffers for tiles of tokens that are added to states of features up to `degree`.
+    pub fn tokens(&self, degree: usize) -> Tokens<T> {
+        Tokens::new(self.tree, self.head.q.ncols(), self.e(), self.tile(degree), degree)
     }
 
-    /// Blocks before a query's own whose scores are exact too.
-    pub fn lag(&self) -> usize {
+    /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
+    pub fn block(&self) -> usize {
+        BLOCKS[usize::from(self.tree.rank(self.engine.degree) > 1024)]
+    }
+
+    /// Tokens before a query's block whose scores are exact too.
+    pub fn window(&self) -> usize {
         match self.engine.diagonal {
-            Diagonal::Exact => self.engine.window.div_ceil(self.block()),
+            Diagonal::Exact => self.engine.window,
             Diagonal::Polynomial => 0,
         }
     }
@@ -297,11 +321,7 @@ impl<'a, T: Real> Pass<'a, T> {
     /// Blocks at the start of a causal sequence whose queries meet all their keys exactly, so that coefficients may be
     /// fitted to them without any query's answer depending on a later token.
     pub fn prefix(&self) -> usize {
-        if self.engine.coefficients == Coefficients::Fitted {
-            (FIT_PREFIX / self.block()).max(self.lag() + 1)
-        } else {
-            0
-        }
+        if self.engine.coefficients == Coefficients::Fitted { FIT_PREFIX.div_ceil(self.block()) } else { 0 }
     }
 
     pub fn load_queries(&self, start: usize, len: usize, x: &mut [T]) {
@@ -318,103 +338,72 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// `[v_j; 1]` as `(e, len)`, times `w_j` where there is a level that the weights are relative to.
-    pub fn load_values(&self, start: usize, len: usize, level: Option<f64>, x: &mut [T]) {
+    /// `[v_j; 1]` as `(e, len)`.
+    fn load_values(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.v, start, len, &[], x);
         let e = self.e();
         x[(e - 1) * len..e * len].fill(T::ONE);
-        if let (Some(level), Some(_)) = (level, &self.biases) {
-            for t in 0..len {
-                let w = self.weight(start + t, level);
-                for c in 0..e {
-                    x[c * len + t] *= w;
-                }
-            }
-        }
     }
 
-    /// `[dout_i; -delta_i] factor(i)` as `(e, len)`.
-    pub fn load_upstream(
-        &self,
-        up: &Upstream<'_, T>,
-        start: usize,
-        len: usize,
-        factor: impl Fn(usize) -> T,
-        x: &mut [T],
-    ) {
-        let dv = self.e() - 1;
+    /// `[dout_i; -delta_i]` as `(e, len)`.
+    pub fn load_upstream(&self, up: &Upstream<'_, T>, start: usize, len: usize, x: &mut [T]) {
         load_transposed(up.dout, start, len, &[], x);
-        for t in 0..len {
-            x[dv * len + t] = -up.delta[start + t];
-            let by = factor(start + t);
-            for c in 0..=dv {
-                x[c * len + t] *= by;
-            }
+        let dv = self.e() - 1;
+        for (x, &delta) in x[dv * len..].iter_mut().zip(&up.delta[start..start + len]) {
+            *x = -delta;
         }
     }
 
-    /// `sum_j [w_j v_j, w_j]^T φ(k_j)^T` over a range of keys, in float64, with features up to `degree` and the weights
-    /// relative to `level`.
-    pub fn key_state(
-        &self,
-        keys: Range<usize>,
-        level: f64,
-        degree: usize,
-        scratch: &mut Scratch<T>,
-    ) -> Result<Vec<f64>> {
-        let mut state = State::new(self.e(), self.tree.rank(degree));
-        self.add_keys(&mut state, keys, level, degree, scratch)?;
-        Ok(state.finish())
-    }
-
-    /// `sum_i [dout_i, -delta_i]^T φ(q_i)^T factor(i)` over a range of queries, in float64.
-    pub fn query_state(
-        &self,
-        up: &Upstream<'_, T>,
-        queries: Range<usize>,
-        degree: usize,
-        factor: impl Fn(usize) -> T + Copy,
-        scratch: &mut Scratch<T>,
-    ) -> Result<Vec<f64>> {
-        let mut state = State::new(self.e(), self.tree.rank(degree));
-        self.add_queries(&mut state, up, queries, factor, degree, scratch)?;
-        Ok(state.finish())
-    }
-
-    /// Adds keys to a state.
+    /// Adds `[w_j v_j, w_j]^T φ(k_j)^T` of a range of keys, no more than a tile, with features up to `degree`, to what
+    /// `state(len)` is. The weights are relative to `level`.
     pub fn add_keys(
         &self,
-        state: &mut State<T>,
-        keys: Range<usize>,
+        state: &mut [T],
+        (start, len): (usize, usize),
         level: f64,
         degree: usize,
-        scratch: &mut Scratch<T>,
+        tokens: &mut Tokens<T>,
     ) -> Result<()> {
-        for (start, len) in tiles(keys, self.tile(degree)) {
-            self.ctx.check()?;
-            self.load_keys(start, len, &mut scratch.x);
-            self.load_values(start, len, Some(level), &mut scratch.values);
-            scratch.add_to(state, self.tree, degree, len);
+        self.ctx.check()?;
+        let (d, e) = (self.head.k.ncols(), self.e());
+        load_rows(self.head.k, start, len, &self.constants.key_shift, tokens.width, &mut tokens.x);
+        load_rows(self.head.v, start, len, &[], e, &mut tokens.values);
+        for (t, (x, values)) in
+            tokens.x.chunks_exact_mut(tokens.width).zip(tokens.values.chunks_exact_mut(e)).enumerate().take(len)
+        {
+            let w = self.weight(start + t, level);
+            values[e - 1] = T::ONE;
+            if w != T::ONE {
+                values.iter_mut().for_each(|v| *v *= w);
+            }
+            if self.bias(start + t) == f64::NEG_INFINITY {
+                x[..d].fill(T::ZERO);
+            }
         }
+        tokens.add_to(state, self.tree, degree, len);
         Ok(())
     }
 
-    /// Adds queries, with what is pulled back through them, to a state.
+    /// Adds `[dout_i, -delta_i]^T φ(q_i)^T factor(i)` of a range of queries, as [`add_keys`](Self::add_keys).
     pub fn add_queries(
         &self,
-        state: &mut State<T>,
+        state: &mut [T],
         up: &Upstream<'_, T>,
-        queries: Range<usize>,
-        factor: impl Fn(usize) -> T + Copy,
+        (start, len): (usize, usize),
+        factor: impl Fn(usize) -> T,
         degree: usize,
-        scratch: &mut Scratch<T>,
+        tokens: &mut Tokens<T>,
     ) -> Result<()> {
-        for (start, len) in tiles(queries, self.tile(degree)) {
-            self.ctx.check()?;
-            self.load_queries(start, len, &mut scratch.x);
-            self.load_upstream(up, start, len, factor, &mut scratch.values);
-            scratch.add_to(state, self.tree, degree, len);
+        self.ctx.check()?;
+        let e = self.e();
+        load_rows(self.head.q, start, len, &self.constants.query_shift, tokens.width, &mut tokens.x);
+        load_rows(up.dout, start, len, &[], e, &mut tokens.values);
+        for (t, values) in tokens.values.chunks_exact_mut(e).enumerate().take(len) {
+            values[e - 1] = -up.delta[start + t];
+            let by = factor(start + t);
+            values.iter_mut().for_each(|v| *v *= by);
         }
+        tokens.add_to(state, self.tree, degree, len);
         Ok(())
     }
 
@@ -423,15 +412,25 @@ impl<'a, T: Real> Pass<'a, T> {
         &self,
         tokens: usize,
         degree: usize,
-        partial: impl Fn(Range<usize>, &mut Scratch<T>) -> Result<Vec<f64>> + Sync,
+        add_tile: impl Fn(&mut [T], (usize, usize), &mut Tokens<T>) -> Result<()> + Sync,
     ) -> Result<Vec<f64>> {
-        let rows = self.partition(tokens, self.tile(degree), degree);
+        let (e, r, tile) = (self.e(), self.tree.rank(degree), self.tile(degree));
+        let rows = self.partition(tokens, tile, degree);
         let partials: Vec<_> = (0..tokens.div_ceil(rows))
             .into_par_iter()
-            .map_init(|| self.scratch(degree), |scratch, p| partial(p * rows..tokens.min((p + 1) * rows), scratch))
+            .map_init(
+                || self.tokens(degree),
+                |buffers, p| {
+                    let mut state = State::new(e, r);
+                    for (start, len) in tiles(p * rows..tokens.min((p + 1) * rows), tile) {
+                        add_tile(state.tile(len), (start, len), buffers)?;
+                    }
+                    Ok(state.finish())
+                },
+            )
             .collect::<Result<_>>()?;
         let mut partials = partials.into_iter();
-        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; self.tree.rank(degree) * self.e()]);
+        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; r * e]);
         for partial in partials {
             add(&mut sum, &partial);
         }
@@ -440,20 +439,20 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// Tokens of one unit of parallel work, a multiple of `step`: as many units as memory for their states allows, up
     /// to 32.
-    pub fn partition(&self, tokens: usize, step: usize, degree: usize) -> usize {
+    fn partition(&self, tokens: usize, step: usize, degree: usize) -> usize {
         let state = self.tree.rank(degree) * self.e();
         let units = (PARTIAL_STATES / state).clamp(8, 32).min((LARGEST_STATE / state).max(1));
         let units = 1 << units.ilog2();
         tokens.div_ceil(units).next_multiple_of(step).max(step)
     }
 
-    fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<()> {
-        let (g, e, dv) = (self.engine.degree, self.e(), self.e() - 1);
-        let level = self.level(0..self.head.k.nrows());
-        let state =
-            self.whole_state(self.head.k.nrows(), g, |keys, scratch| self.key_state(keys, level, g, scratch))?;
-        let weights = self.tree.weights(&self.constants.coefficients, self.scale);
-        let state = weigh(&state, weights.len(), &weights);
+    /// Writes `out` and the row factors, and returns the state of all keys.
+    fn forward(&self, out: &mut [T], row_max: &mut [T], row_scale: &mut [T]) -> Result<Vec<f64>> {
+        let (g, e, dv, m) = (self.engine.degree, self.e(), self.e() - 1, self.head.k.nrows());
+        let level = self.level(0..m);
+        let sum = self.whole_state(m, g, |state, keys, tokens| self.add_keys(state, keys, level, g, tokens))?;
+        let state = weigh(&sum, &self.tree.weights(&self.constants.coefficients, self.scale));
+        let state = view(&state, e, self.tree.rank(g));
         let tile = self.tile(g);
         row_max.fill(T::ZERO);
         (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile))
@@ -461,19 +460,20 @@ impl<'a, T: Real> Pass<'a, T> {
             .enumerate()
             .with_min_len(TILES_A_SCRATCH)
             .try_for_each_init(
-                || (self.scratch(g), vec![T::ZERO; e * tile]),
-                |(scratch, values), (i, (out, scale))| {
+                || self.scratch(g),
+                |scratch, (i, (out, scale))| {
                     self.ctx.check()?;
                     let (start, len) = (i * tile, scale.len());
                     self.load_queries(start, len, &mut scratch.x);
-                    scratch.apply(self.tree, g, &state, len, view_mut(values, e, len));
+                    scratch.apply(self.tree, g, state, len);
                     for (t, scale) in scale.iter_mut().enumerate() {
-                        *scale = self.inverse(values[dv * len + t], start + t)?;
+                        *scale = self.inverse(scratch.out[dv * len + t], start + t)?;
                     }
-                    store_transposed(values, len, dv, out, |t| scale[t]);
+                    store_transposed(&scratch.out, len, dv, out, |t| scale[t]);
                     Ok(())
                 },
-            )
+            )?;
+        Ok(sum)
     }
 
     /// `1/D_i`, or what to do about a denominator that has none.
@@ -505,35 +505,46 @@ impl<'a, T: Real> Pass<'a, T> {
         }))
     }
 
-    fn backward(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+    /// Adds the gradients, from the state of all keys where the forward pass has left it.
+    fn backward(&self, key_state: Option<&[f64]>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
         let HeadGrads { dq, dk, dv: grad_v, dkey_bias } = grads;
-        let (degree, d, dv) = (self.potential_degree(), self.head.q.ncols(), self.e() - 1);
-        let (n, m, tile) = (self.head.q.nrows(), self.head.k.nrows(), self.tile(degree));
-        let potential = self.tree.weights(&self.potential(), self.scale);
+        let (degree, d, e) = (self.potential_degree(), self.head.q.ncols(), self.e());
+        let (n, m, dv, tile, r) =
+            (self.head.q.nrows(), self.head.k.nrows(), e - 1, self.tile(degree), self.tree.rank(degree));
+        let (potential, own) = self.weights();
         let level = self.level(0..m);
 
-        let state = self.whole_state(m, degree, |keys, scratch| self.key_state(keys, level, degree, scratch))?;
-        let state = weigh(&state, potential.len(), &potential);
+        let state = match key_state {
+            Some(sum) => weigh(sum, &potential),
+            None => weigh(
+                &self
+                    .whole_state(m, degree, |state, keys, tokens| self.add_keys(state, keys, level, degree, tokens))?,
+                &potential,
+            ),
+        };
+        let of_keys = view(&state, e, r);
         dq.par_chunks_mut(tile * d).enumerate().with_min_len(TILES_A_SCRATCH).try_for_each_init(
             || self.scratch(degree),
             |scratch, (i, dq)| {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
                 self.load_queries(start, len, &mut scratch.x);
-                self.load_upstream(&up, start, len, |i| up.rows.scale[i], &mut scratch.values);
-                scratch.pullback(self.tree, degree, &state, len);
-                store_transposed(&scratch.dx, len, d, dq, |_| T::ONE);
+                self.load_upstream(&up, start, len, &mut scratch.values);
+                scratch.pullback(self.tree, degree, of_keys, len);
+                store_transposed(&scratch.dx, len, d, dq, |t| up.rows.scale[start + t]);
                 Ok(())
             },
         )?;
         drop(state);
 
-        let state = self.whole_state(n, degree, |queries, scratch| {
-            self.query_state(&up, queries, degree, |i| up.rows.scale[i], scratch)
+        let sum = self.whole_state(n, degree, |state, queries, tokens| {
+            self.add_queries(state, &up, queries, |i| up.rows.scale[i], degree, tokens)
         })?;
-        let weighted = weigh(&state, potential.len(), &potential);
-        let of_values = weigh(&state, potential.len(), &self.tree.weights(&self.constants.coefficients, self.scale));
-        drop(state);
+        let state = weigh(&sum, &potential);
+        let of_potential = view(&state, e, r);
+        let own = own.map(|weights| weigh_first(&sum, r, &weights));
+        drop(sum);
+        let of_values = own.as_ref().map_or(of_potential, |own| view(own, e, own.len() / e));
         let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
         (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
             .into_par_iter()
@@ -543,7 +554,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 || self.scratch(degree),
                 |scratch, (j, (dk, dv, db))| {
                     let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
-                    self.key_gradients(j * tile, level, &weighted, &of_values, scratch, grads)
+                    self.key_gradients(j * tile, level, of_potential, of_values, scratch, grads)
                 },
             )
     }
@@ -554,33 +565,29 @@ impl<'a, T: Real> Pass<'a, T> {
         &self,
         start: usize,
         level: f64,
-        potential: &[T],
-        of_values: &[T],
+        potential: MatRef<'_, T>,
+        of_values: MatRef<'_, T>,
         scratch: &mut Scratch<T>,
         mut grads: HeadGrads<'_, T>,
     ) -> Result<()> {
         self.ctx.check()?;
-        let (e, d, dv) = (self.e(), self.head.k.ncols(), self.e() - 1);
+        let (d, dv) = (self.head.k.ncols(), self.e() - 1);
         let len = grads.dk.len() / d;
         self.load_keys(start, len, &mut scratch.x);
-        self.load_values(start, len, None, &mut scratch.values);
+        self.load_values(start, len, &mut scratch.values);
         scratch.pullback(self.tree, self.potential_degree(), potential, len);
-        let mut out = std::mem::take(&mut scratch.out);
-        scratch.apply(self.tree, self.engine.degree, of_values, len, view_mut(&mut out, e, len));
-        scratch.out = out;
+        scratch.apply(self.tree, self.engine.degree, of_values, len);
         let Scratch { values, out, dx, .. } = scratch;
         for t in 0..len {
             let w = self.weight(start + t, level);
-            let mut db = out[dv * len + t];
             for c in 0..dv {
-                let g = out[c * len + t];
-                grads.dv[t * dv + c] += w * g;
-                db += g * values[c * len + t];
+                grads.dv[t * dv + c] += w * out[c * len + t];
             }
             for c in 0..d {
                 grads.dk[t * d + c] += w * dx[c * len + t];
             }
             if let Some(grad) = &mut grads.dkey_bias {
+                let db = (0..=dv).map(|c| out[c * len + t] * values[c * len + t]).sum::<T>();
                 grad[t] += w * db;
             }
         }
@@ -588,11 +595,17 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// The gradients behind the shifts: see the top of this file.
-    fn backward_through_shift(&self, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+    fn backward_through_shift(
+        &self,
+        key_state: Option<&[f64]>,
+        up: Upstream<'_, T>,
+        grads: HeadGrads<'_, T>,
+    ) -> Result<()> {
         let (n, m, d, dv) = (self.head.q.nrows(), self.head.k.nrows(), self.head.q.ncols(), self.e() - 1);
         let Constants { query_shift: alpha, key_shift: beta, .. } = &self.constants;
         let (mut dk, mut dv_, mut db) = (vec![T::ZERO; m * d], vec![T::ZERO; m * dv], vec![T::ZERO; m]);
-        self.backward(up, HeadGrads { dq: &mut *grads.dq, dk: &mut dk, dv: &mut dv_, dkey_bias: Some(&mut db) })?;
+        let own = HeadGrads { dq: &mut *grads.dq, dk: &mut dk, dv: &mut dv_, dkey_bias: Some(&mut db) };
+        self.backward(key_state, up, own)?;
         let c = T::of(self.scale);
         for (dk, &db) in dk.chunks_mut(d).zip(&db) {
             for (dk, &alpha) in dk.iter_mut().zip(alpha) {
@@ -621,8 +634,8 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 }
 
-/// Buffers of one thread's tiles, and what is done with the features of a tile. Those of the highest degree, most of
-/// them, are formed a piece at a time and used at once.
+/// Buffers of one thread's tiles, tokens along the lanes, and what states are applied to and pulled back through. The
+/// features of the highest degree, most of them, are formed a piece at a time and used at once.
 pub(crate) struct Scratch<T> {
     /// Queries or keys, `(d, len)`.
     pub x: Vec<T>,
@@ -630,8 +643,8 @@ pub(crate) struct Scratch<T> {
     pub values: Vec<T>,
     /// Gradients of x, `(d, len)`.
     pub dx: Vec<T>,
-    /// A second `(e, len)`.
-    out: Vec<T>,
+    /// A state times features, `(e, len)`.
+    pub out: Vec<T>,
     /// The features below the highest degree, and a piece of the others.
     low: Vec<T>,
     piece: Vec<T>,
@@ -657,64 +670,42 @@ impl<T: Real> Scratch<T> {
         }
     }
 
-    /// Calls `body` with every piece of the features of `x` up to `degree`.
-    fn for_each_piece(
-        &mut self,
-        tree: &Monomials,
-        degree: usize,
-        len: usize,
-        mut body: impl FnMut(Range<usize>, &[T]),
-    ) {
+    /// `out = state φ(x)` with features up to `degree`, for a weighted state of at least so many columns.
+    pub fn apply(&mut self, tree: &Monomials, degree: usize, state: MatRef<'_, T>, len: usize) {
         for piece in tree.pieces(degree) {
-            if piece.start == 0 {
-                tree.features(&self.x, len, piece.end, &mut self.low);
-                body(piece, &self.low);
+            let f = if piece.start == 0 {
+                tree.features(&self.x, len, degree - 1, &mut self.low);
+                &self.low
             } else {
                 tree.piece(&self.x, &self.low, len, piece.clone(), &mut self.piece);
-                body(piece, &self.piece);
+                &self.piece
+            };
+            let (state, f) = (state.subcols(piece.start, piece.len()), view(f, piece.len(), len));
+            let out = view_mut(&mut self.out, state.nrows(), len);
+            if piece.start == 0 {
+                product(out, state, f, T::ONE);
+            } else {
+                add_product(out, state, f, T::ONE);
             }
         }
     }
 
-    /// Adds `values φ(x)^T` to a state.
-    fn add_to(&mut self, state: &mut State<T>, tree: &Monomials, degree: usize, len: usize) {
-        state.start_tile(len);
-        let values = std::mem::take(&mut self.values);
-        self.for_each_piece(tree, degree, len, |piece, f| state.add(&values, piece, f, len));
-        self.values = values;
-    }
-
-    /// `out = state φ(x)`, for a weighted state `(e, r)`.
-    pub fn apply(&mut self, tree: &Monomials, degree: usize, state: &[T], len: usize, mut out: MatMut<'_, T>) {
-        let state = view(state, out.nrows(), tree.rank(degree));
-        self.for_each_piece(tree, degree, len, |piece, f| {
-            let (state, f) = (state.subcols(piece.start, piece.len()), view(f, piece.len(), len));
-            if piece.start == 0 {
-                product(out.rb_mut(), state, f, T::ONE);
-            } else {
-                add_product(out.rb_mut(), state, f, T::ONE);
-            }
-        });
-    }
-
     /// `dx = J_φ(x)^T state^T values`, for a weighted state `(e, r)`.
-    pub fn pullback(&mut self, tree: &Monomials, degree: usize, state: &[T], len: usize) {
+    pub fn pullback(&mut self, tree: &Monomials, degree: usize, state: MatRef<'_, T>, len: usize) {
         let Self { x, values, dx, low, dlow, dpiece, .. } = self;
-        let r = tree.rank(degree);
-        let e = state.len() / r;
-        let (state, values) = (view(state, e, r), view(values, e, len));
+        let values = view(values, state.nrows(), len);
         dx.fill(T::ZERO);
         for piece in tree.pieces(degree) {
             let df = if piece.start == 0 { &mut *dlow } else { &mut *dpiece };
             let of_piece = state.subcols(piece.start, piece.len()).transpose();
             product(view_mut(df, piece.len(), len), of_piece, values, T::ONE);
             if piece.start == 0 {
-                tree.features(x, len, piece.end, low);
+                tree.features(x, len, degree - 1, low);
             } else {
                 tree.pullback_piece(x, low, len, piece, dpiece, dlow, dx);
             }
         }
-        tree.pullback(x, low, len, tree.rank(degree - 1), dlow, dx);
+        tree.pullback(x, low, len, degree - 1, dlow, dx);
     }
 }
 

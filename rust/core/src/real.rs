@@ -1,10 +1,93 @@
 //! The two scalar types, `f32` and `f64`, and the vectorised exponential.
 
 use faer::traits::RealField;
+use pulp::Simd;
+
+/// Vectors of a scalar type.
+pub trait Lanes: Copy {
+    /// A register full.
+    type Vector<S: Simd>: Copy;
+    /// Numbers in a vector.
+    fn lanes<S: Simd>() -> usize;
+    /// `x` in every lane.
+    fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+    /// `a b`.
+    fn multiply<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// `a b + c`, rounded once where the machine can.
+    fn multiply_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+    /// A vector from any address.
+    ///
+    /// # Safety
+    /// `at` must be valid for reading a vector.
+    unsafe fn load<S: Simd>(simd: S, at: *const Self) -> Self::Vector<S>;
+    /// The first `count` lanes, no more than there are; the others are 0.
+    ///
+    /// # Safety
+    /// `at` must be valid for reading `count` numbers.
+    unsafe fn load_first<S: Simd>(simd: S, at: *const Self, count: usize) -> Self::Vector<S>;
+    /// Writes a vector to any address.
+    ///
+    /// # Safety
+    /// `at` must be valid for writing a vector.
+    unsafe fn store<S: Simd>(simd: S, at: *mut Self, x: Self::Vector<S>);
+    /// Writes the first `count` lanes, no more than there are.
+    ///
+    /// # Safety
+    /// `at` must be valid for reading and writing `count` numbers.
+    unsafe fn store_first<S: Simd>(simd: S, at: *mut Self, count: usize, x: Self::Vector<S>);
+}
+
+macro_rules! lanes {
+    ($t:ty, $vector:ident, $lanes:ident, $splat:ident, $mul:ident, $mul_add:ident, $load:ident, $store:ident) => {
+        impl Lanes for $t {
+            type Vector<S: Simd> = S::$vector;
+            #[inline(always)]
+            fn lanes<S: Simd>() -> usize {
+                S::$lanes
+            }
+            #[inline(always)]
+            fn splat<S: Simd>(simd: S, x: Self) -> S::$vector {
+                simd.$splat(x)
+            }
+            #[inline(always)]
+            fn multiply<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                simd.$mul(a, b)
+            }
+            #[inline(always)]
+            fn multiply_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
+                simd.$mul_add(a, b, c)
+            }
+            #[inline(always)]
+            unsafe fn load<S: Simd>(_: S, at: *const Self) -> S::$vector {
+                // SAFETY: valid for reading, and a vector is plain numbers.
+                unsafe { at.cast::<S::$vector>().read_unaligned() }
+            }
+            #[inline(always)]
+            unsafe fn load_first<S: Simd>(simd: S, at: *const Self, count: usize) -> S::$vector {
+                // SAFETY: valid for reading `count` numbers.
+                simd.$load(unsafe { std::slice::from_raw_parts(at, count) })
+            }
+            #[inline(always)]
+            unsafe fn store<S: Simd>(_: S, at: *mut Self, x: S::$vector) {
+                // SAFETY: valid for writing, and a vector is plain numbers.
+                unsafe { at.cast::<S::$vector>().write_unaligned(x) }
+            }
+            #[inline(always)]
+            unsafe fn store_first<S: Simd>(simd: S, at: *mut Self, count: usize, x: S::$vector) {
+                // SAFETY: valid for `count` numbers.
+                simd.$store(unsafe { std::slice::from_raw_parts_mut(at, count) }, x)
+            }
+        }
+    };
+}
+
+lanes!(f32, f32s, F32_LANES, splat_f32s, mul_f32s, mul_add_e_f32s, partial_load_f32s, partial_store_f32s);
+lanes!(f64, f64s, F64_LANES, splat_f64s, mul_f64s, mul_add_e_f64s, partial_load_f64s, partial_store_f64s);
 
 /// `f32` or `f64`.
 pub trait Real:
-    RealField
+    Lanes
+    + RealField
     + Copy
     + Send
     + Sync

@@ -1,98 +1,95 @@
-//! Sums over tokens of outer products of values and features: what stands for all the keys, or queries, that a low-rank
-//! engine has seen. Products of a few hundred tokens are formed in the arrays' own type and added up in float64.
+//! Sums over tokens of outer products of values and features, `sum_t values_t features_t^T`, `(e, r)`: what stands for
+//! all the keys, or queries, that a low-rank engine has seen.
+//!
+//! Products of a few hundred tokens are formed in the arrays' own type and added up in float64. Here the features of a
+//! token lie side by side, unlike those of a tile that a state is applied to.
 
-use std::ops::Range;
+use faer::MatMut;
 
+use crate::monomials::{Monomials, PIECE};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, view, view_mut};
+use crate::tile::{add_product, view};
 
-/// Tokens summed in the arrays' own type before they are added to the float64 sum.
+/// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;
 
-/// `sum_t values_t features_t^T`, `(e, r)`.
+/// A tile of tokens, one a row, to be added to a state; and room for their features.
+pub(crate) struct Tokens<T> {
+    /// Queries or keys, `(len, d)` in rows of `width`.
+    pub x: Vec<T>,
+    /// What a vector read at the end of a row may run into is added to d.
+    pub width: usize,
+    /// Extended values or upstream gradients, `(len, e)`.
+    pub values: Vec<T>,
+    /// The features below the highest degree, and a piece of the others.
+    low: Vec<T>,
+    piece: Vec<T>,
+}
+
+impl<T: Real> Tokens<T> {
+    /// For tiles of at most `len` tokens and features up to `degree`.
+    pub fn new(tree: &Monomials, d: usize, e: usize, len: usize, degree: usize) -> Self {
+        let width = d + Monomials::OVERRUN;
+        let zeros = |width: usize| vec![T::ZERO; len * width + Monomials::OVERRUN];
+        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.rank(degree - 1)), piece: zeros(PIECE) }
+    }
+
+    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`.
+    pub fn add_to(&mut self, state: &mut [T], tree: &Monomials, degree: usize, len: usize) {
+        let r = tree.rank(degree);
+        let e = state.len() / r;
+        let low = tree.rank(degree - 1);
+        tree.low_rows(&self.x, self.width, len, degree, &mut self.low);
+        let values = view(&self.values, len, e).transpose();
+        for piece in tree.pieces(degree) {
+            let (start, width) = (piece.start, piece.len());
+            let features = if start == 0 {
+                view(&self.low, len, low)
+            } else {
+                tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece);
+                view(&self.piece, len, PIECE).subcols(0, width)
+            };
+            let state = MatMut::from_row_major_slice_mut(state, e, r).subcols_mut(start, width);
+            add_product(state, values, features, T::ONE);
+        }
+    }
+}
+
+/// A state that grows, its sum in float64.
 pub(crate) struct State<T> {
     sum: Vec<f64>,
     pending: Vec<T>,
     tokens: usize,
-    e: usize,
 }
 
 impl<T: Real> State<T> {
     pub fn new(e: usize, r: usize) -> Self {
-        Self::from_sum(vec![0.0; r * e], e)
+        Self { sum: vec![0.0; e * r], pending: vec![T::ZERO; e * r], tokens: 0 }
     }
 
-    pub fn from_sum(sum: Vec<f64>, e: usize) -> Self {
-        Self { pending: vec![T::ZERO; sum.len()], tokens: 0, e, sum }
-    }
-
-    /// Makes room for a tile of `len` tokens, whose pieces [`add`](Self::add) then adds one by one.
-    pub fn start_tile(&mut self, len: usize) {
+    /// Room to add a tile of `len` tokens to.
+    pub fn tile(&mut self, len: usize) -> &mut [T] {
         if self.tokens + len > FLUSH {
             self.flush();
         }
-        if self.tokens == 0 {
-            self.pending.fill(T::ZERO);
-        }
         self.tokens += len;
-    }
-
-    /// Adds `values f^T` to the columns `piece`, for values `(e, len)` and that piece of the features of a tile,
-    /// `(piece, len)`.
-    pub fn add(&mut self, values: &[T], piece: Range<usize>, f: &[T], len: usize) {
-        let (e, r) = (self.e, self.sum.len() / self.e);
-        let pending = view_mut(&mut self.pending, e, r).subcols_mut(piece.start, piece.len());
-        add_product(pending, view(values, e, len), view(f, piece.len(), len).transpose(), T::ONE);
+        &mut self.pending
     }
 
     fn flush(&mut self) {
         if self.tokens > 0 {
-            let (sum, pending) = (&mut self.sum, &self.pending);
+            let (sum, pending) = (&mut self.sum, &mut self.pending);
             vectorised(
                 #[inline(always)]
                 || {
-                    for (sum, &x) in sum.iter_mut().zip(pending) {
+                    for (sum, x) in sum.iter_mut().zip(pending) {
                         *sum += x.to_f64();
+                        *x = T::ZERO;
                     }
                 },
             );
             self.tokens = 0;
         }
-    }
-
-    /// Multiplies the sum.
-    pub fn scale(&mut self, by: f64) {
-        self.flush();
-        self.sum.iter_mut().for_each(|x| *x *= by);
-    }
-
-    /// The sum so far.
-    pub fn sum(&mut self) -> &[f64] {
-        self.flush();
-        &self.sum
-    }
-
-    /// Writes [`weigh`] of the sum so far, for weights of all features.
-    pub fn weigh_into(&mut self, weights: &[f64], weighted: &mut [T]) {
-        if self.tokens == 0 {
-            return weigh_into(&self.sum, weights.len(), weights, weighted);
-        }
-        let r = weights.len();
-        let (sum, pending) = (&mut self.sum, &self.pending);
-        vectorised(
-            #[inline(always)]
-            || {
-                for ((sum, pending), to) in
-                    sum.chunks_exact_mut(r).zip(pending.chunks_exact(r)).zip(weighted.chunks_exact_mut(r))
-                {
-                    for (((sum, &x), to), &w) in sum.iter_mut().zip(pending).zip(to).zip(weights) {
-                        *sum += x.to_f64();
-                        *to = T::of(*sum * w);
-                    }
-                }
-            },
-        );
-        self.tokens = 0;
     }
 
     pub fn finish(mut self) -> Vec<f64> {
@@ -101,22 +98,35 @@ impl<T: Real> State<T> {
     }
 }
 
-/// The first `weights.len()` columns of `sum diag(weights)`, `sum` being `(e, r)`, rounded to the arrays' type.
-pub(crate) fn weigh<T: Real>(sum: &[f64], r: usize, weights: &[f64]) -> Vec<T> {
-    let mut weighted = vec![T::ZERO; sum.len() / r * weights.len()];
-    weigh_into(sum, r, weights, &mut weighted);
-    weighted
-}
-
-/// [`weigh`], into a buffer.
-pub(crate) fn weigh_into<T: Real>(sum: &[f64], r: usize, weights: &[f64], weighted: &mut [T]) {
+/// `sum diag(weights)`, `sum` being `(e, r)`, rounded to the arrays' type.
+pub(crate) fn weigh<T: Real>(sum: &[f64], weights: &[f64]) -> Vec<T> {
+    let mut weighted = vec![T::ZERO; sum.len()];
     vectorised(
         #[inline(always)]
         || {
-            for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(r)) {
+            for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(weights.len())) {
                 for ((to, &from), &w) in to.iter_mut().zip(from).zip(weights) {
                     *to = T::of(from * w);
                 }
+            }
+        },
+    );
+    weighted
+}
+
+/// [`weigh`] of the first `weights.len()` columns of a state of `r`.
+pub(crate) fn weigh_first<T: Real>(sum: &[f64], r: usize, weights: &[f64]) -> Vec<T> {
+    sum.chunks_exact(r).flat_map(|row| weigh::<T>(&row[..weights.len()], weights)).collect()
+}
+
+/// One step of a scan along one row of a state: `sum = decay sum + part`, and `part = sum diag(weights)`, rounded.
+pub(crate) fn step<T: Real>(sum: &mut [f64], decay: f64, part: &mut [T], weights: &[f64]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for ((sum, part), &w) in sum.iter_mut().zip(part).zip(weights) {
+                *sum = *sum * decay + part.to_f64();
+                *part = T::of(*sum * w);
             }
         },
     );

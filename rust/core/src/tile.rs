@@ -3,6 +3,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
+use crate::kernel;
 use crate::real::Real;
 
 /// The first `rows * cols` numbers of a buffer as a `(rows, cols)` matrix.
@@ -17,12 +18,35 @@ pub(crate) fn view_mut<T>(buffer: &mut [T], rows: usize, cols: usize) -> MatMut<
 
 /// `dst = alpha lhs rhs`, on this thread.
 pub(crate) fn product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
-    matmul(dst, Accum::Replace, lhs, rhs, alpha, Par::Seq);
+    multiply(dst, Accum::Replace, lhs, rhs, alpha);
 }
 
 /// `dst += alpha lhs rhs`, on this thread.
 pub(crate) fn add_product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
-    matmul(dst, Accum::Add, lhs, rhs, alpha, Par::Seq);
+    multiply(dst, Accum::Add, lhs, rhs, alpha);
+}
+
+/// The small kernel where rows are contiguous, else a general product.
+fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
+    if dst.col_stride() == 1 && rhs.col_stride() == 1 {
+        kernel::multiply(dst, lhs, rhs, alpha, matches!(accum, Accum::Add));
+    } else {
+        matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
+    }
+}
+
+/// Copies rows `start..start + len` of `x`, less `shift`, into the rows of `dst`, each `width` long.
+pub(crate) fn load_rows<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shift: &[T], width: usize, dst: &mut [T]) {
+    let d = x.ncols();
+    for (row, dst) in x.subrows(start, len).row_iter().zip(dst.chunks_exact_mut(width)) {
+        match row.try_as_row_major() {
+            Some(row) => dst[..d].copy_from_slice(row.as_slice()),
+            None => dst.iter_mut().zip(row.iter()).for_each(|(dst, x)| *dst = *x),
+        }
+        for (dst, by) in dst.iter_mut().zip(shift) {
+            *dst -= *by;
+        }
+    }
 }
 
 /// Copies rows `start..start + len` of `x` into `dst` as `(d, len)`, less `shift`.

@@ -1,0 +1,194 @@
+//! A small matrix product, for the thin and short shapes that tiles of tokens make.
+//!
+//! Packing its operands costs a general product as much as multiplying them where one side is a head's 16 columns. Here
+//! nothing is packed: rows of `rhs` and of the result lie along the lanes, numbers of `lhs` are broadcast, and a block
+//! of the result stays in registers.
+
+use faer::{MatMut, MatRef};
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::real::Real;
+
+/// Rows of `rhs` that are multiplied at a time: so many of a panel stay in the first-level cache.
+const DEPTH: usize = 256;
+
+/// `dst = alpha lhs rhs`, or `dst += alpha lhs rhs` (`add`). Rows of `dst` and `rhs` must be contiguous.
+pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T, add: bool) {
+    let (m, k, n) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
+    assert!(dst.nrows() == m && dst.ncols() == n && rhs.nrows() == k, "shapes of a product");
+    assert!(n <= 1 || dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let product = Product {
+        m,
+        k,
+        n,
+        a: lhs.as_ptr(),
+        a_row: lhs.row_stride(),
+        a_col: lhs.col_stride(),
+        b: rhs.as_ptr(),
+        b_row: rhs.row_stride(),
+        c_row: dst.row_stride(),
+        c: dst.as_ptr_mut(),
+        alpha,
+        add,
+    };
+    Arch::new().dispatch(product);
+}
+
+/// The operands: `a (m, k)` of any strides, `b (k, n)` and `c (m, n)` with contiguous rows.
+struct Product<T> {
+    m: usize,
+    k: usize,
+    n: usize,
+    a: *const T,
+    a_row: isize,
+    a_col: isize,
+    b: *const T,
+    b_row: isize,
+    c: *mut T,
+    c_row: isize,
+    alpha: T,
+    add: bool,
+}
+
+impl<T: Real> WithSimd for Product<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let lanes = T::lanes::<S>();
+        // Accumulators fill the registers but for one broadcast and two rows of b.
+        let rows = if S::REGISTER_COUNT >= 32 { 12 } else { 6 };
+        let rows = self.m.div_ceil(self.m.div_ceil(rows));
+        let mut depth = 0;
+        let mut add = self.add;
+        loop {
+            let k = (self.k - depth).min(DEPTH);
+            let mut column = 0;
+            while column < self.n {
+                let left = self.n - column;
+                let (vectors, last) = if left > lanes { (2, (left - lanes).min(lanes)) } else { (1, left) };
+                let mut row = 0;
+                while row < self.m {
+                    let count = rows.min(self.m - row);
+                    // SAFETY: `row + count <= m`, `column + (vectors - 1) lanes + last <= n` and `depth + k <= self.k`,
+                    // so that everything the block reads and writes lies within the three matrices.
+                    unsafe {
+                        let block = Block {
+                            k,
+                            a: self.a.offset(row as isize * self.a_row + depth as isize * self.a_col),
+                            a_row: self.a_row,
+                            a_col: self.a_col,
+                            b: self.b.offset(depth as isize * self.b_row + column as isize),
+                            b_row: self.b_row,
+                            c: self.c.offset(row as isize * self.c_row + column as isize),
+                            c_row: self.c_row,
+                            alpha: self.alpha,
+                            add,
+                            last,
+                        };
+                        match (vectors, last == lanes) {
+                            (2, true) => block.of_rows::<S, 2, true>(simd, count),
+                            (2, false) => block.of_rows::<S, 2, false>(simd, count),
+                            (_, true) => block.of_rows::<S, 1, true>(simd, count),
+                            (_, false) => block.of_rows::<S, 1, false>(simd, count),
+                        }
+                    }
+                    row += count;
+                }
+                column += (vectors - 1) * lanes + last;
+            }
+            depth += k;
+            add = true;
+            if depth >= self.k {
+                break;
+            }
+        }
+    }
+}
+
+/// One block of the result, a few rows by one or two vectors; the last vector holds `last` numbers.
+struct Block<T> {
+    k: usize,
+    a: *const T,
+    a_row: isize,
+    a_col: isize,
+    b: *const T,
+    b_row: isize,
+    c: *mut T,
+    c_row: isize,
+    alpha: T,
+    add: bool,
+    last: usize,
+}
+
+impl<T: Real> Block<T> {
+    /// # Safety
+    /// The pointers must be valid for the block's shapes; `WHOLE` must say whether `last` is a whole vector.
+    #[inline(always)]
+    unsafe fn of_rows<S: Simd, const VECTORS: usize, const WHOLE: bool>(self, simd: S, rows: usize) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match rows {
+                1 => self.compute::<S, 1, VECTORS, WHOLE>(simd),
+                2 => self.compute::<S, 2, VECTORS, WHOLE>(simd),
+                3 => self.compute::<S, 3, VECTORS, WHOLE>(simd),
+                4 => self.compute::<S, 4, VECTORS, WHOLE>(simd),
+                5 => self.compute::<S, 5, VECTORS, WHOLE>(simd),
+                6 => self.compute::<S, 6, VECTORS, WHOLE>(simd),
+                7 => self.compute::<S, 7, VECTORS, WHOLE>(simd),
+                8 => self.compute::<S, 8, VECTORS, WHOLE>(simd),
+                9 => self.compute::<S, 9, VECTORS, WHOLE>(simd),
+                10 => self.compute::<S, 10, VECTORS, WHOLE>(simd),
+                11 => self.compute::<S, 11, VECTORS, WHOLE>(simd),
+                _ => self.compute::<S, 12, VECTORS, WHOLE>(simd),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`of_rows`](Self::of_rows), for `ROWS` rows.
+    #[inline(always)]
+    unsafe fn compute<S: Simd, const ROWS: usize, const VECTORS: usize, const WHOLE: bool>(self, simd: S) {
+        let lanes = T::lanes::<S>();
+        let whole = |vector: usize| WHOLE || vector + 1 < VECTORS;
+        let mut sums = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
+        let (mut a, mut b) = (self.a, self.b);
+        for _ in 0..self.k {
+            // SAFETY: row `p < k` of b and column p of a.
+            unsafe {
+                let mut row = [T::splat(simd, T::ZERO); VECTORS];
+                for (vector, x) in row.iter_mut().enumerate() {
+                    let at = b.add(vector * lanes);
+                    *x = if whole(vector) { T::load(simd, at) } else { T::load_first(simd, at, self.last) };
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let x = T::splat(simd, *a.offset(i as isize * self.a_row));
+                    for (sum, &row) in sums.iter_mut().zip(&row) {
+                        *sum = T::multiply_add(simd, x, row, *sum);
+                    }
+                }
+                a = a.wrapping_offset(self.a_col);
+                b = b.wrapping_offset(self.b_row);
+            }
+        }
+        let alpha = T::splat(simd, self.alpha);
+        for (i, sums) in sums.iter().enumerate() {
+            for (vector, &sum) in sums.iter().enumerate() {
+                // SAFETY: row `i < ROWS` of c.
+                unsafe {
+                    let at = self.c.offset(i as isize * self.c_row).add(vector * lanes);
+                    if whole(vector) {
+                        let old = if self.add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
+                        T::store(simd, at, T::multiply_add(simd, alpha, sum, old));
+                    } else {
+                        let old = if self.add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
+                        T::store_first(simd, at, self.last, T::multiply_add(simd, alpha, sum, old));
+                    }
+                }
+            }
+        }
+    }
+}
