@@ -120,10 +120,9 @@ impl Monomials {
     /// The runs of children that make up a range of features, without the constant one.
     fn runs(&self, features: Range<usize>) -> impl Iterator<Item = Run> {
         let first = self.links[features.start].0 as usize;
-        self.children[first..]
-            .array_windows()
-            .zip(first..)
-            .map(move |(&[start, end], parent)| {
+        (first..self.children.len() - 1)
+            .map(move |parent| {
+                let (start, end) = (self.children[parent], self.children[parent + 1]);
                 let from = (start as usize).max(features.start);
                 Run {
                     parent: parent as u32,
