@@ -51,7 +51,7 @@ impl Case {
             "exact" => Engine::Exact,
             _ => Engine::Polynomial(Polynomial {
                 degree: self.degree,
-                gradient: self.gradient.clone(),
+                gradient: self.gradient,
                 ..Default::default()
             }),
         };
