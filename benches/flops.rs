@@ -49,11 +49,7 @@ impl Case {
     fn attention(&self) -> Attention {
         let engine = match self.engine {
             "exact" => Engine::Exact,
-            _ => Engine::Polynomial(Polynomial {
-                degree: self.degree,
-                gradient: self.gradient,
-                ..Default::default()
-            }),
+            _ => Engine::Polynomial(Polynomial { degree: self.degree, gradient: self.gradient, ..Default::default() }),
         };
         Attention { engine, causal: self.causal, scale: (self.d as f64).powf(-0.5) }
     }

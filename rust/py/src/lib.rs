@@ -7,6 +7,7 @@ mod arrays;
 mod attention;
 mod engine;
 mod error;
+mod huge_pages;
 mod layers;
 mod run;
 mod transformer;
@@ -14,6 +15,9 @@ mod transformer;
 use pyo3::prelude::*;
 
 use crate::error::Result;
+
+#[global_allocator]
+static ALLOCATOR: huge_pages::HugePages = huge_pages::HugePages;
 
 /// Private: the compiled part of `lingrad_rs`.
 #[pymodule]
