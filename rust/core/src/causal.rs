@@ -132,23 +132,20 @@ impl<T: Real> Scan<T> {
         self.sum.len()
     }
 
-    /// Moves on by a segment: `add(i, state)` adds what is the own of the i-th block, and `decays[i]` is what the sum is
-    /// multiplied by before. Afterwards [`state`](Self::state) is the weighted sum with the i-th block.
+    /// Moves on by a segment: `part(i, state)` writes what is the own of the i-th block, and `decays[i]` is what the sum
+    /// is multiplied by before. Afterwards [`state`](Self::state) is the weighted sum with the i-th block.
     fn advance<B: Send>(
         &mut self,
         decays: &[f64],
         buffers: impl Fn() -> B + Sync + Send,
-        add: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
+        part: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
     ) -> Result<()> {
         let (len, r, more_r) = (self.len(), self.weights.len(), self.more_weights.len());
         let count = decays.len();
-        self.states[..count * len].par_chunks_mut(len).enumerate().try_for_each_init(
-            buffers,
-            |buffers, (i, state)| {
-                state.fill(T::ZERO);
-                add(i, state, buffers)
-            },
-        )?;
+        self.states[..count * len]
+            .par_chunks_mut(len)
+            .enumerate()
+            .try_for_each_init(buffers, |buffers, (i, state)| part(i, state, buffers))?;
         let mut rows: Vec<_> = self.sum.chunks_mut(r).map(|sum| (sum, Vec::new(), Vec::new())).collect();
         for state in self.states[..count * len].chunks_mut(len) {
             rows.iter_mut().zip(state.chunks_mut(r)).for_each(|(row, part)| row.1.push(part));
@@ -184,6 +181,20 @@ impl<T: Real> Scan<T> {
     }
 }
 
+/// Writes the sum of what `add` adds for every tile of a range to a state that it may replace.
+fn sum_tiles<T: Real>(
+    state: &mut [T],
+    tokens: Range<usize>,
+    tile: usize,
+    mut add: impl FnMut((&mut [T], bool), (usize, usize)) -> Result<()>,
+) -> Result<()> {
+    if tokens.is_empty() {
+        state.fill(T::ZERO);
+    }
+    let first = tokens.start;
+    tiles(tokens, tile).try_for_each(|(start, len)| add((&mut *state, start == first), (start, len)))
+}
+
 /// A scan over keys, and its segments: forward.
 fn key_scan<T: Real>(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>) -> (Scan<T>, Vec<Range<usize>>) {
     let segments = cut.segments(pass.e() * weights.len());
@@ -205,8 +216,9 @@ fn advance_keys<T: Real>(
         || pass.tokens(degree),
         |i, state, tokens: &mut Tokens<T>| {
             let c = segment.start + i;
-            tiles(cut.keys(c), pass.tile(degree))
-                .try_for_each(|tile| pass.add_keys(state, tile, cut.levels[c], degree, tokens))
+            sum_tiles(state, cut.keys(c), pass.tile(degree), |state, tile| {
+                pass.add_keys(state, tile, cut.levels[c], degree, tokens)
+            })
         },
     )
 }
@@ -370,11 +382,10 @@ fn far_keys_backward<T: Real>(
             || pass.tokens(degree),
             |i, state, tokens: &mut Tokens<T>| {
                 let (c, factor) = (blocks[i], up.rows.far_factor(cut.levels[blocks[i]]));
-                if cut.start(c) == 0 {
-                    return Ok(());
-                }
-                tiles(cut.queries(c), pass.tile(degree))
-                    .try_for_each(|tile| pass.add_queries(state, up, tile, factor, degree, tokens))
+                let queries = if cut.start(c) == 0 { 0..0 } else { cut.queries(c) };
+                sum_tiles(state, queries, pass.tile(degree), |state, tile| {
+                    pass.add_queries(state, up, tile, factor, degree, tokens)
+                })
             },
         )?;
         let mut tasks = Vec::with_capacity(blocks.len());

@@ -35,6 +35,8 @@ pub(crate) struct Monomials {
 ///
 /// Strides of tiles are odd multiples of 16: those of powers of two would all share a few places in the cache.
 pub(crate) const PIECE: usize = 144;
+/// Length of a row of them, with what vectors may run into.
+pub(crate) const PIECE_WIDTH: usize = PIECE + Monomials::OVERRUN;
 /// Beyond this not even one variable makes sense.
 const LARGEST_DEGREE: usize = 1 << 20;
 
@@ -191,35 +193,38 @@ impl Monomials {
         }
     }
 
-    /// Numbers beyond the end of a row of variables, and of a buffer of rows of features, that vectors may run into.
+    /// Numbers behind the variables of a row, and the features of one, that vectors may run into.
     pub const OVERRUN: usize = 16;
 
-    /// Writes the features below `degree`, each token's in a row of `rank(degree - 1)`. Rows of `x` are `width` long,
-    /// with [`OVERRUN`](Self::OVERRUN) numbers behind the variables.
+    /// Writes the features below `degree`, each token's in a row of [`low_width`](Self::low_width). Rows of `x` are
+    /// `width` long, with [`OVERRUN`](Self::OVERRUN) numbers behind the variables.
     pub fn low_rows<T: Real>(&self, x: &[T], width: usize, len: usize, degree: usize, low: &mut [T]) {
-        let r = self.ranks[degree - 1];
-        assert!(low.len() >= len * r + Self::OVERRUN && x.len() >= len * width, "a tile's rows");
+        let (r, low_width) = (self.ranks[degree - 1], self.low_width(degree));
+        assert!(low.len() >= len * low_width && x.len() >= len * width, "a tile's rows");
         assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
-        if r == 1 {
-            return low[..len].fill(T::ONE);
-        }
-        let f = low.as_mut_ptr();
-        let runs: Vec<Run> = self.runs(1..r).map(|run| Run { at: run.at + 1, ..run }).collect();
+        let runs: Vec<Run> =
+            if r == 1 { Vec::new() } else { self.runs(1..r).map(|run| Run { at: run.at + 1, ..run }).collect() };
+        let (x, f) = (x.as_ptr(), low.as_mut_ptr());
         Arch::new().dispatch(FormRows {
             runs: &runs,
+            first: true,
             len,
-            x: x.as_ptr(),
+            x,
             width,
             low: f,
-            low_width: r,
+            low_width,
             f,
-            f_width: r,
-            first: true,
+            f_width: low_width,
         });
     }
 
-    /// Writes a piece of the features of `degree` in rows of [`PIECE`], from those that [`low_rows`](Self::low_rows)
-    /// wrote.
+    /// Length of a row of features below `degree`, with what vectors may run into.
+    pub fn low_width(&self, degree: usize) -> usize {
+        self.ranks[degree - 1] + Self::OVERRUN
+    }
+
+    /// Writes a piece of the features of `degree` in rows of [`PIECE_WIDTH`], from those that
+    /// [`low_rows`](Self::low_rows) wrote.
     pub fn piece_rows<T: Real>(
         &self,
         x: &[T],
@@ -230,34 +235,25 @@ impl Monomials {
         piece: Range<usize>,
         f: &mut [T],
     ) {
-        let r = self.ranks[degree - 1];
-        let level = r..self.ranks[degree];
+        let (level, low_width) = (self.ranks[degree - 1]..self.ranks[degree], self.low_width(degree));
         assert!(
             level.contains(&piece.start) && piece.end <= level.end && piece.len() <= PIECE,
             "a piece of one degree"
         );
         assert!(
-            f.len() >= len * PIECE + Self::OVERRUN && low.len() >= len * r && x.len() >= len * width,
+            f.len() >= len * PIECE_WIDTH && low.len() >= len * low_width && x.len() >= len * width,
             "a tile's rows"
         );
         assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
-        let (x, low, f) = (x.as_ptr(), low.as_ptr(), f.as_mut_ptr());
         let runs: Vec<Run> = self.runs(piece).collect();
-        Arch::new().dispatch(FormRows {
-            runs: &runs,
-            len,
-            x,
-            width,
-            low,
-            low_width: r,
-            f,
-            f_width: PIECE,
-            first: false,
-        });
+        let (x, low, f) = (x.as_ptr(), low.as_ptr(), f.as_mut_ptr());
+        let f_width = PIECE_WIDTH;
+        Arch::new().dispatch(FormRows { runs: &runs, first: false, len, x, width, low, low_width, f, f_width });
     }
 }
 
-/// The features of `runs`, token by token. Vectors run over the end of a run into what is written after it.
+/// The features of `runs`. Vectors run over the end of a run into what is written after it, and over the end of a row
+/// into its slack.
 struct FormRows<'a, T> {
     runs: &'a [Run],
     /// Whether the constant feature comes first.
@@ -276,25 +272,50 @@ impl<T: Real> WithSimd for FormRows<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let mut t = 0;
+        // SAFETY: whoever makes this sees to it that each row of x has `OVERRUN` numbers behind its variables and each
+        // row of f as many behind its features, that a run's parents are in low and its variables in x. A vector is no
+        // longer than that.
+        unsafe {
+            while t + GROUP <= self.len {
+                self.rows::<S, GROUP>(simd, t);
+                t += GROUP;
+            }
+            while t < self.len {
+                self.rows::<S, 1>(simd, t);
+                t += 1;
+            }
+        }
+    }
+}
+
+/// Tokens whose features are formed side by side.
+const GROUP: usize = 4;
+
+impl<T: Real> FormRows<'_, T> {
+    /// # Safety
+    /// As for the whole.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const COUNT: usize>(&self, simd: S, t: usize) {
         let lanes = T::lanes::<S>();
-        for t in 0..self.len {
-            // SAFETY: whoever makes this sees to it that each row of x has `OVERRUN` numbers behind its variables and
-            // the last row of f as many behind its features, that a run's parents are in low and its variables in x.
-            // A vector is no longer than that.
-            unsafe {
-                let (x, low, f) =
-                    (self.x.add(t * self.width), self.low.add(t * self.low_width), self.f.add(t * self.f_width));
-                if self.first {
-                    *f = T::ONE;
-                }
-                for run in self.runs {
-                    let parent = T::splat(simd, *low.add(run.parent as usize));
-                    let (x, f) = (x.add(run.variable as usize), f.add(run.at as usize));
-                    let mut done = 0;
-                    while done < run.count as usize {
-                        T::store(simd, f.add(done), T::multiply(simd, parent, T::load(simd, x.add(done))));
-                        done += lanes;
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (x, low, f) =
+                (self.x.add(t * self.width), self.low.add(t * self.low_width), self.f.add(t * self.f_width));
+            if self.first {
+                (0..COUNT).for_each(|i| *f.add(i * self.f_width) = T::ONE);
+            }
+            for run in self.runs {
+                let low = low.add(run.parent as usize);
+                let parents: [_; COUNT] = std::array::from_fn(|i| T::splat(simd, *low.add(i * self.low_width)));
+                let (x, f) = (x.add(run.variable as usize), f.add(run.at as usize));
+                let mut done = 0;
+                while done < run.count as usize {
+                    for (i, &parent) in parents.iter().enumerate() {
+                        let x = T::load(simd, x.add(i * self.width + done));
+                        T::store(simd, f.add(i * self.f_width + done), T::multiply(simd, parent, x));
                     }
+                    done += lanes;
                 }
             }
         }

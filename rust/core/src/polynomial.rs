@@ -292,7 +292,7 @@ impl<'a, T: Real> Pass<'a, T> {
     pub fn tile(&self, degree: usize) -> usize {
         let fit = TILE_NUMBERS / self.tree.rank(degree - 1).max(PIECE);
         // An odd multiple of 16: see PIECE.
-        (fit / 32 * 32).clamp(64, 256) - 16
+        (fit / 32 * 32).clamp(64, 128) - 16
     }
 
     /// Buffers for tiles with features up to `degree`.
@@ -354,11 +354,11 @@ impl<'a, T: Real> Pass<'a, T> {
         }
     }
 
-    /// Adds `[w_j v_j, w_j]^T φ(k_j)^T` of a range of keys, no more than a tile, with features up to `degree`, to what
-    /// `state(len)` is. The weights are relative to `level`.
+    /// Adds `[w_j v_j, w_j]^T φ(k_j)^T` of a range of keys, no more than a tile, with features up to `degree`, to
+    /// a state, or (`fresh`) replaces it. The weights are relative to `level`.
     pub fn add_keys(
         &self,
-        state: &mut [T],
+        (state, fresh): (&mut [T], bool),
         (start, len): (usize, usize),
         level: f64,
         degree: usize,
@@ -380,14 +380,14 @@ impl<'a, T: Real> Pass<'a, T> {
                 x[..d].fill(T::ZERO);
             }
         }
-        tokens.add_to(state, self.tree, degree, len);
+        tokens.add_to(state, fresh, self.tree, degree, len);
         Ok(())
     }
 
     /// Adds `[dout_i, -delta_i]^T φ(q_i)^T factor(i)` of a range of queries, as [`add_keys`](Self::add_keys).
     pub fn add_queries(
         &self,
-        state: &mut [T],
+        (state, fresh): (&mut [T], bool),
         up: &Upstream<'_, T>,
         (start, len): (usize, usize),
         factor: impl Fn(usize) -> T,
@@ -403,7 +403,7 @@ impl<'a, T: Real> Pass<'a, T> {
             let by = factor(start + t);
             values.iter_mut().for_each(|v| *v *= by);
         }
-        tokens.add_to(state, self.tree, degree, len);
+        tokens.add_to(state, fresh, self.tree, degree, len);
         Ok(())
     }
 
@@ -412,7 +412,7 @@ impl<'a, T: Real> Pass<'a, T> {
         &self,
         tokens: usize,
         degree: usize,
-        add_tile: impl Fn(&mut [T], (usize, usize), &mut Tokens<T>) -> Result<()> + Sync,
+        add_tile: impl Fn((&mut [T], bool), (usize, usize), &mut Tokens<T>) -> Result<()> + Sync,
     ) -> Result<Vec<f64>> {
         let (e, r, tile) = (self.e(), self.tree.rank(degree), self.tile(degree));
         let rows = self.partition(tokens, tile, degree);

@@ -6,9 +6,9 @@
 
 use faer::MatMut;
 
-use crate::monomials::{Monomials, PIECE};
+use crate::monomials::{Monomials, PIECE_WIDTH};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, view};
+use crate::tile::{add_product, product, view};
 
 /// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;
@@ -30,27 +30,30 @@ impl<T: Real> Tokens<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
     pub fn new(tree: &Monomials, d: usize, e: usize, len: usize, degree: usize) -> Self {
         let width = d + Monomials::OVERRUN;
-        let zeros = |width: usize| vec![T::ZERO; len * width + Monomials::OVERRUN];
-        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.rank(degree - 1)), piece: zeros(PIECE) }
+        let zeros = |width: usize| vec![T::ZERO; len * width];
+        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.low_width(degree)), piece: zeros(PIECE_WIDTH) }
     }
 
-    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`.
-    pub fn add_to(&mut self, state: &mut [T], tree: &Monomials, degree: usize, len: usize) {
+    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or (`fresh`) replaces it.
+    pub fn add_to(&mut self, state: &mut [T], fresh: bool, tree: &Monomials, degree: usize, len: usize) {
         let r = tree.rank(degree);
         let e = state.len() / r;
-        let low = tree.rank(degree - 1);
         tree.low_rows(&self.x, self.width, len, degree, &mut self.low);
         let values = view(&self.values, len, e).transpose();
         for piece in tree.pieces(degree) {
             let (start, width) = (piece.start, piece.len());
             let features = if start == 0 {
-                view(&self.low, len, low)
+                view(&self.low, len, tree.low_width(degree)).subcols(0, width)
             } else {
                 tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece);
-                view(&self.piece, len, PIECE).subcols(0, width)
+                view(&self.piece, len, PIECE_WIDTH).subcols(0, width)
             };
             let state = MatMut::from_row_major_slice_mut(state, e, r).subcols_mut(start, width);
-            add_product(state, values, features, T::ONE);
+            if fresh {
+                product(state, values, features, T::ONE);
+            } else {
+                add_product(state, values, features, T::ONE);
+            }
         }
     }
 }
@@ -67,24 +70,24 @@ impl<T: Real> State<T> {
         Self { sum: vec![0.0; e * r], pending: vec![T::ZERO; e * r], tokens: 0 }
     }
 
-    /// Room to add a tile of `len` tokens to.
-    pub fn tile(&mut self, len: usize) -> &mut [T] {
+    /// Room to add a tile of `len` tokens to, and whether what it holds is to be replaced.
+    pub fn tile(&mut self, len: usize) -> (&mut [T], bool) {
         if self.tokens + len > FLUSH {
             self.flush();
         }
+        let fresh = self.tokens == 0;
         self.tokens += len;
-        &mut self.pending
+        (&mut self.pending, fresh)
     }
 
     fn flush(&mut self) {
         if self.tokens > 0 {
-            let (sum, pending) = (&mut self.sum, &mut self.pending);
+            let (sum, pending) = (&mut self.sum, &self.pending);
             vectorised(
                 #[inline(always)]
                 || {
                     for (sum, x) in sum.iter_mut().zip(pending) {
                         *sum += x.to_f64();
-                        *x = T::ZERO;
                     }
                 },
             );
