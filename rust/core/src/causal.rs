@@ -34,13 +34,17 @@ use crate::exact::{add_bias, mask};
 use crate::polynomial::{Pass, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{Tokens, step};
-use crate::tile::{add_product, load_transposed, product, store_transposed, view, view_mut};
+use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
 
 /// Numbers in the states of a segment that stay in a shared cache; its blocks at least, for as many threads, and at
 /// the most; and its numbers at the most (128 MiB), as long as that leaves eight blocks.
 const SEGMENT_NUMBERS: usize = 1 << 20;
 const SEGMENT_BLOCKS: [usize; 2] = [32, 256];
 const SEGMENT_LIMIT: usize = 1 << 25;
+
+/// Queries that meet their near keys at a time: few, so that little is computed behind the mask, and so that their
+/// scores stay in the first-level cache.
+const NEAR_TILE: usize = 32;
 
 /// The cutting of the sequence.
 struct Cut {
@@ -75,11 +79,6 @@ impl Cut {
     /// The first token near block `c`. It never falls as `c` grows.
     fn start(&self, c: usize) -> usize {
         if c < self.prefix { 0 } else { (c * self.block).saturating_sub(self.window) }
-    }
-
-    /// The tokens near block `c`, up to its own.
-    fn near(&self, c: usize) -> Range<usize> {
-        self.start(c)..self.queries(c).end
     }
 
     /// The keys `K_c`.
@@ -248,25 +247,32 @@ pub(crate) fn forward<T: Real>(
                 |(scratch, near), (i, (out, max, scale))| {
                     pass.ctx.check()?;
                     let c = segment.start + i;
-                    let (level, queries, keys) = (cut.levels[c], cut.queries(c), cut.near(c));
-                    let len = queries.len();
-                    near.load_queries(pass, queries.clone());
-                    near.weigh(pass, queries.clone(), keys.clone(), Row::Find { max, level: T::of(level) });
-                    near.start_out(pass, keys, len);
-                    if level > f64::NEG_INFINITY {
-                        for (start, count) in tiles(queries.clone(), pass.tile(g)) {
-                            pass.load_queries(start, count, &mut scratch.x);
-                            scratch.apply(pass.tree, g, scan.state(i), count);
-                            let first = start - queries.start;
-                            near.add_far(&scratch.out, first, count, len, |t| {
-                                T::of(level - max[first + t].to_f64()).exp_nonpositive()
+                    let (level, first) = (cut.levels[c], cut.queries(c).start);
+                    for (start, len) in tiles(cut.queries(c), pass.tile(g)) {
+                        if level > f64::NEG_INFINITY {
+                            pass.load_queries(start, len, &mut scratch.x);
+                            scratch.apply(pass.tree, g, scan.state(i), len);
+                        }
+                        for (query, count) in tiles(start..start + len, NEAR_TILE) {
+                            let (queries, keys) = (query..query + count, cut.start(c)..query + count);
+                            let rows = query - first..query - first + count;
+                            let (max, scale) = (&mut max[rows.clone()], &mut scale[rows.clone()]);
+                            near.load_queries(pass, queries.clone());
+                            near.weigh(pass, queries, keys.clone(), Row::Find { max, level: T::of(level) });
+                            near.sum(pass, keys, count);
+                            if level > f64::NEG_INFINITY {
+                                near.add_far(view(&scratch.out, dv + 1, len).subcols(query - start, count), |t| {
+                                    T::of(level - max[t].to_f64()).exp_nonpositive()
+                                });
+                            }
+                            for (t, scale) in scale.iter_mut().enumerate() {
+                                *scale = pass.inverse(near.out[dv * count + t], query + t)?;
+                            }
+                            store_transposed(&near.out, count, dv, &mut out[rows.start * dv..rows.end * dv], |t| {
+                                scale[t]
                             });
                         }
                     }
-                    for (t, scale) in scale.iter_mut().enumerate() {
-                        *scale = pass.inverse(near.out[dv * len + t], queries.start + t)?;
-                    }
-                    store_transposed(&near.out, len, dv, out, |t| scale[t]);
                     Ok(())
                 },
             )?;
@@ -316,8 +322,7 @@ fn queries_backward<T: Real>(
                 |(scratch, near), (i, (dq, dk, dv, db))| {
                     pass.ctx.check()?;
                     let c = segment.start + i;
-                    let (level, queries, keys) = (cut.levels[c], cut.queries(c), cut.near(c));
-                    let len = queries.len();
+                    let (level, queries) = (cut.levels[c], cut.queries(c));
                     if level > f64::NEG_INFINITY {
                         let factor = up.rows.far_factor(level);
                         for (start, count) in tiles(queries.clone(), pass.tile(degree)) {
@@ -330,22 +335,20 @@ fn queries_backward<T: Real>(
                     } else {
                         dq.fill(T::ZERO);
                     }
-                    near.load_queries(pass, queries.clone());
-                    near.weigh(pass, queries.clone(), keys.clone(), Row::Known(up));
-                    near.score_gradients(pass, up, queries.clone(), keys.clone());
-                    let ds = view(&near.ds, keys.len(), len).transpose();
-                    add_product(
-                        view_mut(dq, len, d),
-                        ds,
-                        pass.head.k.subrows(keys.start, keys.len()),
-                        T::of(pass.scale),
-                    );
                     // What falls to keys before the block's own is handed back, and added afterwards.
-                    let mut halo = Halo::new(keys.start..queries.start, d, width);
-                    let before = halo.grads(db.is_some());
-                    near.add_key_gradients(pass, up, &queries, &keys, keys.start..queries.start, before);
-                    let own = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
-                    near.add_key_gradients(pass, up, &queries, &keys, queries.clone(), own);
+                    let mut halo = Halo::new(cut.start(c)..queries.start, d, width);
+                    for (query, count) in tiles(queries.clone(), NEAR_TILE) {
+                        let (tile, keys) = (query..query + count, cut.start(c)..query + count);
+                        let rows = (query - queries.start) * d..(query - queries.start + count) * d;
+                        near.load_queries(pass, tile.clone());
+                        near.weigh(pass, tile.clone(), keys.clone(), Row::Known(up));
+                        near.score_gradients(pass, up, tile.clone(), keys.clone());
+                        near.add_query_gradients(pass, &keys, &mut dq[rows]);
+                        let before = halo.grads(db.is_some());
+                        near.add_key_gradients(pass, up, &tile, &keys, keys.start..queries.start, before);
+                        let own = HeadGrads { dq: &mut [], dk: &mut *dk, dv: &mut *dv, dkey_bias: db.as_deref_mut() };
+                        near.add_key_gradients(pass, up, &tile, &keys, queries.start..keys.end, own);
+                    }
                     Ok(halo)
                 },
             )
@@ -443,6 +446,8 @@ struct Near<T> {
     slope: Vec<T>,
     /// `dout_i.v_j`, then the gradient of the score.
     ds: Vec<T>,
+    /// Sums over the keys of weights, where the rows' maxima were found.
+    sums: [T; NEAR_TILE],
     /// Numerators and denominators, `(e, queries)`.
     out: Vec<T>,
 }
@@ -450,10 +455,17 @@ struct Near<T> {
 impl<T: Real> Near<T> {
     fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
         let keys = (cut.block + cut.window).max(cut.prefix * cut.block).min(cut.n);
-        let tile = || vec![T::ZERO; keys * cut.block];
-        let columns = pass.head.q.ncols().max(pass.e()) * cut.block;
+        let tile = || vec![T::ZERO; keys * NEAR_TILE];
+        let columns = pass.head.q.ncols().max(pass.e()) * NEAR_TILE;
         let slope = if Self::has_slope(pass) { tile() } else { Vec::new() };
-        Self { columns: vec![T::ZERO; columns], f: tile(), slope, ds: tile(), out: vec![T::ZERO; pass.e() * cut.block] }
+        Self {
+            columns: vec![T::ZERO; columns],
+            f: tile(),
+            slope,
+            ds: tile(),
+            sums: [T::ZERO; NEAR_TILE],
+            out: vec![T::ZERO; pass.e() * NEAR_TILE],
+        }
     }
 
     /// Whether a score's gradient has another factor than its weight.
@@ -477,27 +489,19 @@ impl<T: Real> Near<T> {
     }
 
     /// Numerators and denominators of the near keys.
-    fn start_out(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, bq: usize) {
+    fn sum(&mut self, pass: &Pass<'_, T>, keys: Range<usize>, bq: usize) {
         let dv = pass.e() - 1;
         let v = pass.head.v.subrows(keys.start, keys.len()).transpose();
         product(view_mut(&mut self.out, dv, bq), v, view(&self.f, keys.len(), bq), T::ONE);
-        let (sums, f) = (&mut self.out[dv * bq..(dv + 1) * bq], &self.f[..keys.len() * bq]);
-        vectorised(
-            #[inline(always)]
-            || {
-                sums.fill(T::ZERO);
-                for f in f.chunks_exact(bq) {
-                    sums.iter_mut().zip(f).for_each(|(sum, &f)| *sum += f);
-                }
-            },
-        );
+        self.out[dv * bq..(dv + 1) * bq].copy_from_slice(&self.sums[..bq]);
     }
 
-    /// Adds those of the far keys, for `count` queries from `first` on, each times its factor.
-    fn add_far(&mut self, far: &[T], first: usize, count: usize, bq: usize, factor: impl Fn(usize) -> T) {
-        let factors: Vec<T> = (0..count).map(factor).collect();
-        for (out, far) in self.out.chunks_exact_mut(bq).zip(far.chunks_exact(count)) {
-            for ((out, &far), &by) in out[first..first + count].iter_mut().zip(far).zip(&factors) {
+    /// Adds those of the far keys, each query's times its factor.
+    fn add_far(&mut self, far: MatRef<'_, T>, factor: impl Fn(usize) -> T) {
+        let mut factors = [T::ZERO; NEAR_TILE];
+        factors.iter_mut().enumerate().take(far.ncols()).for_each(|(t, by)| *by = factor(t));
+        for (out, far) in self.out.chunks_exact_mut(far.ncols()).zip(far.row_iter()) {
+            for ((out, &far), &by) in out.iter_mut().zip(far.iter()).zip(&factors) {
                 *out += far * by;
             }
         }
@@ -511,25 +515,11 @@ impl<T: Real> Near<T> {
         }
         mask(queries.start, keys.start, bk, bq, f);
         match row {
-            Row::Find { max, level } => vectorised(
-                #[inline(always)]
-                || {
-                    max.fill(level);
-                    for row in f.chunks_exact(bq) {
-                        for (max, &s) in max.iter_mut().zip(row) {
-                            *max = s.larger(*max);
-                        }
-                    }
-                    for max in &mut *max {
-                        *max = if *max == T::NEG_INFINITY { T::ZERO } else { *max };
-                    }
-                    for row in f.chunks_exact_mut(bq) {
-                        for (s, &max) in row.iter_mut().zip(&*max) {
-                            *s = (*s - max).exp_nonpositive();
-                        }
-                    }
-                },
-            ),
+            Row::Find { max, level } => {
+                max.fill(level);
+                exponentials(f, max, &mut self.sums[..bq]);
+                max.iter_mut().filter(|max| **max == T::NEG_INFINITY).for_each(|max| *max = T::ZERO);
+            }
             Row::Known(up) => {
                 let (max, scale) = (&up.rows.max[queries.clone()], &up.rows.scale[queries]);
                 vectorised(
@@ -567,6 +557,7 @@ impl<T: Real> Near<T> {
                 (&*max, None)
             }
         };
+        self.sums.fill(T::ZERO);
         for j in 0..keys.len() {
             let f = &mut self.f[j * bq..][..bq];
             let mut slope = self.slope.get_mut(j * bq..(j + 1) * bq);
@@ -581,6 +572,7 @@ impl<T: Real> Near<T> {
                 }
                 let used = w != T::ZERO;
                 f[i] = if used { p * by } else { T::ZERO };
+                self.sums[i] += f[i];
                 if let Some(slope) = &mut slope {
                     slope[i] = if used { dp * by } else { T::ZERO };
                 }
@@ -609,6 +601,14 @@ impl<T: Real> Near<T> {
         );
     }
 
+    /// Adds dq.
+    fn add_query_gradients(&self, pass: &Pass<'_, T>, keys: &Range<usize>, dq: &mut [T]) {
+        let d = pass.head.q.ncols();
+        let bq = dq.len() / d;
+        let (ds, k) = (view(&self.ds, keys.len(), bq).transpose(), pass.head.k.subrows(keys.start, keys.len()));
+        add_product(view_mut(dq, bq, d), ds, k, T::of(pass.scale));
+    }
+
     /// Adds dk, dv and db of the keys `part` of `keys`.
     fn add_key_gradients(
         &self,
@@ -627,7 +627,7 @@ impl<T: Real> Near<T> {
         add_product(view_mut(grads.dv, len, dv), rows(&self.f), dout, T::ONE);
         if let Some(db) = grads.dkey_bias {
             // db takes f where dk takes the slope: the weight's derivative by the bias is the weight itself.
-            for (j, db) in db.iter_mut().enumerate() {
+            for (j, db) in db.iter_mut().enumerate().take(len) {
                 let v = pass.head.v.row(part.start + j);
                 let f = rows(&self.f).row(j);
                 for i in 0..bq {

@@ -21,10 +21,10 @@ use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, product, view, view_mut};
+use crate::tile::{add_product, exponentials, product, view, view_mut};
 
 /// Queries, and keys, of one tile of scores.
-pub(crate) const TILE: usize = 128;
+pub(crate) const TILE: usize = 112;
 
 /// Writes `out` and the row factors of one head.
 pub(crate) fn forward<T: Real>(
@@ -141,32 +141,13 @@ impl<T: Real> Softmax<T> {
         let s = &mut self.scores[..bk * bq];
         let (max, correction) = (&mut self.max[..bq], &mut self.correction[..bq]);
         let (sum, tile_sum) = (&mut self.sum[..bq], &mut self.tile_sum[..bq]);
-        vectorised(
-            #[inline(always)]
-            || {
-                correction.copy_from_slice(max);
-                for row in s.chunks_exact(bq) {
-                    for (max, &s) in max.iter_mut().zip(row) {
-                        *max = s.larger(*max);
-                    }
-                }
-                for (old, &max) in correction.iter_mut().zip(&*max) {
-                    // A row that has seen no key yet has -inf here, perhaps twice; whatever it scales is 0.
-                    *old = if *old == T::NEG_INFINITY { T::ZERO } else { (*old - max).exp_nonpositive() };
-                }
-                tile_sum.fill(T::ZERO);
-                for row in s.chunks_exact_mut(bq) {
-                    for ((s, &max), sum) in row.iter_mut().zip(&*max).zip(&mut *tile_sum) {
-                        let e = if *s == T::NEG_INFINITY { T::ZERO } else { (*s - max).exp_nonpositive() };
-                        *s = e;
-                        *sum += e;
-                    }
-                }
-                for ((sum, &c), &t) in sum.iter_mut().zip(&*correction).zip(&*tile_sum) {
-                    *sum = *sum * c.to_f64() + t.to_f64();
-                }
-            },
-        );
+        correction.copy_from_slice(max);
+        exponentials(s, max, tile_sum);
+        for ((sum, (c, &max)), &t) in sum.iter_mut().zip(correction.iter_mut().zip(&*max)).zip(&*tile_sum) {
+            // A row that has seen no key yet has -inf here, perhaps twice; whatever it scales is 0.
+            *c = if *c == T::NEG_INFINITY { T::ZERO } else { (*c - max).exp_nonpositive() };
+            *sum = *sum * c.to_f64() + t.to_f64();
+        }
         product(view_mut(&mut self.tile_out, self.dv, bq), v.transpose(), view(&self.scores, bk, bq), T::ONE);
         let (weighted, tile_out) = (&mut self.weighted[..], &self.tile_out[..]);
         vectorised(
