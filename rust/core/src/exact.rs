@@ -21,7 +21,7 @@ use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, exponentials, product, view, view_mut};
+use crate::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut};
 
 /// Queries, and keys, of one tile of scores.
 pub(crate) const TILE: usize = 112;
@@ -40,10 +40,11 @@ pub(crate) fn forward<T: Real>(
         .into_par_iter()
         .enumerate()
         .try_for_each_init(
-            || Softmax::new(dv),
-            |softmax, (block, (out, max, scale))| {
+            || (Softmax::new(dv), vec![T::ZERO; head.q.ncols() * TILE]),
+            |(softmax, q), (block, (out, max, scale))| {
                 let (i0, bq) = (block * TILE, max.len());
-                let q = head.q.subrows(i0, bq);
+                load_transposed(head.q, i0, bq, &[], q);
+                let q = view(q, head.q.ncols(), bq);
                 softmax.start(bq);
                 let end = if attention.causal { i0 + bq } else { m };
                 for j0 in (0..end).step_by(TILE) {
@@ -57,7 +58,7 @@ pub(crate) fn forward<T: Real>(
         )
 }
 
-/// The tile `s_ij`, as `(bk, bq)`: `-inf` where query `i0 + i` may not see key `j0 + j`.
+/// The tile `s_ij`, as `(bk, bq)`: `-inf` where query `i0 + i` may not see key `j0 + j`. `q` is `(d, bq)`.
 fn scores<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
@@ -67,8 +68,8 @@ fn scores<T: Real>(
     bk: usize,
     s: &mut [T],
 ) {
-    let bq = q.nrows();
-    product(view_mut(s, bk, bq), head.k.subrows(j0, bk), q.transpose(), T::of(attention.scale));
+    let bq = q.ncols();
+    product(view_mut(s, bk, bq), head.k.subrows(j0, bk), q, T::of(attention.scale));
     if let Some(bias) = head.key_bias {
         add_bias(bias.subrows(j0, bk).iter().copied(), bq, s);
     }
@@ -265,7 +266,16 @@ struct Sums<'a> {
     db: &'a mut [f64],
 }
 
+/// One thread's tiles. Those of queries and keys are copies, in rows that do not share a few places in the cache.
 struct Scratch<T> {
+    q: Vec<T>,
+    dout: Vec<T>,
+    k: Vec<T>,
+    /// `(d, keys)`.
+    k_columns: Vec<T>,
+    /// `(dv, keys)`.
+    v_columns: Vec<T>,
+    bias: Vec<T>,
     f: Vec<T>,
     ds: Vec<T>,
     dq: Vec<T>,
@@ -273,20 +283,30 @@ struct Scratch<T> {
     dv: Vec<T>,
 }
 
+/// What is added to the width of a row: see [`Scratch`].
+const PAD: usize = 16;
+
 impl<T: Real> Scratch<T> {
     fn new(rows_q: usize, d: usize, dv: usize) -> Self {
-        let zeros = |len: usize| vec![T::ZERO; len];
+        let tile = |width: usize| vec![T::ZERO; TILE * width];
         Self {
-            f: zeros(TILE * TILE),
-            ds: zeros(TILE * TILE),
-            dq: zeros(rows_q * d),
-            dk: zeros(TILE * d),
-            dv: zeros(TILE * dv),
+            q: tile(d + PAD),
+            dout: tile(dv + PAD),
+            k: tile(d + PAD),
+            k_columns: tile(d),
+            v_columns: tile(dv),
+            bias: tile(1),
+            f: tile(TILE),
+            ds: tile(TILE),
+            dq: vec![T::ZERO; rows_q * d],
+            dk: tile(d),
+            dv: tile(dv),
         }
     }
 }
 
-/// Adds what the queries from `i0` and the keys from `j0` on (as many as `sums` has rows) give each other.
+/// Adds what the queries from `i0` and the keys from `j0` on (as many as `sums` has rows) give each other. Tiles are
+/// `(queries, keys)`.
 fn backward_square<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
@@ -299,7 +319,7 @@ fn backward_square<T: Real>(
     let (d, dv) = (head.q.ncols(), head.v.ncols());
     let (rows_q, rows_k) = (sums.dq.len() / d, sums.dk.len() / d);
     let c = T::of(attention.scale);
-    let Scratch { f, ds, dq, dk, dv: grad_v } = scratch;
+    let Scratch { q, dout, k, k_columns, v_columns, bias, f, ds, dq, dk, dv: grad_v } = scratch;
     for (part_k, part_q) in
         (0..rows_k).step_by(MAX_SIDE).flat_map(|k| (0..rows_q).step_by(MAX_SIDE).map(move |q| (k, q)))
     {
@@ -307,26 +327,39 @@ fn backward_square<T: Real>(
         dq.fill(T::ZERO);
         for j in (part_k..end_k).step_by(TILE) {
             let bk = TILE.min(end_k - j);
-            let (k, v) = (head.k.subrows(j0 + j, bk), head.v.subrows(j0 + j, bk));
+            let first_key = j0 + j;
+            load_rows(head.k, first_key, bk, &[], d + PAD, k);
+            load_transposed(head.k, first_key, bk, &[], k_columns);
+            load_transposed(head.v, first_key, bk, &[], v_columns);
+            if let Some(b) = head.key_bias {
+                bias.iter_mut().zip(b.subrows(first_key, bk).iter()).for_each(|(bias, b)| *bias = *b);
+            }
             dk.fill(T::ZERO);
             grad_v.fill(T::ZERO);
             for i in (part_q..end_q).step_by(TILE) {
                 let bq = TILE.min(end_q - i);
                 let first = i0 + i;
-                if attention.causal && first + bq <= j0 + j {
+                if attention.causal && first + bq <= first_key {
                     continue;
                 }
                 ctx.check()?;
-                let (q, dout) = (head.q.subrows(first, bq), up.dout.subrows(first, bq));
-                scores(head, attention, q, first, j0 + j, bk, f);
-                product(view_mut(ds, bk, bq), v, dout.transpose(), T::ONE);
-                score_gradients(&up, first, bq, &mut f[..bk * bq], &mut ds[..bk * bq]);
-                let (f, ds) = (view(f, bk, bq), view(ds, bk, bq));
-                add_product(view_mut(grad_v, bk, dv), f, dout, T::ONE);
-                add_product(view_mut(dk, bk, d), ds, q, c);
-                add_product(view_mut(&mut dq[(i - part_q) * d..], bq, d), ds.transpose(), k, c);
-                for (db, ds) in sums.db.iter_mut().skip(j).zip(ds.row_iter()) {
-                    *db += ds.iter().copied().sum::<T>().to_f64();
+                load_rows(head.q, first, bq, &[], d + PAD, q);
+                load_rows(up.dout, first, bq, &[], dv + PAD, dout);
+                let (q, dout) = (view(q, bq, d + PAD).subcols(0, d), view(dout, bq, dv + PAD).subcols(0, dv));
+                product(view_mut(f, bq, bk), q, view(k_columns, d, bk), c);
+                product(view_mut(ds, bq, bk), dout, view(v_columns, dv, bk), T::ONE);
+                let biases = head.key_bias.map(|_| &bias[..bk]);
+                let seen = attention.causal.then_some((first + 1).saturating_sub(first_key));
+                score_gradients(&up, first, bk, biases, seen, &mut f[..bq * bk], &mut ds[..bq * bk]);
+                let (f, ds) = (view(f, bq, bk), view(ds, bq, bk));
+                add_product(view_mut(grad_v, bk, dv), f.transpose(), dout, T::ONE);
+                add_product(view_mut(dk, bk, d), ds.transpose(), q, c);
+                let k = view(k, bk, d + PAD).subcols(0, d);
+                add_product(view_mut(&mut dq[(i - part_q) * d..], bq, d), ds, k, c);
+                if !sums.db.is_empty() {
+                    for ds in ds.row_iter() {
+                        sums.db[j..j + bk].iter_mut().zip(ds.iter()).for_each(|(db, ds)| *db += ds.to_f64());
+                    }
                 }
             }
             widen(dk, &mut sums.dk[j * d..(j + bk) * d]);
@@ -337,18 +370,33 @@ fn backward_square<T: Real>(
     Ok(())
 }
 
-/// Turns a tile of scores into `f`, and one of `dout_i.v_j` into `dS`, for the queries from `first` on.
-fn score_gradients<T: Real>(up: &Upstream<'_, T>, first: usize, bq: usize, f: &mut [T], ds: &mut [T]) {
-    let max = &up.rows.max[first..first + bq];
-    let (scale, delta) = (&up.rows.scale[first..first + bq], &up.delta[first..first + bq]);
+/// Turns a tile of scores into `f`, and one of `dout_i.v_j` into `dS`, for the queries from `first` on. Where there is a
+/// mask, the first of them sees `seen` of the keys, and each next one a key more.
+fn score_gradients<T: Real>(
+    up: &Upstream<'_, T>,
+    first: usize,
+    bk: usize,
+    biases: Option<&[T]>,
+    seen: Option<usize>,
+    f: &mut [T],
+    ds: &mut [T],
+) {
     vectorised(
         #[inline(always)]
         || {
-            for (f, ds) in f.chunks_exact_mut(bq).zip(ds.chunks_exact_mut(bq)) {
-                for i in 0..bq {
-                    f[i] = (f[i] - max[i]).exp_nonpositive() * scale[i];
-                    ds[i] = f[i] * (ds[i] - delta[i]);
+            for (i, (f, ds)) in f.chunks_exact_mut(bk).zip(ds.chunks_exact_mut(bk)).enumerate() {
+                let row = first + i;
+                let (max, scale, delta) = (up.rows.max[row], up.rows.scale[row], up.delta[row]);
+                if let Some(biases) = biases {
+                    f.iter_mut().zip(biases).for_each(|(s, &b)| *s = if b == T::NEG_INFINITY { b } else { *s + b });
                 }
+                for (f, ds) in f.iter_mut().zip(ds.iter_mut()) {
+                    *f = (*f - max).exp_nonpositive() * scale;
+                    *ds = *f * (*ds - delta);
+                }
+                let seen = seen.map_or(bk, |seen| (seen + i).min(bk));
+                f[seen..].fill(T::ZERO);
+                ds[seen..].fill(T::ZERO);
             }
         },
     );
