@@ -28,10 +28,10 @@ use faer::MatRef;
 use rayon::prelude::*;
 
 use crate::attention::{HeadGrads, Upstream};
-use crate::engine::{Diagonal, Gradient};
+use crate::engine::{Coefficients, Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{Pass, tiles};
+use crate::polynomial::{FIT_PREFIX, Pass, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{Tokens, step};
 use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
@@ -42,6 +42,8 @@ const SEGMENT_NUMBERS: usize = 1 << 20;
 const SEGMENT_BLOCKS: [usize; 2] = [32, 256];
 const SEGMENT_LIMIT: usize = 1 << 25;
 
+/// Tokens a block.
+const BLOCK: usize = 112;
 /// Queries that meet their near keys at a time: few, so that little is computed behind the mask, and so that their
 /// scores stay in the first-level cache.
 const NEAR_TILE: usize = 32;
@@ -49,10 +51,11 @@ const NEAR_TILE: usize = 32;
 /// The cutting of the sequence.
 struct Cut {
     n: usize,
-    /// Tokens a block, and blocks.
-    block: usize,
     blocks: usize,
+    /// Tokens before a block that it meets one by one.
     window: usize,
+    /// Blocks at the start whose queries meet all their keys one by one, so that coefficients may be fitted to them
+    /// without any query's answer depending on a later token.
     prefix: usize,
     /// The largest bias of the keys far from each block, `-inf` where there are none.
     levels: Vec<f64>,
@@ -60,9 +63,11 @@ struct Cut {
 
 impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>) -> Self {
-        let (n, block) = (pass.head.q.nrows(), pass.block());
-        let (window, prefix) = (pass.window(), pass.prefix());
-        let mut cut = Self { n, block, blocks: n.div_ceil(block), window, prefix, levels: Vec::new() };
+        let n = pass.head.q.nrows();
+        let window = if pass.engine.diagonal == Diagonal::Exact { pass.engine.window } else { 0 };
+        let fitted = pass.engine.coefficients == Coefficients::Fitted;
+        let prefix = if fitted { FIT_PREFIX.div_ceil(BLOCK) } else { 0 };
+        let mut cut = Self { n, blocks: n.div_ceil(BLOCK), window, prefix, levels: Vec::new() };
         let mut level = f64::NEG_INFINITY;
         for c in 0..cut.blocks {
             level = level.max(pass.level(cut.keys(c)));
@@ -73,12 +78,12 @@ impl Cut {
 
     /// The tokens of block `c`.
     fn queries(&self, c: usize) -> Range<usize> {
-        c * self.block..((c + 1) * self.block).min(self.n)
+        c * BLOCK..((c + 1) * BLOCK).min(self.n)
     }
 
     /// The first token near block `c`. It never falls as `c` grows.
     fn start(&self, c: usize) -> usize {
-        if c < self.prefix { 0 } else { (c * self.block).saturating_sub(self.window) }
+        if c < self.prefix { 0 } else { (c * BLOCK).saturating_sub(self.window) }
     }
 
     /// The keys `K_c`.
@@ -234,11 +239,11 @@ pub(crate) fn forward<T: Real>(
     let (mut scan, segments) = key_scan(pass, &cut, pass.tree.weights(&pass.constants.coefficients, pass.scale));
     for segment in segments {
         advance_keys(pass, &cut, &mut scan, &segment, g)?;
-        let tokens = segment.start * cut.block..cut.queries(segment.end - 1).end;
+        let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
         (
-            out[tokens.start * dv..tokens.end * dv].par_chunks_mut(cut.block * dv),
-            row_max[tokens.clone()].par_chunks_mut(cut.block),
-            row_scale[tokens].par_chunks_mut(cut.block),
+            out[tokens.start * dv..tokens.end * dv].par_chunks_mut(BLOCK * dv),
+            row_max[tokens.clone()].par_chunks_mut(BLOCK),
+            row_scale[tokens].par_chunks_mut(BLOCK),
         )
             .into_par_iter()
             .enumerate()
@@ -300,19 +305,19 @@ fn queries_backward<T: Real>(
     dv: &mut [T],
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
-    let (degree, d, width, block) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1, cut.block);
+    let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
     let (mut scan, segments) = key_scan(pass, cut, potential);
     for segment in segments {
         advance_keys(pass, cut, &mut scan, &segment, degree)?;
-        let tokens = segment.start * block..cut.queries(segment.end - 1).end;
+        let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
         let mut own_db: Vec<_> = match &mut db {
-            Some(db) => db[tokens.clone()].chunks_mut(block).map(Some).collect(),
+            Some(db) => db[tokens.clone()].chunks_mut(BLOCK).map(Some).collect(),
             None => segment.clone().map(|_| None).collect(),
         };
         let halos = (
-            dq[tokens.start * d..tokens.end * d].par_chunks_mut(block * d),
-            dk[tokens.start * d..tokens.end * d].par_chunks_mut(block * d),
-            dv[tokens.start * width..tokens.end * width].par_chunks_mut(block * width),
+            dq[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
+            dk[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
+            dv[tokens.start * width..tokens.end * width].par_chunks_mut(BLOCK * width),
             own_db.par_iter_mut(),
         )
             .into_par_iter()
@@ -454,7 +459,7 @@ struct Near<T> {
 
 impl<T: Real> Near<T> {
     fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
-        let keys = (cut.block + cut.window).max(cut.prefix * cut.block).min(cut.n);
+        let keys = (BLOCK + cut.window).max(cut.prefix * BLOCK).min(cut.n);
         let tile = || vec![T::ZERO; keys * NEAR_TILE];
         let columns = pass.head.q.ncols().max(pass.e()) * NEAR_TILE;
         let slope = if Self::has_slope(pass) { tile() } else { Vec::new() };

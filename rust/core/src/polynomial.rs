@@ -48,7 +48,7 @@ use rayon::prelude::*;
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::causal;
 use crate::context::Context;
-use crate::engine::{self, Coefficients, Diagonal, Gradient, Shift};
+use crate::engine::{self, Coefficients, Gradient, Shift};
 use crate::error::{Error, Result};
 use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
@@ -75,13 +75,11 @@ const TILE_NUMBERS: usize = 1 << 17;
 /// Tiles that share one set of buffers at least: new buffers cost as much as a tile.
 const TILES_A_SCRATCH: usize = 4;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
-const FIT_PREFIX: usize = 1024;
+pub(crate) const FIT_PREFIX: usize = 1024;
 /// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
 const LARGEST_STATE: usize = 1 << 27;
 /// Numbers in all partial states of a head together, where eight of them take no more than 1 GiB.
 const PARTIAL_STATES: usize = 1 << 23;
-/// Blocks of the causal scans with few features, and with many, whose states are dearer to keep.
-const BLOCKS: [usize; 2] = [112, 240];
 
 /// One head's pass, with everything that its tiles share.
 pub(crate) struct Pass<'a, T> {
@@ -303,25 +301,6 @@ impl<'a, T: Real> Pass<'a, T> {
     /// Buffers for tiles of tokens that are added to states of features up to `degree`.
     pub fn tokens(&self, degree: usize) -> Tokens<T> {
         Tokens::new(self.tree, self.head.q.ncols(), self.e(), self.tile(degree), degree)
-    }
-
-    /// Tokens a block of the causal scans. A function of d and the degree alone, the same forward and backward.
-    pub fn block(&self) -> usize {
-        BLOCKS[usize::from(self.tree.rank(self.engine.degree) > 1024)]
-    }
-
-    /// Tokens before a query's block whose scores are exact too.
-    pub fn window(&self) -> usize {
-        match self.engine.diagonal {
-            Diagonal::Exact => self.engine.window,
-            Diagonal::Polynomial => 0,
-        }
-    }
-
-    /// Blocks at the start of a causal sequence whose queries meet all their keys exactly, so that coefficients may be
-    /// fitted to them without any query's answer depending on a later token.
-    pub fn prefix(&self) -> usize {
-        if self.engine.coefficients == Coefficients::Fitted { FIT_PREFIX.div_ceil(self.block()) } else { 0 }
     }
 
     pub fn load_queries(&self, start: usize, len: usize, x: &mut [T]) {
