@@ -1,4 +1,4 @@
-"""The command ``lingrad``: the gradient of every weight of a small transformer on a long text."""
+"""The command ``lingrad``: the gradient of every weight of a small transformer on a long text, and times of engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__
+from . import __version__, _bench
 from .engines import Engine, Exact, Polynomial
 from .errors import ArgumentError, LingradError
 from .threads import set_num_threads
@@ -148,6 +148,87 @@ def grad(
             typer.echo(json.dumps(_summary(report, tokens, seconds, peak, comparison), allow_nan=False))
         else:
             _print(report, tokens, seconds, peak, comparison)
+
+
+@app.command()
+def bench(
+    d: Annotated[int, typer.Option("--d", min=1, help="Width of a head.")] = 16,
+    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="The greatest length; the others are halves of it.")] = 65536,
+    degree: Annotated[
+        list[int] | None, typer.Option(min=1, help="Degrees of the polynomial.", show_default="2")
+    ] = None,
+    causal: Annotated[bool, typer.Option("--causal/--full", help="With or without a causal mask.")] = True,
+    score_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the scores.")] = 0.3,
+    dtype: Annotated[FloatName, typer.Option(help="Precision.")] = FloatName.float32,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each method is run.")] = 5,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds that one forward and backward pass may take.")] = 3.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Time the engines over the number of tokens, beside PyTorch's fused kernel where it is installed.
+
+    Methods take turns within every round. Errors are relative to exact attention in float64, on normal random numbers.
+    """
+    with _clean_exit():
+        if threads is not None:
+            set_num_threads(threads)
+        if plot is not None:
+            _bench.check_plot(plot)
+        methods = _bench.engines(degree or [2], d)
+        peer = _bench.torch_sdpa()
+        methods += [] if peer is None else [peer]
+        sizes = [tokens >> halved for halved in range(8) if halved == 0 or tokens >> halved >= 1024][::-1]
+        total = sum(sizes)
+        with _progress("bench") as progress:
+            rows = _bench.scaling(
+                methods,
+                sizes,
+                _bench.Case(tokens, d, heads, causal),
+                score_std=score_std,
+                dtype=dtype.value,
+                rounds=rounds,
+                limit=limit,
+                progress=lambda n: progress(sum(size for size in sizes if size <= n) / total),
+            )
+        title = (
+            f"{'causal' if causal else 'full'} attention, d = {d}, {heads} heads, {dtype.value}, score std {score_std}"
+        )
+        if plot is not None:
+            _bench.plot(rows, plot, f"{title}\n{_bench.machine()}")
+        if json_:
+            result = {"machine": _bench.machine(), "rows": [dataclasses.asdict(row) for row in rows]}
+            typer.echo(json.dumps(result, allow_nan=False))
+        else:
+            _print_bench(rows, title, limit, peer is None)
+
+
+def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool) -> None:
+    console = Console(highlight=False)
+    console.print(_bench.machine())
+    table = Table(
+        "n", "method", "forward, ms", "forward + backward, ms", "exact / this", "out", "worst gradient", title=title
+    )
+    for n in dict.fromkeys(row.n for row in rows):
+        at = [row for row in rows if row.n == n]
+        exact = next((row.both.median for row in at if row.method == "exact"), None)
+        for i, row in enumerate(at):
+            errors = [] if row.errors is None else [row.errors["out"], max(row.errors[x] for x in ("dq", "dk", "dv"))]
+            table.add_row(
+                f"{n:,}" if i == 0 else "",
+                row.method,
+                *(f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} to {1e3 * t.high:.1f})" for t in (row.forward, row.both)),
+                "" if exact is None else f"{exact / row.both.median:.2f}",
+                *(f"{error:.1e}" for error in errors),
+                end_section=i + 1 == len(at),
+            )
+    console.print(table)
+    console.print(f"medians (least to most); left out: what would take more than {limit:g} s")
+    if no_peer:
+        console.print("PyTorch is not installed; with it, its fused kernel takes part")
 
 
 @contextmanager

@@ -50,53 +50,46 @@ pub(crate) fn fit<T: Real>(
     let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
     columns.retain(|&j| weight(j) > 0.0);
     let scores = faer::Scale(scale) * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
-    let seen = |i: usize, j: usize| !causal || columns[j] <= rows[i];
-    let mut largest: f64 = 0.0;
-    let mut pairs = Vec::with_capacity(rows.len() * columns.len());
-    for i in 0..rows.len() {
-        let start = pairs.len();
-        let mut sum = 0.0;
-        for j in (0..columns.len()).filter(|&j| seen(i, j)) {
-            let (s, w) = (scores[(i, j)], weight(columns[j]));
-            let e = s.exp();
-            largest = largest.max(s.abs());
-            sum += w * e;
-            pairs.push((s, e, w));
-        }
-        if largest > LARGEST_SCORE || !(sum.is_finite()) {
+    let weights: Vec<f64> = columns.iter().map(|&j| weight(j)).collect();
+    // Of every pair that is seen: its score, the exponential of that, and (w / D)^2.
+    let (mut s, mut e, mut squares) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, &row) in rows.iter().enumerate() {
+        let start = s.len();
+        let seen = if causal { columns.partition_point(|&j| j <= row) } else { columns.len() };
+        s.extend((0..seen).map(|j| scores[(i, j)]));
+        e.extend(s[start..].iter().map(|s| s.exp()));
+        let sum: f64 = e[start..].iter().zip(&weights).map(|(e, w)| e * w).sum();
+        let largest = s[start..].iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
+        if largest > LARGEST_SCORE || !sum.is_finite() {
             return Err(Error::Denominator(format!(
                 "coefficients=\"fitted\": sampled scores reach {largest:.3e}, far outside what a polynomial can follow; \
                  use Exact()"
             )));
         }
-        if sum > 0.0 {
-            pairs[start..].iter_mut().for_each(|(_, _, w)| *w /= sum);
-        }
+        let by = if sum > 0.0 { 1.0 / sum } else { 1.0 };
+        squares.extend(weights[..seen].iter().map(|w| (w * by) * (w * by)));
     }
+    let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
     let mut a = taylor(degree);
     if largest.powi(degree as i32 + 1) < f64::EPSILON {
         return Ok(a); // Taylor's polynomial is exact to the last bit here.
     }
-    // Normal equations for the differences from Taylor's coefficients, in the variable s / (root mean square of s),
-    // every unknown scaled so that the diagonal is 1.
+    // Normal equations for the differences from Taylor's coefficients, in the variable t = s / (root mean square of s),
+    // every unknown scaled so that the diagonal is 1. Their matrix holds the moments sum (w / D)^2 t^(i + j).
     let count = degree + 1;
-    let rms = (pairs.iter().map(|(s, _, _)| s * s).sum::<f64>() / pairs.len() as f64).sqrt();
-    let (mut gram, mut wanted) = (Mat::<f64>::zeros(count, count), Mat::<f64>::zeros(count, 1));
-    let mut powers = vec![0.0; count];
-    for &(s, e, w) in &pairs {
-        let mut power = w;
-        for p in &mut powers {
-            *p = power;
-            power *= s / rms;
-        }
-        let residual = w * (e - a.iter().rev().fold(0.0, |p, a| p * s + a));
-        for i in 0..count {
-            wanted[(i, 0)] += powers[i] * residual;
-            for j in 0..=i {
-                gram[(i, j)] += powers[i] * powers[j];
-            }
-        }
+    let rms = (s.iter().map(|s| s * s).sum::<f64>() / s.len() as f64).sqrt();
+    for (e, s) in e.iter_mut().zip(&s) {
+        *e -= a.iter().rev().fold(0.0, |p, a| p * s + a);
     }
+    let (mut moments, mut wanted) = (vec![0.0; 2 * count - 1], Mat::<f64>::zeros(count, 1));
+    for (k, moment) in moments.iter_mut().enumerate() {
+        *moment = squares.iter().sum();
+        if k < count {
+            wanted[(k, 0)] = squares.iter().zip(&e).map(|(power, residual)| power * residual).sum();
+        }
+        squares.iter_mut().zip(&s).for_each(|(power, s)| *power *= s / rms);
+    }
+    let mut gram = Mat::from_fn(count, count, |i, j| moments[i + j]);
     let size: Vec<f64> = (0..count).map(|i| gram[(i, i)].sqrt()).collect();
     for i in 0..count {
         wanted[(i, 0)] /= size[i];

@@ -1,0 +1,287 @@
+"""What ``lingrad bench`` does: times and errors of the engines over the number of tokens, beside PyTorch's kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__
+from .attention import attention_vjp
+from .engines import Engine, Exact, Polynomial
+from .errors import ArgumentError
+from .threads import build_info, get_num_threads
+
+__all__ = [
+    "Case",
+    "Method",
+    "Row",
+    "Times",
+    "check_plot",
+    "engines",
+    "inputs",
+    "interleaved",
+    "machine",
+    "of_engine",
+    "plot",
+    "relative_error",
+    "scaling",
+    "torch_sdpa",
+]
+
+Array = NDArray[Any]
+Results = tuple[Array, Array, Array, Array]  # out, dq, dk, dv
+
+# Numbers in a state beyond which a polynomial is not worth a bench.
+_LARGEST_STATE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape: ``heads`` heads of ``n`` queries and keys of width ``d``, and whether they are masked."""
+
+    n: int
+    d: int
+    heads: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute attention.
+
+    ``prepare(q, k, v, dout, causal)`` returns the forward pass as a call without arguments, and forward and backward
+    together as one that returns ``out, dq, dk, dv``. ``order`` is the power of n that the time grows with.
+    """
+
+    name: str
+    prepare: Callable[..., tuple[Callable[[], object], Callable[[], Results]]]
+    order: Literal[1, 2]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: the median over the rounds, the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+
+def machine() -> str:
+    """The processor, the vector instructions and the threads in use."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    info = build_info()
+    return f"{model}, {info['threads']} threads, {info['simd']}, lingrad_rs {__version__}"
+
+
+def inputs(case: Case, score_std: float, dtype: str, seed: int = 0) -> tuple[Array, Array, Array, Array]:
+    """Normal ``q, k, v, dout`` of shape ``(heads, n, d)``, whose scores ``q.k/sqrt(d)`` have that standard deviation."""
+    rng = np.random.default_rng(seed)
+    q, k, v, dout = (rng.standard_normal((case.heads, case.n, case.d)) for _ in range(4))
+    size = math.sqrt(score_std)
+    return tuple(x.astype(dtype) for x in (q * size, k * size, v, dout))  # type: ignore[return-value]
+
+
+def of_engine(name: str, engine: Engine) -> Method:
+    """An engine of this library."""
+
+    def prepare(
+        q: Array, k: Array, v: Array, dout: Array, causal: bool
+    ) -> tuple[Callable[[], object], Callable[[], Results]]:
+        def both() -> Results:
+            out, vjp = attention_vjp(q, k, v, engine=engine, causal=causal)
+            dq, dk, dv = vjp(dout)
+            return out, dq, dk, dv
+
+        return lambda: attention_vjp(q, k, v, engine=engine, causal=causal), both
+
+    return Method(name, prepare, 2 if isinstance(engine, Exact) else 1)
+
+
+def engines(degrees: Iterable[int], d: int) -> list[Method]:
+    """Exact attention, and the polynomial engine for every degree whose states fit: both gradients, and fitted."""
+    methods = [of_engine("exact", Exact())]
+    for degree in degrees:
+        variants = {
+            "": Polynomial(degree=degree),
+            " fitted": Polynomial(degree=degree, coefficients="fitted"),
+            " consistent": Polynomial(degree=degree, gradient="consistent"),
+        }
+        for suffix, engine in variants.items():
+            potential = degree + (engine.gradient == "closed_form")
+            if math.comb(d + potential, potential) * (d + 1) <= _LARGEST_STATE:
+                methods.append(of_engine(f"degree {degree}{suffix}", engine))
+    return methods
+
+
+def torch_sdpa() -> Method | None:
+    """PyTorch's fused kernel on as many threads, where PyTorch is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def prepare(
+        q: Array, k: Array, v: Array, dout: Array, causal: bool
+    ) -> tuple[Callable[[], object], Callable[[], Results]]:
+        torch.set_num_threads(get_num_threads())
+        leaves = [torch.from_numpy(x)[None].requires_grad_() for x in (q, k, v)]
+        upstream = torch.from_numpy(dout)[None]
+
+        def forward() -> object:
+            return attend(*leaves, is_causal=causal)
+
+        def both() -> Results:
+            for leaf in leaves:
+                leaf.grad = None
+            out = attend(*leaves, is_causal=causal)
+            out.backward(upstream)
+            grads = [leaf.grad[0].numpy() for leaf in leaves]
+            return out.detach()[0].numpy(), grads[0], grads[1], grads[2]
+
+        return forward, both
+
+    return Method(f"PyTorch {torch.__version__.split('+')[0]} SDPA", prepare, 2)
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """The time of each call. They take turns, so that a change in the machine's speed meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(statistics.median(t), min(t), max(t)) for name, t in seconds.items()}
+
+
+def relative_error(x: Array, exact: Array) -> float:
+    """Relative Frobenius error, computed in float64."""
+    wide = exact.astype(np.float64)
+    return float(np.linalg.norm(x - wide) / np.linalg.norm(wide))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a method at one length; an error relative to exact attention, where that was computed."""
+
+    method: str
+    n: int
+    forward: Times
+    both: Times
+    errors: dict[str, float] | None
+
+
+def scaling(
+    methods: list[Method],
+    sizes: Iterable[int],
+    case: Case,
+    *,
+    score_std: float,
+    dtype: str,
+    rounds: int,
+    limit: float,
+    progress: Callable[[int], None],
+) -> list[Row]:
+    """Times every method at every size, errors at those where the exact engine is still timed.
+
+    A method whose forward and backward passes are expected to take more than ``limit`` seconds at a size is left out
+    there. The expectation is its time at the size before, grown by its order.
+    """
+    rows: list[Row] = []
+    expected: dict[str, float] = {method.name: 0.0 for method in methods}
+    before = None
+    for n in sizes:
+        at = Case(n, case.d, case.heads, case.causal)
+        q, k, v, dout = inputs(at, score_std, dtype)
+        forwards: dict[str, Callable[[], object]] = {}
+        both: dict[str, Callable[[], object]] = {}
+        results: dict[str, Results] = {}
+        for method in methods:
+            if before is not None:
+                expected[method.name] *= (n / before) ** method.order
+            if expected[method.name] > limit:
+                continue
+            forward, backward = method.prepare(q, k, v, dout, at.causal)
+            results[method.name] = backward()  # a first call, which is not timed
+            forwards[method.name], both[method.name] = forward, backward
+        before = n
+        errors = _errors(results, (q, k, v, dout), at.causal) if "exact" in results else {}
+        results.clear()
+        forward_times, both_times = interleaved(forwards, rounds), interleaved(both, rounds)
+        for name in both:
+            expected[name] = both_times[name].median
+            rows.append(Row(name, n, forward_times[name], both_times[name], errors.get(name)))
+        progress(n)
+    return rows
+
+
+def _errors(results: Mapping[str, Results], arrays: Iterable[Array], causal: bool) -> dict[str, dict[str, float]]:
+    """Errors of ``out, dq, dk, dv`` against the exact engine in float64 on the same numbers."""
+    q, k, v, dout = (x.astype(np.float64) for x in arrays)
+    out, vjp = attention_vjp(q, k, v, engine=Exact(), causal=causal)
+    wanted = dict(zip(("out", "dq", "dk", "dv"), (out, *vjp(dout)), strict=True))
+    return {
+        name: {part: relative_error(x, exact) for x, (part, exact) in zip(result, wanted.items(), strict=True)}
+        for name, result in results.items()
+    }
+
+
+def check_plot(path: Path) -> None:
+    """An error, before anything is computed, where the plot could not be written."""
+    if path.suffix not in (".png", ".svg"):
+        raise ArgumentError(f"--plot is {path}; expected a name that ends in .png or .svg")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(f"--plot {path}: there is no directory {path.absolute().parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError(f"--plot {path} needs matplotlib: pip install 'lingrad_rs[plot]'")
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Writes the plot: time over n of the forward pass and of both passes, and time over error at one length."""
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]
+
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    forward, both, error = figure.subplots(1, 3)
+    figure.suptitle(title)
+    names = list(dict.fromkeys(row.method for row in rows))
+    lengths = [row.n for row in rows if row.errors is not None]
+    for i, name in enumerate(names):
+        style = {"label": name, "color": f"C{i % 10}", "marker": "os^Dv<>pP*"[i // 10 % 10]}
+        own = [row for row in rows if row.method == name]
+        n = [row.n for row in own]
+        for axes, times in ((forward, [row.forward for row in own]), (both, [row.both for row in own])):
+            axes.plot(n, [t.median for t in times], **style)
+            axes.fill_between(n, [t.low for t in times], [t.high for t in times], color=style["color"], alpha=0.2)
+        for row in own:
+            if lengths and row.n == max(lengths) and row.errors is not None:
+                error.plot(max(row.errors.values()), row.both.median, linestyle="none", **style)
+    for axes, label in ((forward, "forward"), (both, "forward and backward")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens n", ylabel="seconds", title=label)
+    where = f" at n = {max(lengths):,}" if lengths else ""
+    error.set(
+        xscale="log",
+        yscale="log",
+        xlabel="worst relative error of out, dq, dk, dv",
+        ylabel="seconds, forward and backward",
+        title=f"time over error{where}",
+    )
+    for axes in (forward, both, error):
+        axes.grid(True, which="both", alpha=0.2)
+    both.legend(fontsize="small")
+    figure.savefig(path)
