@@ -41,6 +41,7 @@ __all__ = [
 Array = NDArray[Any]
 Results = tuple[Array, Array, Array, Array]  # out, dq, dk, dv
 
+_PAUSE = 0.02  # seconds
 # Numbers in a state beyond which a polynomial is not worth a bench.
 _LARGEST_STATE = 1 << 24
 
@@ -76,6 +77,11 @@ class Times:
     low: float
     high: float
 
+    @property
+    def spread(self) -> float:
+        """Most less least, over the median."""
+        return (self.high - self.low) / self.median
+
 
 def machine() -> str:
     """The processor, the vector instructions and the threads in use."""
@@ -89,7 +95,7 @@ def machine() -> str:
 
 
 def inputs(case: Case, score_std: float, dtype: str, seed: int = 0) -> tuple[Array, Array, Array, Array]:
-    """Normal ``q, k, v, dout`` of shape ``(heads, n, d)``, whose scores ``q.k/sqrt(d)`` have that standard deviation."""
+    """Normal ``q, k, v, dout``, ``(heads, n, d)``, with scores ``q.k/sqrt(d)`` of that standard deviation."""
     rng = np.random.default_rng(seed)
     q, k, v, dout = (rng.standard_normal((case.heads, case.n, case.d)) for _ in range(4))
     size = math.sqrt(score_std)
@@ -160,10 +166,14 @@ def torch_sdpa() -> Method | None:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """The time of each call. They take turns, so that a change in the machine's speed meets all alike."""
+    """The time of each call. They take turns, so that a change in the machine's speed meets all alike.
+
+    Between two calls lies a pause, as threads of one library go on spinning for a while after its call.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(_PAUSE)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

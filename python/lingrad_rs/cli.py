@@ -207,28 +207,36 @@ def bench(
 
 
 def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(_bench.machine())
-    table = Table(
-        "n", "method", "forward, ms", "forward + backward, ms", "exact / this", "out", "worst gradient", title=title
-    )
+    table = Table(title=title)
+    for header in (
+        "n",
+        "method",
+        "forward",
+        "spread",
+        "and backward",
+        "spread",
+        "exact / this",
+        "out",
+        "worst gradient",
+    ):
+        table.add_column(header, no_wrap=True, justify="left" if header == "method" else "right")
     for n in dict.fromkeys(row.n for row in rows):
         at = [row for row in rows if row.n == n]
         exact = next((row.both.median for row in at if row.method == "exact"), None)
         for i, row in enumerate(at):
+            times = [text for t in (row.forward, row.both) for text in (f"{1e3 * t.median:.1f} ms", f"{t.spread:.0%}")]
+            ratio = "" if exact is None else f"{exact / row.both.median:.2f}"
             errors = [] if row.errors is None else [row.errors["out"], max(row.errors[x] for x in ("dq", "dk", "dv"))]
-            table.add_row(
-                f"{n:,}" if i == 0 else "",
-                row.method,
-                *(f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} to {1e3 * t.high:.1f})" for t in (row.forward, row.both)),
-                "" if exact is None else f"{exact / row.both.median:.2f}",
-                *(f"{error:.1e}" for error in errors),
-                end_section=i + 1 == len(at),
-            )
+            texts = (*times, ratio, *(f"{error:.1e}" for error in errors))
+            table.add_row(f"{n:,}" if i == 0 else "", row.method, *texts, end_section=i + 1 == len(at))
     console.print(table)
-    console.print(f"medians (least to most); left out: what would take more than {limit:g} s")
+    console.print(
+        f"Medians; spread: most less least, over the median. Left out: what would take more than {limit:g} s."
+    )
     if no_peer:
-        console.print("PyTorch is not installed; with it, its fused kernel takes part")
+        console.print("PyTorch is not installed; with it, its fused kernel takes part.")
 
 
 @contextmanager

@@ -212,8 +212,9 @@ pub(crate) fn backward<T: Real>(
     grads: HeadGrads<'_, T>,
 ) -> Result<()> {
     let (n, m, d, dv) = (head.q.nrows(), head.k.nrows(), head.q.ncols(), head.v.ncols());
-    let p = (n.max(m) / MAX_SIDE).max(MIN_SQUARES).min(n.min(m).div_ceil(MIN_SIDE));
-    let (side_q, side_k) = (n.div_ceil(p), m.div_ceil(p));
+    let p = (n.max(m) / MAX_SIDE).max(SQUARES);
+    let [side_q, side_k] = [n, m].map(|tokens| tokens.div_ceil(p).next_multiple_of(TILE));
+    let p = n.div_ceil(side_q).max(m.div_ceil(side_k));
     let biased = grads.dkey_bias.is_some();
     let [mut sum_q, mut sum_k, mut sum_v, mut sum_b] =
         [n * d, m * d, m * dv, if biased { m } else { 0 }].map(|len| vec![0.0; len]);
@@ -245,11 +246,10 @@ pub(crate) fn backward<T: Real>(
     Ok(())
 }
 
-/// Tokens that are summed in the arrays' own type at the most; rows of a square at the least; squares a side, where
-/// they are not too small.
-const MAX_SIDE: usize = 2048;
-const MIN_SIDE: usize = 64;
-const MIN_SQUARES: usize = 16;
+/// Tokens that are summed in the arrays' own type at the most; and squares a side at the least, where they are not
+/// smaller than a tile.
+const MAX_SIDE: usize = 18 * TILE;
+const SQUARES: usize = 16;
 
 /// `x` in `count` consecutive pieces of `len`, the last ones shorter or empty.
 fn pieces<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
