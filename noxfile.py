@@ -71,7 +71,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Criterion benches of the core, then the README's table."""
+    """The core's own benches, then the README's tables."""
     session.install(".[cli]", env=BUILD_ENV)
     session.run("cargo", "bench", external=True, env=BUILD_ENV)
-    session.run("python", "benches/table.py")
+    session.run("python", "benches/compare.py")
