@@ -13,9 +13,11 @@ use crate::real::Real;
 const DEPTH: usize = 256;
 
 /// `dst = alpha lhs rhs`, or `dst += alpha lhs rhs` (`add`). Rows of `dst` and `rhs` must be contiguous.
+///
+/// `rhs` may have more columns than `dst`: they are not used, but save the time that it takes to leave them alone.
 pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T, add: bool) {
-    let (m, k, n) = (lhs.nrows(), lhs.ncols(), rhs.ncols());
-    assert!(dst.nrows() == m && dst.ncols() == n && rhs.nrows() == k, "shapes of a product");
+    let (m, k, n) = (lhs.nrows(), lhs.ncols(), dst.ncols());
+    assert!(dst.nrows() == m && rhs.nrows() == k && rhs.ncols() >= n, "shapes of a product");
     assert!(n <= 1 || dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
     if m == 0 || n == 0 {
         return;
@@ -24,6 +26,7 @@ pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: Mat
         m,
         k,
         n,
+        b_columns: rhs.ncols(),
         a: lhs.as_ptr(),
         a_row: lhs.row_stride(),
         a_col: lhs.col_stride(),
@@ -37,11 +40,12 @@ pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: Mat
     Arch::new().dispatch(product);
 }
 
-/// The operands: `a (m, k)` of any strides, `b (k, n)` and `c (m, n)` with contiguous rows.
+/// The operands: `a (m, k)` of any strides, `b (k, b_columns)` and `c (m, n)` with contiguous rows.
 struct Product<T> {
     m: usize,
     k: usize,
     n: usize,
+    b_columns: usize,
     a: *const T,
     a_row: isize,
     a_col: isize,
@@ -74,7 +78,8 @@ impl<T: Real> WithSimd for Product<T> {
                 while row < self.m {
                     let count = rows.min(self.m - row);
                     // SAFETY: `row + count <= m`, `column + (vectors - 1) lanes + last <= n` and `depth + k <= self.k`,
-                    // so that everything the block reads and writes lies within the three matrices.
+                    // so that everything the block reads and writes lies within the three matrices; whole vectors of
+                    // b are read only where it has the columns.
                     unsafe {
                         let block = Block {
                             k,
@@ -88,8 +93,9 @@ impl<T: Real> WithSimd for Product<T> {
                             alpha: self.alpha,
                             add,
                             last,
+                            whole: last == lanes,
                         };
-                        match (vectors, last == lanes) {
+                        match (vectors, column + vectors * lanes <= self.b_columns) {
                             (2, true) => block.of_rows::<S, 2, true>(simd, count),
                             (2, false) => block.of_rows::<S, 2, false>(simd, count),
                             (_, true) => block.of_rows::<S, 1, true>(simd, count),
@@ -122,11 +128,13 @@ struct Block<T> {
     alpha: T,
     add: bool,
     last: usize,
+    /// Whether that is a whole vector.
+    whole: bool,
 }
 
 impl<T: Real> Block<T> {
     /// # Safety
-    /// The pointers must be valid for the block's shapes; `WHOLE` must say whether `last` is a whole vector.
+    /// The pointers must be valid for the block's shapes; where `WHOLE`, whole vectors of b.
     #[inline(always)]
     unsafe fn of_rows<S: Simd, const VECTORS: usize, const WHOLE: bool>(self, simd: S, rows: usize) {
         // SAFETY: as the caller promises.
@@ -153,7 +161,8 @@ impl<T: Real> Block<T> {
     #[inline(always)]
     unsafe fn compute<S: Simd, const ROWS: usize, const VECTORS: usize, const WHOLE: bool>(self, simd: S) {
         let lanes = T::lanes::<S>();
-        let whole = |vector: usize| WHOLE || vector + 1 < VECTORS;
+        let readable = |vector: usize| WHOLE || vector + 1 < VECTORS;
+        let whole = |vector: usize| self.whole || vector + 1 < VECTORS;
         let mut sums = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
         let (mut a, mut b) = (self.a, self.b);
         for _ in 0..self.k {
@@ -162,7 +171,7 @@ impl<T: Real> Block<T> {
                 let mut row = [T::splat(simd, T::ZERO); VECTORS];
                 for (vector, x) in row.iter_mut().enumerate() {
                     let at = b.add(vector * lanes);
-                    *x = if whole(vector) { T::load(simd, at) } else { T::load_first(simd, at, self.last) };
+                    *x = if readable(vector) { T::load(simd, at) } else { T::load_first(simd, at, self.last) };
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = T::splat(simd, *a.offset(i as isize * self.a_row));

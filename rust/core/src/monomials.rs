@@ -112,10 +112,16 @@ impl Monomials {
         weights
     }
 
-    /// The features of degree at most `degree` in pieces of consecutive ones: those below that degree, then the others,
-    /// [`PIECE`] at a time.
+    /// The degree up to which the features of degree at most `degree` are formed at once: those of less, or all where
+    /// they are few.
+    pub fn low_degree(&self, degree: usize) -> usize {
+        if self.ranks[degree] <= PIECE_WIDTH { degree } else { degree - 1 }
+    }
+
+    /// The features of degree at most `degree` in pieces of consecutive ones: those up to
+    /// [`low_degree`](Self::low_degree), then the others, [`PIECE`] at a time.
     pub fn pieces(&self, degree: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (low, r) = (self.ranks[degree - 1], self.ranks[degree]);
+        let (low, r) = (self.ranks[self.low_degree(degree)], self.ranks[degree]);
         std::iter::once(0..low).chain((low..r).step_by(PIECE).map(move |start| start..(start + PIECE).min(r)))
     }
 
@@ -196,10 +202,10 @@ impl Monomials {
     /// Numbers behind the variables of a row, and the features of one, that vectors may run into.
     pub const OVERRUN: usize = 16;
 
-    /// Writes the features below `degree`, each token's in a row of [`low_width`](Self::low_width). Rows of `x` are
+    /// Writes the features up to [`low_degree`](Self::low_degree), each token's in a row of [`low_width`](Self::low_width). Rows of `x` are
     /// `width` long, with [`OVERRUN`](Self::OVERRUN) numbers behind the variables.
     pub fn low_rows<T: Real>(&self, x: &[T], width: usize, len: usize, degree: usize, low: &mut [T]) {
-        let (r, low_width) = (self.ranks[degree - 1], self.low_width(degree));
+        let (r, low_width) = (self.ranks[self.low_degree(degree)], self.low_width(degree));
         assert!(low.len() >= len * low_width && x.len() >= len * width, "a tile's rows");
         assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
         let runs: Vec<Run> =
@@ -218,9 +224,9 @@ impl Monomials {
         });
     }
 
-    /// Length of a row of features below `degree`, with what vectors may run into.
+    /// Length of a row of features up to [`low_degree`](Self::low_degree), with what vectors may run into.
     pub fn low_width(&self, degree: usize) -> usize {
-        self.ranks[degree - 1] + Self::OVERRUN
+        self.ranks[self.low_degree(degree)] + Self::OVERRUN
     }
 
     /// Writes a piece of the features of `degree` in rows of [`PIECE_WIDTH`], from those that
@@ -411,10 +417,10 @@ mod tests {
 
     #[test]
     fn pullback_matches_central_differences() {
-        let (d, degree) = (4, 3);
+        let (d, degree) = (7, 4); // with pieces beyond the features of low degree
         let tree = Monomials::new(d, degree);
         let r = tree.rank(degree);
-        let x: Vec<f64> = vec![0.3, -0.8, 1.1, 0.5];
+        let x: Vec<f64> = vec![0.3, -0.8, 1.1, 0.5, -0.2, 0.9, -0.6];
         let u: Vec<f64> = (0..r).map(|a| ((a * 7 % 11) as f64 - 5.0) / 3.0).collect();
         let value = |x: &[f64]| -> f64 {
             let mut f = vec![0.0; r];
@@ -425,7 +431,8 @@ mod tests {
         tree.features(&x, 1, degree, &mut f);
         let mut dx = vec![0.0; d];
         tree.pullback(&x, &f, 1, degree, &mut u.clone(), &mut dx);
-        let low = tree.rank(degree - 1);
+        let low = tree.rank(tree.low_degree(degree));
+        assert!(low < r);
         let (mut by_pieces, mut dlow) = (vec![0.0; d], u[..low].to_vec());
         for piece in tree.pieces(degree).skip(1) {
             let mut top = vec![f64::NAN; piece.len()];

@@ -624,7 +624,7 @@ pub(crate) struct Scratch<T> {
     pub dx: Vec<T>,
     /// A state times features, `(e, len)`.
     pub out: Vec<T>,
-    /// The features below the highest degree, and a piece of the others.
+    /// The features up to a low degree, and a piece of the others.
     low: Vec<T>,
     piece: Vec<T>,
     /// Their gradients.
@@ -636,7 +636,8 @@ impl<T: Real> Scratch<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
     fn new(pass: &Pass<'_, T>, len: usize, degree: usize) -> Self {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
-        let (d, e, low) = (pass.head.q.ncols(), pass.e(), pass.tree.rank(degree - 1));
+        let (d, e) = (pass.head.q.ncols(), pass.e());
+        let low = pass.tree.rank(pass.tree.low_degree(degree));
         Self {
             x: zeros(d),
             values: zeros(e),
@@ -653,7 +654,7 @@ impl<T: Real> Scratch<T> {
     pub fn apply(&mut self, tree: &Monomials, degree: usize, state: MatRef<'_, T>, len: usize) {
         for piece in tree.pieces(degree) {
             let f = if piece.start == 0 {
-                tree.features(&self.x, len, degree - 1, &mut self.low);
+                tree.features(&self.x, len, tree.low_degree(degree), &mut self.low);
                 &self.low
             } else {
                 tree.piece(&self.x, &self.low, len, piece.clone(), &mut self.piece);
@@ -684,7 +685,7 @@ impl<T: Real> Scratch<T> {
                 tree.pullback_piece(x, low, len, piece, dpiece, dlow, dx);
             }
         }
-        tree.pullback(x, low, len, degree - 1, dlow, dx);
+        tree.pullback(x, low, len, tree.low_degree(degree), dlow, dx);
     }
 }
 

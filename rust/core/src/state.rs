@@ -21,7 +21,7 @@ pub(crate) struct Tokens<T> {
     pub width: usize,
     /// Extended values or upstream gradients, `(len, e)`.
     pub values: Vec<T>,
-    /// The features below the highest degree, and a piece of the others.
+    /// The features up to a low degree, and a piece of the others.
     low: Vec<T>,
     piece: Vec<T>,
 }
@@ -43,10 +43,10 @@ impl<T: Real> Tokens<T> {
         for piece in tree.pieces(degree) {
             let (start, width) = (piece.start, piece.len());
             let features = if start == 0 {
-                view(&self.low, len, tree.low_width(degree)).subcols(0, width)
+                view(&self.low, len, tree.low_width(degree))
             } else {
                 tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece);
-                view(&self.piece, len, PIECE_WIDTH).subcols(0, width)
+                view(&self.piece, len, PIECE_WIDTH)
             };
             let state = MatMut::from_row_major_slice_mut(state, e, r).subcols_mut(start, width);
             if fresh {

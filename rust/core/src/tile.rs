@@ -26,11 +26,12 @@ pub(crate) fn add_product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: 
     multiply(dst, Accum::Add, lhs, rhs, alpha);
 }
 
-/// The small kernel where rows are contiguous, else a general product.
+/// The small kernel where rows are contiguous, else a general product. `rhs` may have more columns than `dst`.
 fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
     if dst.col_stride() == 1 && rhs.col_stride() == 1 {
         kernel::multiply(dst, lhs, rhs, alpha, matches!(accum, Accum::Add));
     } else {
+        let rhs = rhs.subcols(0, dst.ncols());
         matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
     }
 }
