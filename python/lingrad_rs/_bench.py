@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .attention import attention_vjp
+from .attention import attention, attention_vjp
 from .engines import Engine, Exact, Polynomial
 from .errors import ArgumentError
 from .threads import build_info, get_num_threads
@@ -41,7 +41,7 @@ __all__ = [
 Array = NDArray[Any]
 Results = tuple[Array, Array, Array, Array]  # out, dq, dk, dv
 
-_PAUSE = 0.02  # seconds
+_TURN = 0.1  # seconds
 # Numbers in a state beyond which a polynomial is not worth a bench.
 _LARGEST_STATE = 1 << 24
 
@@ -113,7 +113,7 @@ def of_engine(name: str, engine: Engine) -> Method:
             dq, dk, dv = vjp(dout)
             return out, dq, dk, dv
 
-        return lambda: attention_vjp(q, k, v, engine=engine, causal=causal), both
+        return lambda: attention(q, k, v, engine=engine, causal=causal), both
 
     return Method(name, prepare, 2 if isinstance(engine, Exact) else 1)
 
@@ -166,18 +166,29 @@ def torch_sdpa() -> Method | None:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """The time of each call. They take turns, so that a change in the machine's speed meets all alike.
-
-    Between two calls lies a pause, as threads of one library go on spinning for a while after its call.
-    """
+    """The time of each call. They take turns, so that a change in the machine's speed meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(_PAUSE)
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_turn(call))
     return {name: Times(statistics.median(t), min(t), max(t)) for name, t in seconds.items()}
+
+
+def _turn(call: Callable[[], object]) -> float:
+    """The time of one call, or, where that is short, the mean of as many as fill a while.
+
+    The first of those does not count: it meets cold caches, and threads of the library before it that still spin.
+    """
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    if first > _TURN:
+        return first
+    count = math.ceil(_TURN / first)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def relative_error(x: Array, exact: Array) -> float:
