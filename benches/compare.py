@@ -223,7 +223,7 @@ def model_table(rounds: int) -> None:
 def main() -> None:
     """Prints the README's tables."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     print(_bench.machine())
     if importlib.util.find_spec("torch") is None:

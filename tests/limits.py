@@ -97,6 +97,8 @@ NOT_EXACT = 1e-5
 UNTRAINED_LOSS = (5.0, 6.0)
 # The interpreter with NumPy alone takes more, in bytes; less would be another unit.
 PEAK_MEMORY = 10 * 2**20
+# Of a forward and backward pass, results included, over the size of the results.
+MEMORY_GROWTH = 1.5
 
 # An interval of 95% holds the true error in 38 of 40 draws; 34 or fewer would come once in 25 runs of fixed seeds,
 # and the interval is that of a large sample while 60 rows are few.

@@ -248,7 +248,7 @@ pub(crate) fn forward<T: Real>(
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
-                || (pass.scratch(g), Near::new(pass, &cut)),
+                || (pass.scratch(g, false), Near::new(pass, &cut)),
                 |(scratch, near), (i, (out, max, scale))| {
                     pass.ctx.check()?;
                     let c = segment.start + i;
@@ -323,7 +323,7 @@ fn queries_backward<T: Real>(
             .into_par_iter()
             .enumerate()
             .map_init(
-                || (pass.scratch(degree), Near::new(pass, cut)),
+                || (pass.scratch(degree, true), Near::new(pass, cut)),
                 |(scratch, near), (i, (dq, dk, dv, db))| {
                     pass.ctx.check()?;
                     let c = segment.start + i;
@@ -408,7 +408,7 @@ fn far_keys_backward<T: Real>(
             tasks.push((i, keys, grads));
         }
         tasks.into_par_iter().try_for_each_init(
-            || pass.scratch(degree),
+            || pass.scratch(degree, true),
             |scratch, (i, keys, mut grads)| {
                 for (start, count) in tiles(keys.clone(), pass.tile(degree)) {
                     let local = start - keys.start..start - keys.start + count;

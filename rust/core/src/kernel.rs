@@ -201,3 +201,61 @@ impl<T: Real> Block<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use faer::prelude::ReborrowMut;
+
+    use super::*;
+
+    /// Numbers whose products and sums are exact in either type.
+    fn number<T: Real>(i: usize) -> T {
+        T::of((i * 37 % 19) as f64 - 9.0)
+    }
+
+    /// Every product of a shape, by definition, with lhs stored by rows or by columns, and with or without slack.
+    fn check<T: Real>(m: usize, k: usize, n: usize) {
+        for (by_columns, slack, add) in [(false, 0, false), (true, 0, true), (false, 16, true), (true, 3, false)] {
+            let a: Vec<T> = (0..m * k).map(number).collect();
+            let b: Vec<T> = (0..k * (n + slack)).map(|i| number(i + 5)).collect();
+            let lhs = if by_columns {
+                MatRef::from_column_major_slice(&a, m, k)
+            } else {
+                MatRef::from_row_major_slice(&a, m, k)
+            };
+            let rhs = MatRef::from_row_major_slice(&b, k, n + slack);
+            // A border that must not be touched, of NaN.
+            let (rows, columns) = (m + 1, n + 2);
+            let mut c = vec![T::of(f64::NAN); rows * columns];
+            let mut whole = MatMut::from_row_major_slice_mut(&mut c, rows, columns);
+            let mut inner = whole.rb_mut().submatrix_mut(0, 1, m, n);
+            if add {
+                inner.fill(T::ONE);
+            }
+            multiply(inner.rb_mut(), lhs, rhs, T::of(2.0), add);
+            for i in 0..rows {
+                for j in 0..columns {
+                    let got = whole[(i, j)].to_f64();
+                    if i < m && (1..=n).contains(&j) {
+                        let sum: f64 = (0..k).map(|p| lhs[(i, p)].to_f64() * rhs[(p, j - 1)].to_f64()).sum();
+                        assert_eq!(got, 2.0 * sum + f64::from(u8::from(add)), "({m}, {k}, {n}) at ({i}, {j})");
+                    } else {
+                        assert!(got.is_nan(), "({m}, {k}, {n}) wrote ({i}, {j})");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_every_small_shape_are_exact() {
+        for m in 0..15 {
+            for n in [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40] {
+                for k in [0, 1, 2, 17, DEPTH, DEPTH + 1] {
+                    check::<f32>(m, k, n);
+                    check::<f64>(m, k, n);
+                }
+            }
+        }
+    }
+}

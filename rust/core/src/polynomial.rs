@@ -73,7 +73,7 @@ pub(crate) struct Constants<T> {
 /// Numbers in a tile of features that stay in a core's second-level cache.
 const TILE_NUMBERS: usize = 1 << 17;
 /// Tiles that share one set of buffers at least: new buffers cost as much as a tile.
-const TILES_A_SCRATCH: usize = 4;
+const TILES_A_SCRATCH: usize = 8;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
 pub(crate) const FIT_PREFIX: usize = 1024;
 /// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
@@ -293,9 +293,9 @@ impl<'a, T: Real> Pass<'a, T> {
         (fit / 32 * 32).clamp(64, 128) - 16
     }
 
-    /// Buffers for tiles with features up to `degree`.
-    pub fn scratch(&self, degree: usize) -> Scratch<T> {
-        Scratch::new(self, self.tile(degree), degree)
+    /// Buffers for tiles with features up to `degree`, for a pullback too where that is asked for.
+    pub fn scratch(&self, degree: usize, pullback: bool) -> Scratch<T> {
+        Scratch::new(self, self.tile(degree), degree, pullback)
     }
 
     /// Buffers for tiles of tokens that are added to states of features up to `degree`.
@@ -439,7 +439,7 @@ impl<'a, T: Real> Pass<'a, T> {
             .enumerate()
             .with_min_len(TILES_A_SCRATCH)
             .try_for_each_init(
-                || self.scratch(g),
+                || self.scratch(g, false),
                 |scratch, (i, (out, scale))| {
                     self.ctx.check()?;
                     let (start, len) = (i * tile, scale.len());
@@ -503,7 +503,7 @@ impl<'a, T: Real> Pass<'a, T> {
         };
         let of_keys = view(&state, e, r);
         dq.par_chunks_mut(tile * d).enumerate().with_min_len(TILES_A_SCRATCH).try_for_each_init(
-            || self.scratch(degree),
+            || self.scratch(degree, true),
             |scratch, (i, dq)| {
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
@@ -530,7 +530,7 @@ impl<'a, T: Real> Pass<'a, T> {
             .enumerate()
             .with_min_len(TILES_A_SCRATCH)
             .try_for_each_init(
-                || self.scratch(degree),
+                || self.scratch(degree, true),
                 |scratch, (j, (dk, dv, db))| {
                     let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
                     self.key_gradients(j * tile, level, of_potential, of_values, scratch, grads)
@@ -634,19 +634,21 @@ pub(crate) struct Scratch<T> {
 
 impl<T: Real> Scratch<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
-    fn new(pass: &Pass<'_, T>, len: usize, degree: usize) -> Self {
+    fn new(pass: &Pass<'_, T>, len: usize, degree: usize, pullback: bool) -> Self {
         let zeros = |rows: usize| vec![T::ZERO; rows * len];
-        let (d, e) = (pass.head.q.ncols(), pass.e());
+        let (d, e, r) = (pass.head.q.ncols(), pass.e(), pass.tree.rank(degree));
         let low = pass.tree.rank(pass.tree.low_degree(degree));
+        let piece = if low < r { PIECE } else { 0 };
+        let only = |rows: usize| if pullback { zeros(rows) } else { Vec::new() };
         Self {
             x: zeros(d),
-            values: zeros(e),
-            dx: zeros(d),
+            values: only(e),
+            dx: only(d),
             out: zeros(e),
             low: zeros(low),
-            piece: zeros(PIECE),
-            dlow: zeros(low),
-            dpiece: zeros(PIECE),
+            piece: zeros(piece),
+            dlow: only(low),
+            dpiece: only(piece),
         }
     }
 

@@ -31,7 +31,8 @@ impl<T: Real> Tokens<T> {
     pub fn new(tree: &Monomials, d: usize, e: usize, len: usize, degree: usize) -> Self {
         let width = d + Monomials::OVERRUN;
         let zeros = |width: usize| vec![T::ZERO; len * width];
-        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.low_width(degree)), piece: zeros(PIECE_WIDTH) }
+        let piece = if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 };
+        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.low_width(degree)), piece: zeros(piece) }
     }
 
     /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or (`fresh`) replaces it.
