@@ -191,10 +191,13 @@ def _turn(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / count
 
 
-def relative_error(x: Array, exact: Array) -> float:
-    """Relative Frobenius error, computed in float64."""
+def relative_error(got: Array, exact: Array) -> float | None:
+    """``||got - exact||_F / ||exact||_F``, in float64; None where exact is 0 and got is not."""
     wide = exact.astype(np.float64)
-    return float(np.linalg.norm(x - wide) / np.linalg.norm(wide))
+    error, norm = float(np.linalg.norm(got - wide)), float(np.linalg.norm(wide))
+    if norm == 0:
+        return 0.0 if error == 0 else None
+    return error / norm
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,12 @@ class Row:
     n: int
     forward: Times
     both: Times
-    errors: dict[str, float] | None
+    errors: dict[str, float | None] | None
+
+    def worst(self, *parts: str) -> float | None:
+        """The greatest error of the parts that have one."""
+        errors = [error for part in parts if self.errors and (error := self.errors[part]) is not None]
+        return max(errors, default=None)
 
 
 def scaling(
@@ -252,7 +260,9 @@ def scaling(
     return rows
 
 
-def _errors(results: Mapping[str, Results], arrays: Iterable[Array], causal: bool) -> dict[str, dict[str, float]]:
+def _errors(
+    results: Mapping[str, Results], arrays: Iterable[Array], causal: bool
+) -> dict[str, dict[str, float | None]]:
     """Errors of ``out, dq, dk, dv`` against the exact engine in float64 on the same numbers."""
     q, k, v, dout = (x.astype(np.float64) for x in arrays)
     out, vjp = attention_vjp(q, k, v, engine=Exact(), causal=causal)
@@ -291,7 +301,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
             axes.fill_between(n, [t.low for t in times], [t.high for t in times], color=style["color"], alpha=0.2)
         for row in own:
             if lengths and row.n == max(lengths) and row.errors is not None:
-                error.plot(max(row.errors.values()), row.both.median, linestyle="none", **style)
+                error.plot(row.worst("out", "dq", "dk", "dv"), row.both.median, linestyle="none", **style)
     for axes, label in ((forward, "forward"), (both, "forward and backward")):
         axes.set(xscale="log", yscale="log", xlabel="tokens n", ylabel="seconds", title=label)
     where = f" at n = {max(lengths):,}" if lengths else ""

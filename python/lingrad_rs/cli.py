@@ -161,7 +161,7 @@ def bench(
     causal: Annotated[bool, typer.Option("--causal/--full", help="With or without a causal mask.")] = True,
     score_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the scores.")] = 0.3,
     dtype: Annotated[FloatName, typer.Option(help="Precision.")] = FloatName.float32,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each method is run.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
     limit: Annotated[float, typer.Option(min=0, help="Seconds that one forward and backward pass may take.")] = 3.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
@@ -228,8 +228,8 @@ def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool
         for i, row in enumerate(at):
             times = [text for t in (row.forward, row.both) for text in (f"{1e3 * t.median:.1f} ms", f"{t.spread:.0%}")]
             ratio = "" if exact is None else f"{exact / row.both.median:.2f}"
-            errors = [] if row.errors is None else [row.errors["out"], max(row.errors[x] for x in ("dq", "dk", "dv"))]
-            texts = (*times, ratio, *(f"{error:.1e}" for error in errors))
+            errors = ("" if e is None else f"{e:.1e}" for e in (row.worst("out"), row.worst("dq", "dk", "dv")))
+            texts = (*times, ratio, *errors)
             table.add_row(f"{n:,}" if i == 0 else "", row.method, *texts, end_section=i + 1 == len(at))
     console.print(table)
     console.print(
@@ -382,17 +382,8 @@ def _compare(
         start = time.perf_counter()
         _, exact = reference.value_and_grad(inputs, targets, progress=progress)
         exact_seconds = time.perf_counter() - start
-    errors = {name: _relative_error(report.grads[name], grad) for name, grad in exact.items()}
+    errors = {name: _bench.relative_error(report.grads[name], grad) for name, grad in exact.items()}
     return {"relative_error": errors, "speedup": exact_seconds / seconds}
-
-
-def _relative_error(got: NDArray[Any], exact: NDArray[Any]) -> float | None:
-    """``||got - exact||_F / ||exact||_F``; None where exact is 0 and got is not."""
-    wide = exact.astype(np.float64)
-    error, norm = float(np.linalg.norm(got - wide)), float(np.linalg.norm(wide))
-    if norm == 0:
-        return 0.0 if error == 0 else None
-    return error / norm
 
 
 def _engine_name(engine: Engine) -> str:

@@ -62,8 +62,9 @@ class Polynomial:
     Notes
     -----
     Cost a head: O((n + m) r dv) time forward, O((n + m) r' dv) backward with ``r' = C(d + g + 1, g + 1)`` for the
-    closed form and ``r`` for the consistent gradient; beside inputs and outputs, 8 to 32 states of ``r' (dv + 1)``
-    float64 numbers. Source: arXiv 2408.13233, with its printed gradients corrected.
+    closed form and ``r`` for the consistent gradient; beside inputs and outputs, states of ``r' (dv + 1)`` numbers for
+    every head under way: 8 to 32 in float64, or under a mask 8 to 256 in the arrays' dtype. Source: arXiv 2408.13233,
+    with its printed gradients corrected.
     """
 
     degree: int = 2

@@ -36,7 +36,8 @@ pub struct Attention {
     pub scale: f64,
 }
 
-/// What the backward pass needs beside the inputs and `out`: two numbers a row, and each head's constants.
+/// What the backward pass needs beside the inputs and `out`: two numbers a row, and each head's constants (with
+/// the consistent gradient and no mask also its state of the keys, where that is smaller than they are).
 #[derive(Debug, Clone)]
 pub struct Saved<T> {
     pub(crate) row_max: Vec<T>,
@@ -245,8 +246,9 @@ impl Attention {
     /// Writes `out`, contiguous `(heads, n, dv)`, and returns what [`backward`](Self::backward) needs.
     ///
     /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
-    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine 8 to 32 states of `r (dv +
-    /// 1)` float64 numbers, and a float64 number a key where there is a bias.
+    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine states of `r (dv + 1)`
+    /// numbers (8 to 32 in float64, or under a mask 8 to 256 in the arrays' type) for every head under way, and a float64
+    /// number a key where there is a bias.
     pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
         let sizes = self.check(heads)?;
         let Sizes { h, n, dv, .. } = sizes;

@@ -19,8 +19,8 @@
 //!
 //! Blocks are taken in segments, one after the other. In a segment each block's own part of the state is summed first,
 //! then a scan makes of the parts, in place, the weighted states that the blocks meet, then the blocks go on by
-//! themselves: the first and the last step in parallel over blocks, the second over the rows of the state. Nothing is
-//! computed twice, and every sum has an order that depends on the sizes alone.
+//! themselves: the first and the last step in parallel over blocks, the second over the rows of the state. Every sum
+//! has an order that depends on the sizes alone.
 
 use std::ops::Range;
 
@@ -31,15 +31,16 @@ use crate::attention::{HeadGrads, Upstream};
 use crate::engine::{Coefficients, Diagonal, Gradient};
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{FIT_PREFIX, Pass, tiles};
+use crate::polynomial::{FIT_PREFIX, LARGEST_STATE, Pass, tiles};
 use crate::real::{Real, vectorised};
 use crate::state::{Tokens, step};
 use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
 
-/// Numbers in the states of a segment that stay in a shared cache; its blocks at least, for as many threads, and at
-/// the most; and its numbers at the most (128 MiB), as long as that leaves eight blocks.
+/// Numbers in the states of a segment that stay in a shared cache.
 const SEGMENT_NUMBERS: usize = 1 << 20;
+/// Blocks of a segment at the least, for as many threads, and at the most.
 const SEGMENT_BLOCKS: [usize; 2] = [32, 256];
+/// Numbers in the states of a segment at the most, as long as that leaves eight blocks, and in their halos.
 const SEGMENT_LIMIT: usize = 1 << 25;
 
 /// Tokens a block.
@@ -64,7 +65,7 @@ struct Cut {
 impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>) -> Self {
         let n = pass.head.q.nrows();
-        let window = if pass.engine.diagonal == Diagonal::Exact { pass.engine.window } else { 0 };
+        let window = if pass.engine.diagonal == Diagonal::Exact { pass.engine.window.min(n) } else { 0 };
         let fitted = pass.engine.coefficients == Coefficients::Fitted;
         let prefix = if fitted { FIT_PREFIX.div_ceil(BLOCK) } else { 0 };
         let mut cut = Self { n, blocks: n.div_ceil(BLOCK), window, prefix, levels: Vec::new() };
@@ -91,10 +92,16 @@ impl Cut {
         self.start(c.saturating_sub(1))..self.start(c)
     }
 
-    /// Segments of blocks, for a state of so many numbers.
-    fn segments(&self, state: usize) -> Vec<Range<usize>> {
+    /// Segments of blocks, for a state of so many numbers, and so many gradients of a key.
+    fn segments(&self, state: usize, key: usize) -> Vec<Range<usize>> {
         let [least, most] = SEGMENT_BLOCKS;
-        let blocks = (SEGMENT_NUMBERS / state).clamp(least, most).min((SEGMENT_LIMIT / state).max(8));
+        let halo = key * self.window.max(self.prefix * BLOCK).min(self.n);
+        let blocks = (SEGMENT_NUMBERS / state)
+            .clamp(least, most)
+            .min((SEGMENT_LIMIT / state).max(8))
+            .min(LARGEST_STATE / state)
+            .min(SEGMENT_LIMIT / halo.max(1))
+            .max(1);
         (0..self.blocks).step_by(blocks).map(|first| first..(first + blocks).min(self.blocks)).collect()
     }
 }
@@ -201,7 +208,7 @@ fn sum_tiles<T: Real>(
 
 /// A scan over keys, and its segments: forward.
 fn key_scan<T: Real>(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>) -> (Scan<T>, Vec<Range<usize>>) {
-    let segments = cut.segments(pass.e() * weights.len());
+    let segments = cut.segments(pass.e() * weights.len(), pass.head.q.ncols() + pass.e());
     (Scan::new(pass.e(), weights, Vec::new(), segments[0].len()), segments)
 }
 
@@ -213,6 +220,9 @@ fn advance_keys<T: Real>(
     segment: &Range<usize>,
     degree: usize,
 ) -> Result<()> {
+    if cut.start(segment.end - 1) == 0 {
+        return Ok(()); // nothing is far yet
+    }
     let decays: Vec<f64> =
         segment.clone().map(|c| if c == 0 { 1.0 } else { decay(cut.levels[c - 1], cut.levels[c]) }).collect();
     scan.advance(
@@ -378,9 +388,12 @@ fn far_keys_backward<T: Real>(
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
     let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
-    let segments = cut.segments(pass.e() * potential.len());
+    let segments = cut.segments(pass.e() * potential.len(), d + width + 1);
     let mut scan = Scan::new(pass.e(), potential, own, segments[0].len());
     for segment in segments.into_iter().rev() {
+        if cut.start(segment.end - 1) == 0 {
+            break; // no key of these blocks, nor of those before, is far from anyone
+        }
         let blocks: Vec<usize> = segment.rev().collect();
         let decays: Vec<f64> = (blocks.iter())
             .map(|&c| if c + 1 == cut.blocks { 1.0 } else { decay(cut.levels[c], cut.levels[c + 1]) })

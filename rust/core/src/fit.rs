@@ -34,7 +34,7 @@ pub(crate) fn taylor(degree: usize) -> Vec<f64> {
 }
 
 /// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; keys later
-/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree^2))`, whatever
+/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree))`, whatever
 /// `n` and `m`.
 pub(crate) fn fit<T: Real>(
     degree: usize,
@@ -66,8 +66,8 @@ pub(crate) fn fit<T: Real>(
                  use Exact()"
             )));
         }
-        let by = if sum > 0.0 { 1.0 / sum } else { 1.0 };
-        squares.extend(weights[..seen].iter().map(|w| (w * by) * (w * by)));
+        let by = if sum > 0.0 { sum } else { 1.0 };
+        squares.extend(weights[..seen].iter().map(|w| (w / by) * (w / by)));
     }
     let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
     let mut a = taylor(degree);

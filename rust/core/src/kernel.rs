@@ -18,7 +18,7 @@ const DEPTH: usize = 256;
 pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T, add: bool) {
     let (m, k, n) = (lhs.nrows(), lhs.ncols(), dst.ncols());
     assert!(dst.nrows() == m && rhs.nrows() == k && rhs.ncols() >= n, "shapes of a product");
-    assert!(n <= 1 || dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
+    assert!(dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
     if m == 0 || n == 0 {
         return;
     }
@@ -83,10 +83,10 @@ impl<T: Real> WithSimd for Product<T> {
                     unsafe {
                         let block = Block {
                             k,
-                            a: self.a.offset(row as isize * self.a_row + depth as isize * self.a_col),
+                            a: self.a.wrapping_offset(row as isize * self.a_row + depth as isize * self.a_col),
                             a_row: self.a_row,
                             a_col: self.a_col,
-                            b: self.b.offset(depth as isize * self.b_row + column as isize),
+                            b: self.b.wrapping_offset(depth as isize * self.b_row + column as isize),
                             b_row: self.b_row,
                             c: self.c.offset(row as isize * self.c_row + column as isize),
                             c_row: self.c_row,

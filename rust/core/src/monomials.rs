@@ -33,8 +33,10 @@ pub(crate) struct Monomials {
 /// Features of the highest degree that are formed at a time: enough for a fast product, few enough to stay in the
 /// cache.
 ///
-/// Strides of tiles are odd multiples of 16: those of powers of two would all share a few places in the cache.
+/// Strides of tiles are no powers of two, whose rows would all share a few places in the cache.
 pub(crate) const PIECE: usize = 144;
+/// Features that are formed at once, whatever their degrees.
+const FEW: usize = 160;
 /// Length of a row of them, with what vectors may run into.
 pub(crate) const PIECE_WIDTH: usize = PIECE + Monomials::OVERRUN;
 /// Beyond this not even one variable makes sense.
@@ -115,7 +117,7 @@ impl Monomials {
     /// The degree up to which the features of degree at most `degree` are formed at once: those of less, or all where
     /// they are few.
     pub fn low_degree(&self, degree: usize) -> usize {
-        if self.ranks[degree] <= PIECE_WIDTH { degree } else { degree - 1 }
+        if self.ranks[degree] <= FEW { degree } else { degree - 1 }
     }
 
     /// The features of degree at most `degree` in pieces of consecutive ones: those up to
@@ -278,6 +280,7 @@ impl<T: Real> WithSimd for FormRows<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        assert!(T::lanes::<S>() <= Monomials::OVERRUN, "a vector fits behind a row");
         let mut t = 0;
         // SAFETY: whoever makes this sees to it that each row of x has `OVERRUN` numbers behind its variables and each
         // row of f as many behind its features, that a run's parents are in low and its variables in x. A vector is no

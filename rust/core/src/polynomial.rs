@@ -66,7 +66,7 @@ pub(crate) struct Constants<T> {
     query_shift: Vec<T>,
     /// `β`, empty for none.
     key_shift: Vec<T>,
-    /// The state of all keys, where the backward pass of an engine without mask uses the same one: not weighted.
+    /// The state of all keys, not weighted, where the backward pass without a mask uses the same one and it is small.
     key_state: Option<Vec<f64>>,
 }
 
@@ -77,7 +77,7 @@ const TILES_A_SCRATCH: usize = 8;
 /// Tokens at the start of a causal sequence that coefficients are fitted to.
 pub(crate) const FIT_PREFIX: usize = 1024;
 /// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
-const LARGEST_STATE: usize = 1 << 27;
+pub(crate) const LARGEST_STATE: usize = 1 << 27;
 /// Numbers in all partial states of a head together, where eight of them take no more than 1 GiB.
 const PARTIAL_STATES: usize = 1 << 23;
 
@@ -126,7 +126,9 @@ pub(crate) fn forward<T: Real>(
         causal::forward(&pass, out, row_max, row_scale)?;
     } else {
         let state = pass.forward(out, row_max, row_scale)?;
-        pass.constants.key_state = (engine.gradient == Gradient::Consistent).then_some(state);
+        // Only where it is smaller than the keys and values that it stands for.
+        let small = state.len() <= head.k.nrows() * (head.k.ncols() + head.v.ncols());
+        pass.constants.key_state = (small && engine.gradient == Gradient::Consistent).then_some(state);
     }
     Ok(pass.constants)
 }
@@ -493,7 +495,7 @@ impl<'a, T: Real> Pass<'a, T> {
         let (potential, own) = self.weights();
         let level = self.level(0..m);
 
-        let state = match key_state {
+        let state = match key_state.filter(|sum| sum.len() == e * r) {
             Some(sum) => weigh(sum, &potential),
             None => weigh(
                 &self

@@ -4,7 +4,10 @@ use faer::traits::RealField;
 use pulp::Simd;
 
 /// Vectors of a scalar type.
-pub trait Lanes: Copy {
+///
+/// # Safety
+/// A vector must hold exactly [`lanes`](Self::lanes) numbers, which are no more than 16.
+pub unsafe trait Lanes: Copy {
     /// A register full.
     type Vector<S: Simd>: Copy;
     /// Numbers in a vector.
@@ -39,7 +42,8 @@ pub trait Lanes: Copy {
 
 macro_rules! lanes {
     ($t:ty, $vector:ident, $lanes:ident, $splat:ident, $mul:ident, $mul_add:ident, $load:ident, $store:ident) => {
-        impl Lanes for $t {
+        // SAFETY: pulp's vectors hold so many numbers, at most 64 bytes of them.
+        unsafe impl Lanes for $t {
             type Vector<S: Simd> = S::$vector;
             #[inline(always)]
             fn lanes<S: Simd>() -> usize {

@@ -1,4 +1,5 @@
-//! Small pieces that every engine's tiles are made of. A tile's numbers lie row-major, tokens along the rows' lanes.
+//! Small pieces that every engine's tiles are made of. A tile's numbers lie row-major, tokens along the rows' lanes
+//! unless a name says otherwise.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};

@@ -241,6 +241,20 @@ fn biases_reach_every_part_of_the_causal_scan() {
     }
 }
 
+#[test]
+fn states_are_carried_from_segment_to_segment() {
+    // States of 1820 x 21 numbers: segments of 32 blocks of 112 tokens, so that there are two.
+    for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
+        let case = Case::new(Engine::Polynomial(polynomial(4, gradient)), 4000, true);
+        both(&Case { d: 12, dv: 20, size: 0.5, bias: true, ..case });
+    }
+    let given = Polynomial {
+        coefficients: Coefficients::Given(vec![1.5, 0.7, 0.6, 0.1, 0.05]),
+        ..polynomial(4, Gradient::ClosedForm)
+    };
+    both(&Case { d: 12, dv: 20, size: 0.3, ..Case::new(Engine::Polynomial(given), 4000, true) });
+}
+
 /// What a case gives with these biases, against the oracle with the same polynomial.
 fn errors_with_bias<T: Real>(case: &Case, bias: impl Fn(usize) -> f64) -> Vec<f64> {
     let mut wide = Data::<f64>::draw(case);

@@ -1,7 +1,8 @@
 //! The allocator of this module: the system's, with a wish for huge pages where memory is large.
 //!
 //! A long sequence's arrays are written once or twice before they are given back, so that the kernel's work on every
-//! page of 4 KiB, to clear it and to enter it, shows. NumPy asks the same for its own large arrays.
+//! page of 4 KiB, to clear it and to enter it, shows. NumPy asks the same for its own large arrays. Kernels with other
+//! pages may refuse, which does no harm.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -10,7 +11,7 @@ const LARGE: usize = 1 << 22;
 
 pub(crate) struct HugePages;
 
-// SAFETY: every method is the system allocator's; the advice changes nothing but speed.
+// SAFETY: every method is the system allocator's; the advice changes no contents.
 unsafe impl GlobalAlloc for HugePages {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's promise is the system allocator's.
