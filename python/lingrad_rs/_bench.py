@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import platform
@@ -138,7 +139,7 @@ def torch_sdpa() -> Method | None:
     """PyTorch's fused kernel on as many threads, where PyTorch is installed."""
     if importlib.util.find_spec("torch") is None:
         return None
-    import torch  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
+    torch: Any = importlib.import_module("torch")  # which the types of this package know nothing of
 
     attend = torch.nn.functional.scaled_dot_product_attention
 
