@@ -128,7 +128,8 @@ def attention_vjp(
 
     Notes
     -----
-    Memory kept until ``vjp`` is gone: the inputs, a copy of ``out`` two numbers a query, and with the consistent gradient a state no larger than the keys. Time: that of the engine.
+    Memory kept until ``vjp`` is gone: the inputs, a copy of ``out``, two numbers a query, and with the consistent
+    gradient and no mask a state no larger than keys and values. Time: that of the engine.
     """
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
     backend = _backend.of(q, k, v)
