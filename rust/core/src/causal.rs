@@ -24,7 +24,7 @@
 
 use std::ops::Range;
 
-use faer::MatRef;
+use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{HeadGrads, Upstream};
@@ -33,7 +33,7 @@ use crate::error::Result;
 use crate::exact::{add_bias, mask};
 use crate::polynomial::{FIT_PREFIX, LARGEST_STATE, Pass, tiles};
 use crate::real::{Real, vectorised};
-use crate::state::{Tokens, step};
+use crate::state::{Tokens, step, weigh_row};
 use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
 
 /// Numbers in the states of a segment that stay in a shared cache.
@@ -127,15 +127,20 @@ struct Scan<T> {
 }
 
 impl<T: Real> Scan<T> {
-    fn new(e: usize, weights: Vec<f64>, more_weights: Vec<f64>, blocks: usize) -> Self {
-        Self {
+    /// At its start, and the segments of its blocks.
+    fn new(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>, more_weights: Vec<f64>) -> (Self, Vec<Range<usize>>) {
+        let e = pass.e();
+        let segments = cut.segments(e * weights.len(), pass.head.q.ncols() + e);
+        let blocks = segments[0].len();
+        let scan = Self {
             e,
             sum: vec![0.0; e * weights.len()],
             states: vec![T::ZERO; blocks * e * weights.len()],
             more: vec![T::ZERO; blocks * e * more_weights.len()],
             weights,
             more_weights,
-        }
+        };
+        (scan, segments)
     }
 
     /// Numbers in a state.
@@ -169,9 +174,7 @@ impl<T: Real> Scan<T> {
             for (i, (part, &decay)) in parts.into_iter().zip(decays).enumerate() {
                 step(sum, decay, part, weights);
                 if let Some(more) = more.get_mut(i) {
-                    for ((more, &sum), &w) in more.iter_mut().zip(&*sum).zip(more_weights) {
-                        *more = T::of(sum * w);
-                    }
+                    weigh_row(sum, more_weights, more);
                 }
             }
         });
@@ -197,19 +200,16 @@ fn sum_tiles<T: Real>(
     state: &mut [T],
     tokens: Range<usize>,
     tile: usize,
-    mut add: impl FnMut((&mut [T], bool), (usize, usize)) -> Result<()>,
+    mut add: impl FnMut((&mut [T], Accum), (usize, usize)) -> Result<()>,
 ) -> Result<()> {
     if tokens.is_empty() {
         state.fill(T::ZERO);
     }
     let first = tokens.start;
-    tiles(tokens, tile).try_for_each(|(start, len)| add((&mut *state, start == first), (start, len)))
-}
-
-/// A scan over keys, and its segments: forward.
-fn key_scan<T: Real>(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>) -> (Scan<T>, Vec<Range<usize>>) {
-    let segments = cut.segments(pass.e() * weights.len(), pass.head.q.ncols() + pass.e());
-    (Scan::new(pass.e(), weights, Vec::new(), segments[0].len()), segments)
+    tiles(tokens, tile).try_for_each(|(start, len)| {
+        let accum = if start == first { Accum::Replace } else { Accum::Add };
+        add((&mut *state, accum), (start, len))
+    })
 }
 
 /// Moves a scan over keys on by a segment.
@@ -246,7 +246,8 @@ pub(crate) fn forward<T: Real>(
 ) -> Result<()> {
     let (g, dv) = (pass.engine.degree, pass.e() - 1);
     let cut = Cut::new(pass);
-    let (mut scan, segments) = key_scan(pass, &cut, pass.tree.weights(&pass.constants.coefficients, pass.scale));
+    let (mut scan, segments) =
+        Scan::new(pass, &cut, pass.tree.weights(&pass.constants.coefficients, pass.scale), Vec::new());
     for segment in segments {
         advance_keys(pass, &cut, &mut scan, &segment, g)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -316,7 +317,7 @@ fn queries_backward<T: Real>(
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
     let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
-    let (mut scan, segments) = key_scan(pass, cut, potential);
+    let (mut scan, segments) = Scan::new(pass, cut, potential, Vec::new());
     for segment in segments {
         advance_keys(pass, cut, &mut scan, &segment, degree)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -388,8 +389,7 @@ fn far_keys_backward<T: Real>(
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
     let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
-    let segments = cut.segments(pass.e() * potential.len(), d + width + 1);
-    let mut scan = Scan::new(pass.e(), potential, own, segments[0].len());
+    let (mut scan, segments) = Scan::new(pass, cut, potential, own);
     for segment in segments.into_iter().rev() {
         if cut.start(segment.end - 1) == 0 {
             break; // no key of these blocks, nor of those before, is far from anyone
@@ -644,6 +644,12 @@ impl<T: Real> Near<T> {
         add_product(view_mut(grads.dk, len, d), rows(&self.ds), q, T::of(pass.scale));
         add_product(view_mut(grads.dv, len, dv), rows(&self.f), dout, T::ONE);
         if let Some(db) = grads.dkey_bias {
+            if !Self::has_slope(pass) {
+                for (db, ds) in db.iter_mut().zip(rows(&self.ds).row_iter()) {
+                    *db += ds.iter().copied().sum::<T>();
+                }
+                return;
+            }
             // db takes f where dk takes the slope: the weight's derivative by the bias is the weight itself.
             for (j, db) in db.iter_mut().enumerate().take(len) {
                 let v = pass.head.v.row(part.start + j);

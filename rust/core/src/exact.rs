@@ -21,7 +21,7 @@ use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut};
+use crate::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut, widen};
 
 /// Queries, and keys, of one tile of scores.
 pub(crate) const TILE: usize = 112;
@@ -266,7 +266,8 @@ struct Sums<'a> {
     db: &'a mut [f64],
 }
 
-/// One thread's tiles. Those of queries and keys are copies, in rows that do not share a few places in the cache.
+/// One thread's tiles. Those of queries and keys are copies with some numbers behind each row: rows of 64 numbers, say,
+/// would share a few places in the cache.
 struct Scratch<T> {
     q: Vec<T>,
     dout: Vec<T>,
@@ -283,7 +284,7 @@ struct Scratch<T> {
     dv: Vec<T>,
 }
 
-/// What is added to the width of a row: see [`Scratch`].
+/// Numbers behind a row: see [`Scratch`].
 const PAD: usize = 16;
 
 impl<T: Real> Scratch<T> {
@@ -397,18 +398,6 @@ fn score_gradients<T: Real>(
                 let seen = seen.map_or(bk, |seen| (seen + i).min(bk));
                 f[seen..].fill(T::ZERO);
                 ds[seen..].fill(T::ZERO);
-            }
-        },
-    );
-}
-
-/// `sum += x`.
-fn widen<T: Real>(x: &[T], sum: &mut [f64]) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (sum, &x) in sum.iter_mut().zip(x) {
-                *sum += x.to_f64();
             }
         },
     );

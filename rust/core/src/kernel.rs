@@ -4,7 +4,7 @@
 //! nothing is packed: rows of `rhs` and of the result lie along the lanes, numbers of `lhs` are broadcast, and a block
 //! of the result stays in registers.
 
-use faer::{MatMut, MatRef};
+use faer::{Accum, MatMut, MatRef};
 use pulp::{Arch, Simd, WithSimd};
 
 use crate::real::Real;
@@ -12,40 +12,18 @@ use crate::real::Real;
 /// Rows of `rhs` that are multiplied at a time: so many of a panel stay in the first-level cache.
 const DEPTH: usize = 256;
 
-/// `dst = alpha lhs rhs`, or `dst += alpha lhs rhs` (`add`). Rows of `dst` and `rhs` must be contiguous.
+/// `dst = alpha lhs rhs`, or that added to it. Rows of `dst` and `rhs` must be contiguous.
 ///
 /// `rhs` may have more columns than `dst`: they are not used, but save the time that it takes to leave them alone.
-pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T, add: bool) {
-    let (m, k, n) = (lhs.nrows(), lhs.ncols(), dst.ncols());
-    assert!(dst.nrows() == m && rhs.nrows() == k && rhs.ncols() >= n, "shapes of a product");
-    assert!(dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
-    if m == 0 || n == 0 {
-        return;
+pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
+    if let Some(product) = Product::new(dst, accum, lhs, rhs, alpha) {
+        Arch::new().dispatch(product);
     }
-    let product = Product {
-        m,
-        k,
-        n,
-        b_columns: rhs.ncols(),
-        a: lhs.as_ptr(),
-        a_row: lhs.row_stride(),
-        a_col: lhs.col_stride(),
-        b: rhs.as_ptr(),
-        b_row: rhs.row_stride(),
-        c_row: dst.row_stride(),
-        c: dst.as_ptr_mut(),
-        alpha,
-        add,
-    };
-    Arch::new().dispatch(product);
 }
 
-/// The operands: `a (m, k)` of any strides, `b (k, b_columns)` and `c (m, n)` with contiguous rows.
-struct Product<T> {
-    m: usize,
-    k: usize,
-    n: usize,
-    b_columns: usize,
+/// Where the operands lie: `a` of any strides, `b` and `c` with contiguous rows.
+#[derive(Clone, Copy)]
+struct Operands<T> {
     a: *const T,
     a_row: isize,
     a_col: isize,
@@ -57,17 +35,47 @@ struct Product<T> {
     add: bool,
 }
 
+/// A whole product: `a (m, k)`, `b (k, b_columns)` and `c (m, n)`.
+struct Product<T> {
+    m: usize,
+    k: usize,
+    n: usize,
+    b_columns: usize,
+    operands: Operands<T>,
+}
+
+impl<T: Real> Product<T> {
+    /// `None` where there is nothing to compute.
+    fn new(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) -> Option<Self> {
+        let (m, k, n) = (lhs.nrows(), lhs.ncols(), dst.ncols());
+        assert!(dst.nrows() == m && rhs.nrows() == k && rhs.ncols() >= n, "shapes of a product");
+        assert!(dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
+        let operands = Operands {
+            a: lhs.as_ptr(),
+            a_row: lhs.row_stride(),
+            a_col: lhs.col_stride(),
+            b: rhs.as_ptr(),
+            b_row: rhs.row_stride(),
+            c_row: dst.row_stride(),
+            c: dst.as_ptr_mut(),
+            alpha,
+            add: matches!(accum, Accum::Add),
+        };
+        (m > 0 && n > 0).then_some(Self { m, k, n, b_columns: rhs.ncols(), operands })
+    }
+}
+
 impl<T: Real> WithSimd for Product<T> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        let Operands { a, a_row, a_col, b, b_row, c, c_row, add, .. } = self.operands;
         let lanes = T::lanes::<S>();
         // Accumulators fill the registers but for one broadcast and two rows of b.
         let rows = if S::REGISTER_COUNT >= 32 { 12 } else { 6 };
         let rows = self.m.div_ceil(self.m.div_ceil(rows));
         let mut depth = 0;
-        let mut add = self.add;
         loop {
             let k = (self.k - depth).min(DEPTH);
             let mut column = 0;
@@ -81,20 +89,14 @@ impl<T: Real> WithSimd for Product<T> {
                     // so that everything the block reads and writes lies within the three matrices; whole vectors of
                     // b are read only where it has the columns.
                     unsafe {
-                        let block = Block {
-                            k,
-                            a: self.a.wrapping_offset(row as isize * self.a_row + depth as isize * self.a_col),
-                            a_row: self.a_row,
-                            a_col: self.a_col,
-                            b: self.b.wrapping_offset(depth as isize * self.b_row + column as isize),
-                            b_row: self.b_row,
-                            c: self.c.offset(row as isize * self.c_row + column as isize),
-                            c_row: self.c_row,
-                            alpha: self.alpha,
-                            add,
-                            last,
-                            whole: last == lanes,
+                        let operands = Operands {
+                            a: a.wrapping_offset(row as isize * a_row + depth as isize * a_col),
+                            b: b.wrapping_offset(depth as isize * b_row + column as isize),
+                            c: c.offset(row as isize * c_row + column as isize),
+                            add: add || depth > 0,
+                            ..self.operands
                         };
+                        let block = Block { k, last, whole: last == lanes, operands };
                         match (vectors, column + vectors * lanes <= self.b_columns) {
                             (2, true) => block.of_rows::<S, 2, true>(simd, count),
                             (2, false) => block.of_rows::<S, 2, false>(simd, count),
@@ -107,7 +109,6 @@ impl<T: Real> WithSimd for Product<T> {
                 column += (vectors - 1) * lanes + last;
             }
             depth += k;
-            add = true;
             if depth >= self.k {
                 break;
             }
@@ -115,21 +116,13 @@ impl<T: Real> WithSimd for Product<T> {
     }
 }
 
-/// One block of the result, a few rows by one or two vectors; the last vector holds `last` numbers.
+/// One block of the result, a few rows by one or two vectors, from where its operands start.
 struct Block<T> {
     k: usize,
-    a: *const T,
-    a_row: isize,
-    a_col: isize,
-    b: *const T,
-    b_row: isize,
-    c: *mut T,
-    c_row: isize,
-    alpha: T,
-    add: bool,
+    /// Numbers in the last vector, and whether they fill it.
     last: usize,
-    /// Whether that is a whole vector.
     whole: bool,
+    operands: Operands<T>,
 }
 
 impl<T: Real> Block<T> {
@@ -160,11 +153,11 @@ impl<T: Real> Block<T> {
     /// As [`of_rows`](Self::of_rows), for `ROWS` rows.
     #[inline(always)]
     unsafe fn compute<S: Simd, const ROWS: usize, const VECTORS: usize, const WHOLE: bool>(self, simd: S) {
+        let Operands { mut a, a_row, a_col, mut b, b_row, c, c_row, alpha, add } = self.operands;
         let lanes = T::lanes::<S>();
         let readable = |vector: usize| WHOLE || vector + 1 < VECTORS;
         let whole = |vector: usize| self.whole || vector + 1 < VECTORS;
         let mut sums = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
-        let (mut a, mut b) = (self.a, self.b);
         for _ in 0..self.k {
             // SAFETY: row `p < k` of b and column p of a.
             unsafe {
@@ -174,26 +167,26 @@ impl<T: Real> Block<T> {
                     *x = if readable(vector) { T::load(simd, at) } else { T::load_first(simd, at, self.last) };
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let x = T::splat(simd, *a.offset(i as isize * self.a_row));
+                    let x = T::splat(simd, *a.offset(i as isize * a_row));
                     for (sum, &row) in sums.iter_mut().zip(&row) {
                         *sum = T::multiply_add(simd, x, row, *sum);
                     }
                 }
-                a = a.wrapping_offset(self.a_col);
-                b = b.wrapping_offset(self.b_row);
+                a = a.wrapping_offset(a_col);
+                b = b.wrapping_offset(b_row);
             }
         }
-        let alpha = T::splat(simd, self.alpha);
+        let alpha = T::splat(simd, alpha);
         for (i, sums) in sums.iter().enumerate() {
             for (vector, &sum) in sums.iter().enumerate() {
                 // SAFETY: row `i < ROWS` of c.
                 unsafe {
-                    let at = self.c.offset(i as isize * self.c_row).add(vector * lanes);
+                    let at = c.offset(i as isize * c_row).add(vector * lanes);
                     if whole(vector) {
-                        let old = if self.add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
+                        let old = if add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
                         T::store(simd, at, T::multiply_add(simd, alpha, sum, old));
                     } else {
-                        let old = if self.add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
+                        let old = if add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
                         T::store_first(simd, at, self.last, T::multiply_add(simd, alpha, sum, old));
                     }
                 }
@@ -205,6 +198,7 @@ impl<T: Real> Block<T> {
 #[cfg(test)]
 mod tests {
     use faer::prelude::ReborrowMut;
+    use pulp::Scalar;
 
     use super::*;
 
@@ -213,11 +207,18 @@ mod tests {
         T::of((i * 37 % 19) as f64 - 9.0)
     }
 
-    /// Every product of a shape, by definition, with lhs stored by rows or by columns, and with or without slack.
+    /// Every product of a shape, by definition, on the machine's widest vectors and on none, with lhs stored by rows or
+    /// by columns, and with or without slack.
     fn check<T: Real>(m: usize, k: usize, n: usize) {
+        check_with::<T>(m, k, n, |product| Arch::new().dispatch(product));
+        check_with::<T>(m, k, n, |product| Scalar::new().vectorize(product));
+    }
+
+    fn check_with<T: Real>(m: usize, k: usize, n: usize, run: impl Fn(Product<T>)) {
         for (by_columns, slack, add) in [(false, 0, false), (true, 0, true), (false, 16, true), (true, 3, false)] {
             let a: Vec<T> = (0..m * k).map(number).collect();
-            let b: Vec<T> = (0..k * (n + slack)).map(|i| number(i + 5)).collect();
+            let mut b: Vec<T> = (0..k * (n + slack)).map(|i| number(i + 5)).collect();
+            b.chunks_mut((n + slack).max(1)).for_each(|row| row[n..].fill(T::of(f64::NAN)));
             let lhs = if by_columns {
                 MatRef::from_column_major_slice(&a, m, k)
             } else {
@@ -232,7 +233,10 @@ mod tests {
             if add {
                 inner.fill(T::ONE);
             }
-            multiply(inner.rb_mut(), lhs, rhs, T::of(2.0), add);
+            let accum = if add { Accum::Add } else { Accum::Replace };
+            if let Some(product) = Product::new(inner.rb_mut(), accum, lhs, rhs, T::of(2.0)) {
+                run(product);
+            }
             for i in 0..rows {
                 for j in 0..columns {
                     let got = whole[(i, j)].to_f64();

@@ -204,26 +204,27 @@ impl Monomials {
     /// Numbers behind the variables of a row, and the features of one, that vectors may run into.
     pub const OVERRUN: usize = 16;
 
-    /// Writes the features up to [`low_degree`](Self::low_degree), each token's in a row of [`low_width`](Self::low_width). Rows of `x` are
-    /// `width` long, with [`OVERRUN`](Self::OVERRUN) numbers behind the variables.
-    pub fn low_rows<T: Real>(&self, x: &[T], width: usize, len: usize, degree: usize, low: &mut [T]) {
+    /// Writes the features up to [`low_degree`](Self::low_degree), each token's in a row of
+    /// [`low_width`](Self::low_width). Rows of `x` are `width` long, with [`OVERRUN`](Self::OVERRUN) numbers behind the
+    /// variables. `runs` is room to work in.
+    pub fn low_rows<T: Real>(
+        &self,
+        x: &[T],
+        width: usize,
+        len: usize,
+        degree: usize,
+        low: &mut [T],
+        runs: &mut Vec<Run>,
+    ) {
         let (r, low_width) = (self.ranks[self.low_degree(degree)], self.low_width(degree));
         assert!(low.len() >= len * low_width && x.len() >= len * width, "a tile's rows");
         assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
-        let runs: Vec<Run> =
-            if r == 1 { Vec::new() } else { self.runs(1..r).map(|run| Run { at: run.at + 1, ..run }).collect() };
+        runs.clear();
+        if r > 1 {
+            runs.extend(self.runs(1..r).map(|run| Run { at: run.at + 1, ..run }));
+        }
         let (x, f) = (x.as_ptr(), low.as_mut_ptr());
-        Arch::new().dispatch(FormRows {
-            runs: &runs,
-            first: true,
-            len,
-            x,
-            width,
-            low: f,
-            low_width,
-            f,
-            f_width: low_width,
-        });
+        Arch::new().dispatch(FormRows { runs, first: true, len, x, width, low: f, low_width, f, f_width: low_width });
     }
 
     /// Length of a row of features up to [`low_degree`](Self::low_degree), with what vectors may run into.
@@ -242,6 +243,7 @@ impl Monomials {
         degree: usize,
         piece: Range<usize>,
         f: &mut [T],
+        runs: &mut Vec<Run>,
     ) {
         let (level, low_width) = (self.ranks[degree - 1]..self.ranks[degree], self.low_width(degree));
         assert!(
@@ -253,10 +255,11 @@ impl Monomials {
             "a tile's rows"
         );
         assert!(width >= self.variables() + Self::OVERRUN, "a row's end");
-        let runs: Vec<Run> = self.runs(piece).collect();
+        runs.clear();
+        runs.extend(self.runs(piece));
         let (x, low, f) = (x.as_ptr(), low.as_ptr(), f.as_mut_ptr());
         let f_width = PIECE_WIDTH;
-        Arch::new().dispatch(FormRows { runs: &runs, first: false, len, x, width, low, low_width, f, f_width });
+        Arch::new().dispatch(FormRows { runs, first: false, len, x, width, low, low_width, f, f_width });
     }
 }
 
@@ -415,6 +418,37 @@ mod tests {
             let expected: f64 = coefficients.iter().enumerate().map(|(j, a)| a * s.powi(j as i32)).sum();
             let got: f64 = (0..r).map(|a| weights[a] * fq[a * len + t] * fk[a * len + t]).sum();
             assert!((got - expected).abs() <= 1e-12 * expected.abs().max(1.0), "{got} {expected}");
+        }
+    }
+
+    #[test]
+    fn features_in_rows_are_those_in_columns() {
+        // One variable, few features, several pieces, one feature below the degree; whole groups of tokens and not.
+        for (d, degree, len) in [(1, 3, 1), (5, 2, 3), (16, 3, 7), (200, 1, 5), (12, 4, 8)] {
+            let tree = Monomials::new(d, degree);
+            let r = tree.rank(degree);
+            let (width, low_width) = (d + Monomials::OVERRUN, tree.low_width(degree));
+            let mut rows = vec![0.0; len * width];
+            for t in 0..len {
+                (0..d).for_each(|c| rows[t * width + c] = ((t * 31 + c * 17) % 23) as f64 / 8.0 - 1.0);
+            }
+            let columns: Vec<f64> = (0..d * len).map(|i| rows[i % len * width + i / len]).collect();
+            let mut expected = vec![f64::NAN; r * len];
+            tree.features(&columns, len, degree, &mut expected);
+            let (mut low, mut f) = (vec![f64::NAN; len * low_width], vec![f64::NAN; len * PIECE_WIDTH]);
+            let mut runs = Vec::new();
+            tree.low_rows(&rows, width, len, degree, &mut low, &mut runs);
+            for piece in tree.pieces(degree) {
+                let (got, got_width) = if piece.start == 0 {
+                    (&low, low_width)
+                } else {
+                    tree.piece_rows(&rows, width, &low, len, degree, piece.clone(), &mut f, &mut runs);
+                    (&f, PIECE_WIDTH)
+                };
+                for (a, t) in piece.clone().flat_map(|a| (0..len).map(move |t| (a, t))) {
+                    assert_eq!(got[t * got_width + a - piece.start], expected[a * len + t], "d = {d}, feature {a}");
+                }
+            }
         }
     }
 

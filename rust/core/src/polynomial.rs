@@ -38,11 +38,11 @@
 //! dβ = -sum_j (dk'_j + c db_j α)             dk_j = dk'_j + c db_j α + dβ / m
 //! ```
 //!
-//! Sums over tokens are products of at most `FLUSH` tokens in the arrays' own type, added up in float64.
+//! Sums over tokens are added up in float64: see `state.rs`.
 
 use std::ops::Range;
 
-use faer::MatRef;
+use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
@@ -54,8 +54,8 @@ use crate::exact::NO_KEY_REMEDY;
 use crate::fit;
 use crate::monomials::{self, Monomials, PIECE};
 use crate::real::Real;
-use crate::state::{State, Tokens, add, weigh, weigh_first};
-use crate::tile::{add_product, load_rows, load_transposed, product, store_transposed, view, view_mut};
+use crate::state::{State, Tokens, weigh};
+use crate::tile::{load_rows, load_transposed, multiply, product, store_transposed, view, view_mut, widen};
 
 /// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
 #[derive(Debug, Clone)]
@@ -93,10 +93,15 @@ pub(crate) struct Pass<'a, T> {
     pub biases: Option<Vec<f64>>,
 }
 
+/// The degree of the potential: see the top of this file.
+fn potential_degree(engine: &engine::Polynomial) -> usize {
+    engine.degree + usize::from(engine.gradient == Gradient::ClosedForm)
+}
+
 /// The monomials that every head's pass needs: up to the degree of p, and of the potential where there is a `backward`
 /// pass. An error where that one is out of reach, before a forward pass that could have no backward one.
 pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bool) -> Result<Monomials> {
-    let potential_degree = engine.degree + usize::from(engine.gradient == Gradient::ClosedForm);
+    let potential_degree = potential_degree(engine);
     match monomials::rank(d, potential_degree) {
         Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {
             Ok(Monomials::new(d, if backward { potential_degree } else { engine.degree }))
@@ -265,7 +270,7 @@ impl<'a, T: Real> Pass<'a, T> {
 
     /// The degree of the potential.
     pub fn potential_degree(&self) -> usize {
-        self.potential().len() - 1
+        potential_degree(self.engine)
     }
 
     /// Coefficients of the polynomial whose gradient stands in dq and dk: `P` with `P' = p`, or `p` itself.
@@ -310,7 +315,7 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Shifted keys; those that a bias of `-inf` removes are 0, whatever they hold.
-    pub fn load_keys(&self, start: usize, len: usize, x: &mut [T]) {
+    fn load_keys(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.k, start, len, &self.constants.key_shift, x);
         if self.biases.is_some() {
             for t in (0..len).filter(|t| self.bias(start + t) == f64::NEG_INFINITY) {
@@ -336,10 +341,10 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Adds `[w_j v_j, w_j]^T φ(k_j)^T` of a range of keys, no more than a tile, with features up to `degree`, to
-    /// a state, or (`fresh`) replaces it. The weights are relative to `level`.
+    /// a state, or replaces it. The weights are relative to `level`.
     pub fn add_keys(
         &self,
-        (state, fresh): (&mut [T], bool),
+        (state, accum): (&mut [T], Accum),
         (start, len): (usize, usize),
         level: f64,
         degree: usize,
@@ -361,14 +366,14 @@ impl<'a, T: Real> Pass<'a, T> {
                 x[..d].fill(T::ZERO);
             }
         }
-        tokens.add_to(state, fresh, self.tree, degree, len);
+        tokens.add_to(state, accum, self.tree, degree, len);
         Ok(())
     }
 
     /// Adds `[dout_i, -delta_i]^T φ(q_i)^T factor(i)` of a range of queries, as [`add_keys`](Self::add_keys).
     pub fn add_queries(
         &self,
-        (state, fresh): (&mut [T], bool),
+        (state, accum): (&mut [T], Accum),
         up: &Upstream<'_, T>,
         (start, len): (usize, usize),
         factor: impl Fn(usize) -> T,
@@ -384,7 +389,7 @@ impl<'a, T: Real> Pass<'a, T> {
             let by = factor(start + t);
             values.iter_mut().for_each(|v| *v *= by);
         }
-        tokens.add_to(state, fresh, self.tree, degree, len);
+        tokens.add_to(state, accum, self.tree, degree, len);
         Ok(())
     }
 
@@ -393,7 +398,7 @@ impl<'a, T: Real> Pass<'a, T> {
         &self,
         tokens: usize,
         degree: usize,
-        add_tile: impl Fn((&mut [T], bool), (usize, usize), &mut Tokens<T>) -> Result<()> + Sync,
+        add_tile: impl Fn((&mut [T], Accum), (usize, usize), &mut Tokens<T>) -> Result<()> + Sync,
     ) -> Result<Vec<f64>> {
         let (e, r, tile) = (self.e(), self.tree.rank(degree), self.tile(degree));
         let rows = self.partition(tokens, tile, degree);
@@ -413,7 +418,7 @@ impl<'a, T: Real> Pass<'a, T> {
         let mut partials = partials.into_iter();
         let mut sum = partials.next().unwrap_or_else(|| vec![0.0; r * e]);
         for partial in partials {
-            add(&mut sum, &partial);
+            widen(&partial, &mut sum);
         }
         Ok(sum)
     }
@@ -432,8 +437,9 @@ impl<'a, T: Real> Pass<'a, T> {
         let (g, e, dv, m) = (self.engine.degree, self.e(), self.e() - 1, self.head.k.nrows());
         let level = self.level(0..m);
         let sum = self.whole_state(m, g, |state, keys, tokens| self.add_keys(state, keys, level, g, tokens))?;
-        let state = weigh(&sum, &self.tree.weights(&self.constants.coefficients, self.scale));
-        let state = view(&state, e, self.tree.rank(g));
+        let r = self.tree.rank(g);
+        let state = weigh(&sum, r, &self.tree.weights(&self.constants.coefficients, self.scale));
+        let state = view(&state, e, r);
         let tile = self.tile(g);
         row_max.fill(T::ZERO);
         (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile))
@@ -496,10 +502,11 @@ impl<'a, T: Real> Pass<'a, T> {
         let level = self.level(0..m);
 
         let state = match key_state.filter(|sum| sum.len() == e * r) {
-            Some(sum) => weigh(sum, &potential),
+            Some(sum) => weigh(sum, r, &potential),
             None => weigh(
                 &self
                     .whole_state(m, degree, |state, keys, tokens| self.add_keys(state, keys, level, degree, tokens))?,
+                r,
                 &potential,
             ),
         };
@@ -521,9 +528,9 @@ impl<'a, T: Real> Pass<'a, T> {
         let sum = self.whole_state(n, degree, |state, queries, tokens| {
             self.add_queries(state, &up, queries, |i| up.rows.scale[i], degree, tokens)
         })?;
-        let state = weigh(&sum, &potential);
+        let state = weigh(&sum, r, &potential);
         let of_potential = view(&state, e, r);
-        let own = own.map(|weights| weigh_first(&sum, r, &weights));
+        let own = own.map(|weights| weigh(&sum, r, &weights));
         drop(sum);
         let of_values = own.as_ref().map_or(of_potential, |own| view(own, e, own.len() / e));
         let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
@@ -666,11 +673,8 @@ impl<T: Real> Scratch<T> {
             };
             let (state, f) = (state.subcols(piece.start, piece.len()), view(f, piece.len(), len));
             let out = view_mut(&mut self.out, state.nrows(), len);
-            if piece.start == 0 {
-                product(out, state, f, T::ONE);
-            } else {
-                add_product(out, state, f, T::ONE);
-            }
+            let accum = if piece.start == 0 { Accum::Replace } else { Accum::Add };
+            multiply(out, accum, state, f, T::ONE);
         }
     }
 
@@ -699,7 +703,7 @@ pub(crate) fn tiles(tokens: Range<usize>, tile: usize) -> impl Iterator<Item = (
 }
 
 /// `x` in chunks of `len`, or as many `None`.
-pub(crate) fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Option<&mut [T]>> {
+fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Option<&mut [T]>> {
     match x {
         Some(x) => x.chunks_mut(len).map(Some).collect(),
         None => (0..count).map(|_| None).collect(),

@@ -1,14 +1,15 @@
 //! Sums over tokens of outer products of values and features, `sum_t values_t features_t^T`, `(e, r)`: what stands for
 //! all the keys, or queries, that a low-rank engine has seen.
 //!
-//! Products of a few hundred tokens are formed in the arrays' own type and added up in float64. Here the features of a
+//! Products of a few hundred tokens (of a causal scan's blocks; of up to about a thousand where a fitted prefix ends) are
+//! formed in the arrays' own type and added up in float64. Here the features of a
 //! token lie side by side, unlike those of a tile that a state is applied to.
 
-use faer::MatMut;
+use faer::{Accum, MatMut};
 
-use crate::monomials::{Monomials, PIECE_WIDTH};
+use crate::monomials::{Monomials, PIECE_WIDTH, Run};
 use crate::real::{Real, vectorised};
-use crate::tile::{add_product, product, view};
+use crate::tile::{multiply, view, widen};
 
 /// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;
@@ -24,6 +25,7 @@ pub(crate) struct Tokens<T> {
     /// The features up to a low degree, and a piece of the others.
     low: Vec<T>,
     piece: Vec<T>,
+    runs: Vec<Run>,
 }
 
 impl<T: Real> Tokens<T> {
@@ -32,29 +34,32 @@ impl<T: Real> Tokens<T> {
         let width = d + Monomials::OVERRUN;
         let zeros = |width: usize| vec![T::ZERO; len * width];
         let piece = if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 };
-        Self { x: zeros(width), width, values: zeros(e), low: zeros(tree.low_width(degree)), piece: zeros(piece) }
+        Self {
+            x: zeros(width),
+            width,
+            values: zeros(e),
+            low: zeros(tree.low_width(degree)),
+            piece: zeros(piece),
+            runs: Vec::new(),
+        }
     }
 
-    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or (`fresh`) replaces it.
-    pub fn add_to(&mut self, state: &mut [T], fresh: bool, tree: &Monomials, degree: usize, len: usize) {
+    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or replaces it.
+    pub fn add_to(&mut self, state: &mut [T], accum: Accum, tree: &Monomials, degree: usize, len: usize) {
         let r = tree.rank(degree);
         let e = state.len() / r;
-        tree.low_rows(&self.x, self.width, len, degree, &mut self.low);
+        tree.low_rows(&self.x, self.width, len, degree, &mut self.low, &mut self.runs);
         let values = view(&self.values, len, e).transpose();
         for piece in tree.pieces(degree) {
             let (start, width) = (piece.start, piece.len());
             let features = if start == 0 {
                 view(&self.low, len, tree.low_width(degree))
             } else {
-                tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece);
+                tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece, &mut self.runs);
                 view(&self.piece, len, PIECE_WIDTH)
             };
             let state = MatMut::from_row_major_slice_mut(state, e, r).subcols_mut(start, width);
-            if fresh {
-                product(state, values, features, T::ONE);
-            } else {
-                add_product(state, values, features, T::ONE);
-            }
+            multiply(state, accum, values, features, T::ONE);
         }
     }
 }
@@ -71,27 +76,19 @@ impl<T: Real> State<T> {
         Self { sum: vec![0.0; e * r], pending: vec![T::ZERO; e * r], tokens: 0 }
     }
 
-    /// Room to add a tile of `len` tokens to, and whether what it holds is to be replaced.
-    pub fn tile(&mut self, len: usize) -> (&mut [T], bool) {
+    /// Room for a tile of `len` tokens, and whether they are added to what it holds.
+    pub fn tile(&mut self, len: usize) -> (&mut [T], Accum) {
         if self.tokens + len > FLUSH {
             self.flush();
         }
-        let fresh = self.tokens == 0;
+        let accum = if self.tokens == 0 { Accum::Replace } else { Accum::Add };
         self.tokens += len;
-        (&mut self.pending, fresh)
+        (&mut self.pending, accum)
     }
 
     fn flush(&mut self) {
         if self.tokens > 0 {
-            let (sum, pending) = (&mut self.sum, &self.pending);
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (sum, x) in sum.iter_mut().zip(pending) {
-                        *sum += x.to_f64();
-                    }
-                },
-            );
+            widen(&self.pending, &mut self.sum);
             self.tokens = 0;
         }
     }
@@ -102,25 +99,25 @@ impl<T: Real> State<T> {
     }
 }
 
-/// `sum diag(weights)`, `sum` being `(e, r)`, rounded to the arrays' type.
-pub(crate) fn weigh<T: Real>(sum: &[f64], weights: &[f64]) -> Vec<T> {
-    let mut weighted = vec![T::ZERO; sum.len()];
-    vectorised(
-        #[inline(always)]
-        || {
-            for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(weights.len())) {
-                for ((to, &from), &w) in to.iter_mut().zip(from).zip(weights) {
-                    *to = T::of(from * w);
-                }
-            }
-        },
-    );
+/// The first `weights.len()` columns of `sum diag(weights)`, `sum` being `(e, r)`, rounded to the arrays' type.
+pub(crate) fn weigh<T: Real>(sum: &[f64], r: usize, weights: &[f64]) -> Vec<T> {
+    let mut weighted = vec![T::ZERO; sum.len() / r * weights.len()];
+    for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(r)) {
+        weigh_row(from, weights, to);
+    }
     weighted
 }
 
-/// [`weigh`] of the first `weights.len()` columns of a state of `r`.
-pub(crate) fn weigh_first<T: Real>(sum: &[f64], r: usize, weights: &[f64]) -> Vec<T> {
-    sum.chunks_exact(r).flat_map(|row| weigh::<T>(&row[..weights.len()], weights)).collect()
+/// [`weigh`], of one row.
+pub(crate) fn weigh_row<T: Real>(sum: &[f64], weights: &[f64], weighted: &mut [T]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for ((to, &from), &w) in weighted.iter_mut().zip(sum).zip(weights) {
+                *to = T::of(from * w);
+            }
+        },
+    );
 }
 
 /// One step of a scan along one row of a state: `sum = decay sum + part`, and `part = sum diag(weights)`, rounded.
@@ -131,18 +128,6 @@ pub(crate) fn step<T: Real>(sum: &mut [f64], decay: f64, part: &mut [T], weights
             for ((sum, part), &w) in sum.iter_mut().zip(part).zip(weights) {
                 *sum = *sum * decay + part.to_f64();
                 *part = T::of(*sum * w);
-            }
-        },
-    );
-}
-
-/// `sum += x`.
-pub(crate) fn add(sum: &mut [f64], x: &[f64]) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (sum, x) in sum.iter_mut().zip(x) {
-                *sum += x;
             }
         },
     );

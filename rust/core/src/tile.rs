@@ -27,14 +27,27 @@ pub(crate) fn add_product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: 
     multiply(dst, Accum::Add, lhs, rhs, alpha);
 }
 
-/// The small kernel where rows are contiguous, else a general product. `rhs` may have more columns than `dst`.
-fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
+/// [`product`] or [`add_product`]: by the small kernel where rows are contiguous, else by a general one. `rhs` may have
+/// more columns than `dst`.
+pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
     if dst.col_stride() == 1 && rhs.col_stride() == 1 {
-        kernel::multiply(dst, lhs, rhs, alpha, matches!(accum, Accum::Add));
+        kernel::multiply(dst, accum, lhs, rhs, alpha);
     } else {
         let rhs = rhs.subcols(0, dst.ncols());
         matmul(dst, accum, lhs, rhs, alpha, Par::Seq);
     }
+}
+
+/// `sum += x`.
+pub(crate) fn widen<T: Real>(x: &[T], sum: &mut [f64]) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sum, &x) in sum.iter_mut().zip(x) {
+                *sum += x.to_f64();
+            }
+        },
+    );
 }
 
 /// Copies rows `start..start + len` of `x`, less `shift`, into the rows of `dst`, each `width` long.

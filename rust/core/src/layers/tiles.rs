@@ -8,8 +8,9 @@ use rayon::prelude::*;
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::real::{Real, vectorised};
+use crate::real::Real;
 use crate::rows::Rows;
+use crate::tile::widen;
 
 /// Tokens a tile: enough for a fast product, few enough that a tile of hidden units stays in the cache.
 pub(crate) const TILE: usize = 256;
@@ -126,14 +127,7 @@ pub(crate) fn accumulate_transposed<T: Real>(
 ) {
     let tile = sized(buffer, sum.len());
     product(tile, Accum::Replace, lhs.transpose(), rhs);
-    vectorised(
-        #[inline(always)]
-        || {
-            for (sum, x) in sum.iter_mut().zip(&*tile) {
-                *sum += x.to_f64();
-            }
-        },
-    );
+    widen(tile, sum);
 }
 
 /// Rounds a float64 sum to its place in the results.
