@@ -7,9 +7,9 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use lingrad_benches::numbers;
+use lingrad_benches::Head;
 use lingrad_core::engine::{Engine, Gradient, Polynomial};
-use lingrad_core::{Attention, AttentionGrads, Context, Heads, MatRef};
+use lingrad_core::{Attention, AttentionGrads, Context};
 
 struct Case {
     name: String,
@@ -40,12 +40,8 @@ fn attention(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attention");
     group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
     for Case { name, n, d, engine } in cases() {
-        let size = (d as f32).powf(-0.5);
-        let [q, k] = [1, 2].map(|seed| numbers(seed, n * d, size));
-        let [v, dout] = [3, 4].map(|seed| numbers(seed, n * d, 1.0));
-        let matrix = |x| MatRef::from_row_major_slice(x, n, d);
-        let heads = Heads { q: vec![matrix(&q)], k: vec![matrix(&k)], v: vec![matrix(&v)], key_bias: None };
-        let dout = [matrix(&dout)];
+        let head = Head::new(n, d);
+        let (heads, dout) = (head.heads(), head.dout());
         let ctx = Context::new();
         group.throughput(Throughput::Elements(n as u64));
         for causal in [false, true] {

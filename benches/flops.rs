@@ -16,9 +16,9 @@ use std::time::Instant;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, Par};
-use lingrad_benches::numbers;
+use lingrad_benches::{Head, numbers};
 use lingrad_core::engine::{Engine, Gradient, Polynomial};
-use lingrad_core::{Attention, AttentionGrads, Context, Heads, MatRef};
+use lingrad_core::{Attention, AttentionGrads, Context, MatRef};
 use rayon::prelude::*;
 
 /// Sides of the square product.
@@ -119,12 +119,8 @@ fn run(case: &Case) {
     let side = [5, 6].map(|seed| numbers(seed, SIDE * SIDE, 1.0));
     let [a, b] = side.each_ref().map(|x| MatRef::from_column_major_slice(x, SIDE, SIDE));
     let mut square = vec![0f32; SIDE * SIDE];
-    let size = (d as f32).powf(-0.5);
-    let [q, k] = [1, 2].map(|seed| numbers(seed, n * d, size));
-    let [v, dout] = [3, 4].map(|seed| numbers(seed, n * d, 1.0));
-    let matrix = |x| MatRef::from_row_major_slice(x, n, d);
-    let heads = Heads { q: vec![matrix(&q)], k: vec![matrix(&k)], v: vec![matrix(&v)], key_bias: None };
-    let dout = [matrix(&dout)];
+    let head = Head::new(n, d);
+    let (heads, dout) = (head.heads(), head.dout());
     let (ctx, attention) = (Context::new(), case.attention());
     let [mut out, mut dq, mut dk, mut dv] = std::array::from_fn(|_| vec![0f32; n * d]);
     let mut times: [Vec<f64>; 3] = Default::default();

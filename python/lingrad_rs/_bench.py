@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+_Key = TypeVar("_Key")
 Results = tuple[Array, Array, Array, Array]  # out, dq, dk, dv
 
 _TURN = 0.1  # seconds
@@ -166,9 +167,9 @@ def torch_sdpa() -> Method | None:
     return Method(f"PyTorch {torch.__version__.split('+')[0]} SDPA", prepare, 2)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+def interleaved(calls: Mapping[_Key, Callable[[], object]], rounds: int) -> dict[_Key, Times]:
     """The time of each call. They take turns, so that a change in the machine's speed meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[_Key, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             seconds[name].append(_turn(call))
@@ -239,8 +240,7 @@ def scaling(
     for n in sizes:
         at = Case(n, case.d, case.heads, case.causal)
         q, k, v, dout = inputs(at, score_std, dtype)
-        forwards: dict[str, Callable[[], object]] = {}
-        both: dict[str, Callable[[], object]] = {}
+        passes: dict[tuple[str, str], Callable[[], object]] = {}
         results: dict[str, Results] = {}
         for method in methods:
             if before is not None:
@@ -249,14 +249,15 @@ def scaling(
                 continue
             forward, backward = method.prepare(q, k, v, dout, at.causal)
             results[method.name] = backward()  # a first call, which is not timed
-            forwards[method.name], both[method.name] = forward, backward
+            passes[method.name, "forward"], passes[method.name, "both"] = forward, backward
         before = n
         errors = _errors(results, (q, k, v, dout), at.causal) if "exact" in results else {}
+        names = list(results)
         results.clear()
-        forward_times, both_times = interleaved(forwards, rounds), interleaved(both, rounds)
-        for name in both:
-            expected[name] = both_times[name].median
-            rows.append(Row(name, n, forward_times[name], both_times[name], errors.get(name)))
+        times = interleaved(passes, rounds)
+        for name in names:
+            expected[name] = times[name, "both"].median
+            rows.append(Row(name, n, times[name, "forward"], times[name, "both"], errors.get(name)))
         progress(n)
     return rows
 

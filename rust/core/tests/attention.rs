@@ -487,6 +487,21 @@ fn every_gradient_of_the_fitted_engine_is_near_the_exact_one() {
 }
 
 #[test]
+fn a_fit_bears_biases_that_leave_early_rows_almost_no_weight() {
+    // Relative to the largest bias of the prefix, the weights of the first keys are below the smallest normal number.
+    let engine = Polynomial { coefficients: Coefficients::Fitted, ..Default::default() };
+    let case = Case { size: 0.3, bias: true, ..Case::new(Engine::Polynomial(engine), 1500, true) };
+    let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+    let mut data = Data::<f64>::draw(&case);
+    data.bias = Some(vec![(0..case.m).map(|j| 0.72 * j as f64).collect()]);
+    let (got, expected) = (run(&case, &data).unwrap(), run(&exact, &data).unwrap());
+    for (got, expected) in [(got.out, expected.out), (got.dk, expected.dk)] {
+        let error = relative_error(&got, &expected);
+        assert!(error <= 3e-2, "{error:.2e}");
+    }
+}
+
+#[test]
 fn a_mean_shift_makes_distant_keys_harmless() {
     let case = Case {
         size: 0.3,
