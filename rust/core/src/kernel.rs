@@ -16,14 +16,17 @@ const DEPTH: usize = 256;
 ///
 /// `rhs` may have more columns than `dst`: they are not used, but save the time that it takes to leave them alone.
 pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
-    if let Some(product) = Product::new(dst, accum, lhs, rhs, alpha) {
-        Arch::new().dispatch(product);
+    if dst.nrows() > 0 && dst.ncols() > 0 {
+        Arch::new().dispatch(Product::new(dst, accum, lhs, rhs, alpha));
     }
 }
 
-/// Where the operands lie: `a` of any strides, `b` and `c` with contiguous rows.
-#[derive(Clone, Copy)]
-struct Operands<T> {
+/// The operands: `a (m, k)` of any strides, `b (k, b_columns)` and `c (m, n)` with contiguous rows.
+struct Product<T> {
+    m: usize,
+    k: usize,
+    n: usize,
+    b_columns: usize,
     a: *const T,
     a_row: isize,
     a_col: isize,
@@ -35,22 +38,16 @@ struct Operands<T> {
     add: bool,
 }
 
-/// A whole product: `a (m, k)`, `b (k, b_columns)` and `c (m, n)`.
-struct Product<T> {
-    m: usize,
-    k: usize,
-    n: usize,
-    b_columns: usize,
-    operands: Operands<T>,
-}
-
 impl<T: Real> Product<T> {
-    /// `None` where there is nothing to compute.
-    fn new(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) -> Option<Self> {
+    fn new(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) -> Self {
         let (m, k, n) = (lhs.nrows(), lhs.ncols(), dst.ncols());
         assert!(dst.nrows() == m && rhs.nrows() == k && rhs.ncols() >= n, "shapes of a product");
         assert!(dst.col_stride() == 1 && rhs.col_stride() == 1, "rows of a product must be contiguous");
-        let operands = Operands {
+        Self {
+            m,
+            k,
+            n,
+            b_columns: rhs.ncols(),
             a: lhs.as_ptr(),
             a_row: lhs.row_stride(),
             a_col: lhs.col_stride(),
@@ -60,8 +57,7 @@ impl<T: Real> Product<T> {
             c: dst.as_ptr_mut(),
             alpha,
             add: matches!(accum, Accum::Add),
-        };
-        (m > 0 && n > 0).then_some(Self { m, k, n, b_columns: rhs.ncols(), operands })
+        }
     }
 }
 
@@ -70,12 +66,12 @@ impl<T: Real> WithSimd for Product<T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Operands { a, a_row, a_col, b, b_row, c, c_row, add, .. } = self.operands;
         let lanes = T::lanes::<S>();
         // Accumulators fill the registers but for one broadcast and two rows of b.
         let rows = if S::REGISTER_COUNT >= 32 { 12 } else { 6 };
         let rows = self.m.div_ceil(self.m.div_ceil(rows));
         let mut depth = 0;
+        let mut add = self.add;
         loop {
             let k = (self.k - depth).min(DEPTH);
             let mut column = 0;
@@ -89,14 +85,16 @@ impl<T: Real> WithSimd for Product<T> {
                     // so that everything the block reads and writes lies within the three matrices; whole vectors of
                     // b are read only where it has the columns.
                     unsafe {
-                        let operands = Operands {
-                            a: a.wrapping_offset(row as isize * a_row + depth as isize * a_col),
-                            b: b.wrapping_offset(depth as isize * b_row + column as isize),
-                            c: c.offset(row as isize * c_row + column as isize),
-                            add: add || depth > 0,
-                            ..self.operands
+                        let block = Block {
+                            k,
+                            a: self.a.wrapping_offset(row as isize * self.a_row + depth as isize * self.a_col),
+                            b: self.b.wrapping_offset(depth as isize * self.b_row + column as isize),
+                            c: self.c.offset(row as isize * self.c_row + column as isize),
+                            add,
+                            last,
+                            whole: last == lanes,
+                            product: &self,
                         };
-                        let block = Block { k, last, whole: last == lanes, operands };
                         match (vectors, column + vectors * lanes <= self.b_columns) {
                             (2, true) => block.of_rows::<S, 2, true>(simd, count),
                             (2, false) => block.of_rows::<S, 2, false>(simd, count),
@@ -109,6 +107,7 @@ impl<T: Real> WithSimd for Product<T> {
                 column += (vectors - 1) * lanes + last;
             }
             depth += k;
+            add = true;
             if depth >= self.k {
                 break;
             }
@@ -116,16 +115,20 @@ impl<T: Real> WithSimd for Product<T> {
     }
 }
 
-/// One block of the result, a few rows by one or two vectors, from where its operands start.
-struct Block<T> {
+/// One block of a product, a few rows by one or two vectors of the result, from where its operands start.
+struct Block<'a, T> {
     k: usize,
+    a: *const T,
+    b: *const T,
+    c: *mut T,
+    add: bool,
     /// Numbers in the last vector, and whether they fill it.
     last: usize,
     whole: bool,
-    operands: Operands<T>,
+    product: &'a Product<T>,
 }
 
-impl<T: Real> Block<T> {
+impl<T: Real> Block<'_, T> {
     /// # Safety
     /// The pointers must be valid for the block's shapes; where `WHOLE`, whole vectors of b.
     #[inline(always)]
@@ -153,11 +156,12 @@ impl<T: Real> Block<T> {
     /// As [`of_rows`](Self::of_rows), for `ROWS` rows.
     #[inline(always)]
     unsafe fn compute<S: Simd, const ROWS: usize, const VECTORS: usize, const WHOLE: bool>(self, simd: S) {
-        let Operands { mut a, a_row, a_col, mut b, b_row, c, c_row, alpha, add } = self.operands;
+        let &Product { a_row, a_col, b_row, c_row, alpha, .. } = self.product;
         let lanes = T::lanes::<S>();
         let readable = |vector: usize| WHOLE || vector + 1 < VECTORS;
         let whole = |vector: usize| self.whole || vector + 1 < VECTORS;
         let mut sums = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
+        let (mut a, mut b) = (self.a, self.b);
         for _ in 0..self.k {
             // SAFETY: row `p < k` of b and column p of a.
             unsafe {
@@ -181,12 +185,12 @@ impl<T: Real> Block<T> {
             for (vector, &sum) in sums.iter().enumerate() {
                 // SAFETY: row `i < ROWS` of c.
                 unsafe {
-                    let at = c.offset(i as isize * c_row).add(vector * lanes);
+                    let at = self.c.offset(i as isize * c_row).add(vector * lanes);
                     if whole(vector) {
-                        let old = if add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
+                        let old = if self.add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
                         T::store(simd, at, T::multiply_add(simd, alpha, sum, old));
                     } else {
-                        let old = if add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
+                        let old = if self.add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
                         T::store_first(simd, at, self.last, T::multiply_add(simd, alpha, sum, old));
                     }
                 }
@@ -234,8 +238,8 @@ mod tests {
                 inner.fill(T::ONE);
             }
             let accum = if add { Accum::Add } else { Accum::Replace };
-            if let Some(product) = Product::new(inner.rb_mut(), accum, lhs, rhs, T::of(2.0)) {
-                run(product);
+            if m > 0 && n > 0 {
+                run(Product::new(inner.rb_mut(), accum, lhs, rhs, T::of(2.0)));
             }
             for i in 0..rows {
                 for j in 0..columns {
