@@ -55,7 +55,7 @@ fn attention(criterion: &mut Criterion) {
             group.bench_function(id, |b| {
                 b.iter(|| {
                     let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
-                    attention.backward(&ctx, &heads, &saved, &out, &dout, grads).unwrap();
+                    attention.backward(&ctx, &heads, &saved, &out, &dout, 0, grads).unwrap();
                 });
             });
         }

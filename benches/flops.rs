@@ -130,7 +130,7 @@ fn run(case: &Case) {
         let forward = timed(|| saved = Some(attention.forward(&ctx, &heads, &mut out).unwrap()));
         let backward = timed(|| {
             let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
-            attention.backward(&ctx, &heads, saved.as_ref().unwrap(), &out, &dout, grads).unwrap();
+            attention.backward(&ctx, &heads, saved.as_ref().unwrap(), &out, &dout, 0, grads).unwrap();
         });
         if round > 0 {
             times.iter_mut().zip([product, forward, backward]).for_each(|(times, time)| times.push(time));

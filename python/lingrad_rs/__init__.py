@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ._lingrad_rs import __version__
-from .attention import ErrorEstimate, attention, attention_vjp, measure_error
-from .engines import Engine, Exact, Polynomial
+from .attention import Pullback, attention, attention_vjp, measure_error, plan_attention
+from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
 from .errors import (
     ArgumentError,
     DenominatorError,
@@ -27,12 +27,14 @@ from .modules import (
     RMSNorm,
     SelfAttention,
 )
+from .plan import ErrorEstimate, HeadPlan, Plan
 from .threads import build_info, get_num_threads, set_num_threads
 from .transformer import GradientReport, LayerReport, Transformer, TransformerConfig, load, save
 
 __all__ = [
     "Activation",
     "ArgumentError",
+    "Auto",
     "Chain",
     "DenominatorError",
     "DeviceError",
@@ -43,13 +45,18 @@ __all__ = [
     "Exact",
     "FeedForward",
     "GradientReport",
+    "HeadPlan",
+    "Landmark",
+    "LandmarkConstants",
     "LayerNorm",
     "LayerReport",
     "Linear",
     "LingradError",
     "Module",
     "NonFiniteError",
+    "Plan",
     "Polynomial",
+    "Pullback",
     "RMSNorm",
     "Residual",
     "SelfAttention",
@@ -64,6 +71,7 @@ __all__ = [
     "get_num_threads",
     "load",
     "measure_error",
+    "plan_attention",
     "save",
     "set_num_threads",
 ]

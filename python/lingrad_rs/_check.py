@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from .errors import ArgumentError, DeviceError, DtypeError, ShapeError, ToleranceError
 
-__all__ = ["array", "choice", "flag", "floats", "integer", "number", "positive", "same_dtype", "shape", "token_ids"]
+__all__ = ["array", "choice", "flag", "floats", "integer", "number", "positive", "same_dtype", "shape", "token_ids", "tolerance"]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -127,6 +127,14 @@ def positive(name: str, value: object) -> float:
     result = number(name, value)
     if result <= 0:
         raise ArgumentError(f"{name} is {result}; expected a number above 0")
+    return result
+
+
+def tolerance(name: str, value: object) -> float:
+    """A number in (0, 1)."""
+    result = number(name, value)
+    if not 0 < result < 1:
+        raise ToleranceError(f"{name} is {result}; expected a number in (0, 1)")
     return result
 
 

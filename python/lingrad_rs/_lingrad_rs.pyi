@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engines import Engine
+from .plan import Plan
 
 __all__ = [
     "AttentionState",
@@ -76,7 +77,8 @@ class _Config(Protocol):
     def engine(self) -> Engine: ...
 
 @final
-class AttentionState: ...
+class AttentionState:
+    def reports(self) -> list[dict[str, Any]]: ...
 
 @final
 class TransformerTrace: ...
@@ -87,14 +89,14 @@ def attention_forward(
     v: _Array,
     key_bias: _Array | None,
     *,
-    engine: Engine,
+    engine: Engine | Plan,
     causal: bool,
     scale: float,
     keep: bool,
 ) -> tuple[_Array, AttentionState | None]: ...
 def attention_backward(
     q: _Array, k: _Array, v: _Array, key_bias: _Array | None, state: AttentionState, dout: _Array
-) -> tuple[_Array, _Array, _Array, _Array | None]: ...
+) -> tuple[tuple[_Array, _Array, _Array, _Array | None], list[dict[str, Any]]]: ...
 def measure_error(
     q: _Array,
     k: _Array,
@@ -140,7 +142,7 @@ def transformer_value_and_grad(
     *,
     samples: int,
     progress: Callable[[float], object] | None,
-) -> tuple[float, dict[str, _Array], list[_Estimate | None]]: ...
+) -> tuple[float, dict[str, _Array], list[tuple[_Estimate | None, list[dict[str, Any]]]]]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def simd_level() -> str: ...

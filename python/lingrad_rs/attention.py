@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _backend, _check
-from .engines import Engine, Polynomial, check_engine
-from .errors import ShapeError
+from .engines import Auto, Engine, Polynomial, check_engine
+from .errors import ArgumentError, DtypeError, ShapeError
+from .plan import ErrorEstimate, HeadPlan, Plan, head_plans
 
-__all__ = ["ErrorEstimate", "attention", "attention_vjp", "measure_error"]
+__all__ = ["Pullback", "attention", "attention_vjp", "measure_error", "plan_attention"]
 
 _Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]
 
 
-@dataclass(frozen=True)
-class ErrorEstimate:
-    """An estimate of ``||out - exact||_F / ||exact||_F``, over all heads together.
+_DEFAULT = Polynomial(degree=2)
+
+
+class Pullback:
+    """What `attention_vjp` returns beside ``out``: ``vjp(dout)`` gives the gradients.
 
     Attributes
     ----------
-    relative : float
-        The estimate.
-    low, high : float
-        The ends of its 95% confidence interval.
-    rows : int
-        How many rows were computed exactly.
+    heads : tuple of HeadPlan
+        With a tolerance: the engine of each head (leading axes flattened) and its measured errors, those of gradients
+        after a call; of the last call, if there were many. Otherwise empty.
     """
 
-    relative: float
-    low: float
-    high: float
-    rows: int
+    def __init__(self, call: Callable[[NDArray[Any]], tuple[tuple[Any, ...], tuple[HeadPlan, ...]]], heads: Any) -> None:
+        self._call = call
+        self.heads: tuple[HeadPlan, ...] = heads
+
+    def __call__(self, dout: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given."""
+        grads, heads = self._call(dout)
+        self.heads = heads or self.heads
+        return grads
 
 
 def attention(
@@ -43,7 +48,8 @@ def attention(
     k: NDArray[Any],
     v: NDArray[Any],
     *,
-    engine: Engine = Polynomial(degree=2),
+    engine: Engine | None = None,
+    tol: float | None = None,
     causal: bool = False,
     scale: float | None = None,
     key_bias: NDArray[Any] | None = None,
@@ -51,7 +57,7 @@ def attention(
     """Attention, head by head.
 
     ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` with ``s_ij = scale q_i . k_j + key_bias_j``, over ``j <= i`` with
-    ``causal=True``; `Polynomial` replaces ``exp`` by a polynomial.
+    ``causal=True``; `Polynomial` and `Landmark` replace ``exp``, and a tolerance chooses.
 
     Parameters
     ----------
@@ -61,8 +67,10 @@ def attention(
         Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
     v : ndarray, shape (..., h_kv, m, dv)
         Values.
-    engine : Exact or Polynomial
-        How it is computed.
+    engine : Exact, Polynomial, Landmark or Auto, optional
+        How it is computed; `Polynomial` of degree 2 unless given.
+    tol : float, optional
+        In place of an engine: each head is within this relative error, or exact; see `Auto`.
     causal : bool
         Whether query i sees only keys ``j <= i``; needs ``n == m``.
     scale : float, optional
@@ -79,6 +87,8 @@ def attention(
     ------
     ShapeError, DtypeError, DeviceError, ArgumentError
         An argument does not fit; the message says which, what it got and what it needs.
+    ToleranceError
+        ``tol`` is not in (0, 1), or below what the dtype allows.
     NonFiniteError
         An array holds NaN or infinity, or the result would.
     DenominatorError
@@ -88,6 +98,7 @@ def attention(
     -----
     Cost: that of the engine. Source: arXiv 2408.13233.
     """
+    engine = _chosen(engine, tol, gradients=False)
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
     return _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=False)[0]
 
@@ -97,11 +108,12 @@ def attention_vjp(
     k: NDArray[Any],
     v: NDArray[Any],
     *,
-    engine: Engine = Polynomial(degree=2),
+    engine: Engine | None = None,
+    tol: float | None = None,
     causal: bool = False,
     scale: float | None = None,
     key_bias: NDArray[Any] | None = None,
-) -> tuple[NDArray[Any], Callable[[NDArray[Any]], tuple[NDArray[Any], ...]]]:
+) -> tuple[NDArray[Any], Pullback]:
     """Attention, and the function that pulls a gradient back through it.
 
     With ``f`` the normalised rows, ``delta_i = dout_i . out_i`` and ``dS = f * (dout v^T - delta 1^T)``:
@@ -109,21 +121,21 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, engine, causal, scale, key_bias
-        As for `attention`.
+    q, k, v, engine, tol, causal, scale, key_bias
+        As for `attention`; ``tol`` holds for the gradients too.
 
     Returns
     -------
     out : ndarray, shape (..., h, n, dv)
         As from `attention`.
-    vjp : callable
+    vjp : Pullback
         ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
         of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
-        must not change in between; ``out`` may.
+        must not change in between; ``out`` may. With a tolerance, ``vjp.heads`` tells what was chosen and measured.
 
     Raises
     ------
-    ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+    ToleranceError, ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
         As from `attention`; ``vjp`` for a ``dout`` that does not fit ``out``.
 
     Notes
@@ -131,18 +143,101 @@ def attention_vjp(
     Memory kept until ``vjp`` is gone: the inputs, a copy of ``out``, two numbers a query, and with the consistent
     gradient and no mask a state no larger than keys and values. Time: that of the engine.
     """
-    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
+    engine = _chosen(engine, tol, gradients=True)
+    arrays, options = _arguments(q, k, v, key_bias, engine, causal, scale)
+    return _vjp(arrays, options)
+
+
+def _vjp(arrays: _Arrays, options: dict[str, Any]) -> tuple[NDArray[Any], Pullback]:
+    q, k, v, key_bias = arrays
     backend = _backend.of(q, k, v)
     out, state = backend.attention_forward(q, k, v, key_bias, **options, keep=True)
     shape = out.shape
 
-    def vjp(dout: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    def call(dout: NDArray[Any]) -> tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]:
         _, dout = _check.floats(q=q, dout=dout)
         _check.shape("dout", dout, shape, match=f"out of shape {shape}")
-        grads = backend.attention_backward(q, k, v, key_bias, state, dout)
-        return grads if key_bias is not None else grads[:3]
+        grads, reports = backend.attention_backward(q, k, v, key_bias, state, dout)
+        return (grads if key_bias is not None else grads[:3]), head_plans(reports)
 
-    return out, vjp
+    return out, Pullback(call, () if state is None else head_plans(state.reports()))
+
+
+def plan_attention(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    *,
+    tol: float = 1e-2,
+    gradients: bool = True,
+    strict_causal: bool = False,
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: NDArray[Any] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Choose an engine for each head within a tolerance, to be used on data of the same kind again.
+
+    Parameters
+    ----------
+    q, k, v, causal, scale, key_bias
+        As for `attention`.
+    tol, gradients, strict_causal, seed
+        As for `Auto`.
+
+    Returns
+    -------
+    Plan
+        Frozen: the engines with all of their constants, what they are expected to cost and to err, and what they erred
+        on this data.
+
+    Raises
+    ------
+    ToleranceError, ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+        As from `attention`.
+
+    Notes
+    -----
+    Cost: that of ``attention(q, k, v, tol=tol)``: the chosen engines are run once, and their outputs measured.
+    """
+    auto = Auto(tol, gradients=gradients, strict_causal=strict_causal, seed=seed)
+    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, auto, causal, scale)
+    _, state = _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=True)
+    heads = () if state is None else head_plans(state.reports())
+    del options["engine"]
+    return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=str(q.dtype), **options)
+
+
+def by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -> NDArray[Any]:
+    """`Plan.attention`."""
+    arrays, options = _planned(plan, q, k, v, key_bias)
+    return _backend.of(*arrays[:3]).attention_forward(*arrays, **options, keep=False)[0]
+
+
+def vjp_by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[NDArray[Any], Pullback]:
+    """`Plan.attention_vjp`."""
+    return _vjp(*_planned(plan, q, k, v, key_bias))
+
+
+def _planned(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[_Arrays, dict[str, Any]]:
+    arrays, options = _arguments(q, k, v, key_bias, plan.auto, plan.causal, plan.scale)
+    for name, x, shape in zip("qkv", arrays[:3], plan.shapes, strict=True):
+        if str(x.dtype) != plan.dtype:
+            raise DtypeError(f"{name} has dtype {x.dtype}; expected {plan.dtype}, as the plan")
+        if x.shape != shape:
+            raise ShapeError(f"{name} has shape {x.shape}; expected {shape}, as the plan")
+    return arrays, options | {"engine": plan}
+
+
+def _chosen(engine: Engine | None, tol: float | None, *, gradients: bool) -> Engine:
+    """The engine that ``engine=`` and ``tol=`` mean together."""
+    if tol is not None:
+        if engine is not None:
+            raise ArgumentError(f"tol is {tol!r} and engine is {engine!r}; expected one of them: a tolerance chooses")
+        return Auto(tol, gradients=gradients)
+    if isinstance(engine, Auto) and not gradients:
+        return dataclasses.replace(engine, gradients=False)
+    return _DEFAULT if engine is None else engine
 
 
 def measure_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import _check
 from .errors import ArgumentError, NonFiniteError
 
-__all__ = ["Engine", "Exact", "Polynomial"]
+__all__ = ["Auto", "Engine", "Exact", "Landmark", "LandmarkConstants", "Polynomial"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Polynomial:
     gradient : {"closed_form", "consistent"}
         The exact gradient's formula with the softmax matrix in its low-rank form (closer to the true gradient), or the
         derivative of the approximate output (which passes central differences).
-    shift : {"none", "mean"}
-        What is subtracted from queries and keys, which leaves exact attention as it is and makes scores small. The
-        means take in later tokens, so ``"mean"`` is refused with ``causal=True``.
+    shift : {"none", "mean"} or pair of sequences of float
+        What is subtracted from queries and from keys, which leaves exact attention as it is and makes scores small:
+        nothing, the means of the call, or two constant vectors of d numbers. The means take in later tokens, so
+        ``"mean"`` is refused with ``causal=True``.
     diagonal : {"exact", "polynomial"}
         With ``causal=True``, whether the scores near the diagonal go through ``exp`` or through the polynomial.
     window : int
@@ -70,7 +71,7 @@ class Polynomial:
     degree: int = 2
     coefficients: Literal["taylor", "fitted"] | Sequence[float] | NDArray[Any] = "taylor"
     gradient: Literal["closed_form", "consistent"] = "closed_form"
-    shift: Literal["none", "mean"] = "none"
+    shift: Literal["none", "mean"] | tuple[Sequence[float], Sequence[float]] = "none"
     diagonal: Literal["exact", "polynomial"] = "exact"
     window: int = 64
 
@@ -78,13 +79,176 @@ class Polynomial:
         object.__setattr__(self, "degree", _check.integer("degree", self.degree, 1))
         object.__setattr__(self, "coefficients", _coefficients(self.coefficients, self.degree))
         _check.choice("gradient", self.gradient, ("closed_form", "consistent"))
-        _check.choice("shift", self.shift, ("none", "mean"))
+        object.__setattr__(self, "shift", _shift(self.shift))
         _check.choice("diagonal", self.diagonal, ("exact", "polynomial"))
         object.__setattr__(self, "window", _check.integer("window", self.window, 0))
 
 
-Engine = Exact | Polynomial
-"""Any engine."""
+@dataclass(frozen=True, eq=False)
+class LandmarkConstants:
+    """What the landmarks of a head are: plain numbers, to be kept and used again.
+
+    Attributes
+    ----------
+    scale : float
+        The factor of the scores that they were made for.
+    query_shift, key_shift : ndarray, shape (d,)
+        Subtracted from queries and keys.
+    balance : float
+        What shifted queries are divided by, and shifted keys multiplied with.
+    landmarks : ndarray, shape (r, d)
+        The points.
+    matrix : ndarray, shape (r, r)
+        ``M`` of ``exp(scale q.k) ~ phi(q)^T M phi(k)`` for the shifted and balanced queries and keys.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, NonFiniteError
+        Arrays are not float64, do not fit together, or are not finite.
+    """
+
+    scale: float
+    query_shift: NDArray[np.float64]
+    key_shift: NDArray[np.float64]
+    balance: float
+    landmarks: NDArray[np.float64]
+    matrix: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _check.number("scale", self.scale))
+        object.__setattr__(self, "balance", _check.positive("balance", self.balance))
+        shapes: dict[str, tuple[str | int, ...]] = {"landmarks": ("r", "d")}
+        for name in ("landmarks", "query_shift", "key_shift", "matrix"):
+            array = np.array(getattr(self, name), dtype=np.float64)
+            _check.shape(name, array, shapes.get(name, ()), match="the landmarks")
+            if name == "landmarks":
+                r, d = array.shape
+                shapes = {"query_shift": (d,), "key_shift": (d,), "matrix": (r, r)}
+            if not np.isfinite(array).all():
+                raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LandmarkConstants):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        r, d = self.landmarks.shape
+        return f"<LandmarkConstants: {r} points of width {d}>"
+
+
+@dataclass(frozen=True)
+class Landmark:
+    """Attention through the values of ``exp`` at a few points that lie among the queries and keys.
+
+    With queries and keys shifted to their means and balanced, ``exp(scale q.k) ~ phi(q)^T M phi(k)`` with the Gaussian
+    features ``phi_l(x) = exp(-scale |x - x_l|^2 / 2)`` of ``rank`` landmarks ``x_l``, taken from a sample by randomly
+    pivoted Cholesky; ``M`` is their inverse kernel or a regularised fit, whichever errs less on another sample. It needs
+    far fewer terms than `Polynomial` where the points lie near a low-dimensional set (time series, images, smooth
+    sequences), and can fail anywhere else: measure its error (`lingrad_rs.measure_error`), or let ``tol=`` choose. Each
+    row's denominator is held against Jensen's lower bound.
+
+    Parameters
+    ----------
+    rank : int
+        Landmarks, at least 1; fewer are used where fewer resolve the sample.
+    seed : int
+        Of the draws.
+    constants : LandmarkConstants, optional
+        What was drawn before, for data of the same kind: nothing is drawn. With ``causal=True`` and without it,
+        everything is taken from the first 1024 tokens, which are exact among themselves, so that no token's answer
+        depends on a later one.
+
+    Raises
+    ------
+    ArgumentError
+        An option has a value that it may not have.
+
+    Notes
+    -----
+    The gradient is the derivative of the approximate output, for fixed landmarks. With ``causal=True`` the last 64
+    tokens before each query are exact. Cost a head: O((n + m) r (d + dv)) time, and for the draw O(rank^3 + d rank^2),
+    of a sample of at most 2048 queries and keys; memory as for `Polynomial`.
+    """
+
+    rank: int = 256
+    seed: int = 0
+    constants: LandmarkConstants | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", _check.integer("rank", self.rank, 1))
+        object.__setattr__(self, "seed", _check.integer("seed", self.seed, 0))
+        if not isinstance(self.constants, LandmarkConstants | None):
+            raise ArgumentError(f"constants is a {type(self.constants).__name__}; expected LandmarkConstants or None")
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A tolerance in place of an engine: for each head, the cheapest engine that meets it, or the exact one.
+
+    With ``||approx - exact||_F / ||exact||_F`` for each head, of out and, with ``gradients``, of dq, dk, dv (and the
+    gradient of a key bias): results are within ``tol`` as measured on rows drawn at random (the upper end of a 95%
+    interval), or they are exact. Engines that would not be clearly faster are discarded by a cost model; the errors of
+    polynomials of every degree are measured on some rows, and those of landmarks on a sample; the cheapest is run, and
+    held against exact rows; gradients are held against exact ones again in the pullback, those of keys given the row
+    sums of the forward pass. What misses is computed exactly.
+
+    Parameters
+    ----------
+    tol : float
+        In (0, 1), and not below 1e-5 for float32 or 1e-12 for float64.
+    gradients : bool
+        Whether the engine is chosen for gradients too. (`attention`, which has none, never does.)
+    strict_causal : bool
+        With ``causal=True``, use no constants (coefficients, shifts, landmarks) that were taken from later tokens, but
+        those of each call's first 1024 tokens, which are exact among themselves. The choice of the engine, and whether
+        it is good enough, always looks at the whole sequence.
+    seed : int
+        Of the draws.
+
+    Raises
+    ------
+    ToleranceError, ArgumentError
+        ``tol`` is out of range; another option has a value that it may not have.
+
+    Notes
+    -----
+    Cost: planning takes at most about a tenth of the time of exact attention, or is not done; verification takes that
+    of 64 rows and 64 keys a head. Truly subquadratic work is possible only where scores are small or lie near a
+    low-dimensional set: elsewhere the answer is the exact engine.
+    """
+
+    tol: float = 1e-2
+    gradients: bool = True
+    strict_causal: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tol", _check.tolerance("tol", self.tol))
+        object.__setattr__(self, "gradients", _check.flag("gradients", self.gradients))
+        object.__setattr__(self, "strict_causal", _check.flag("strict_causal", self.strict_causal))
+        object.__setattr__(self, "seed", _check.integer("seed", self.seed, 0))
+
+
+Engine = Exact | Polynomial | Landmark | Auto
+"""Any engine, or a tolerance in its place."""
+
+
+def _shift(value: object) -> str | tuple[tuple[float, ...], ...]:
+    if isinstance(value, str):
+        _check.choice("shift", value, ("none", "mean"))
+        return value
+    try:
+        query, key = (tuple(float(x) for x in part) for part in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"shift is {value!r}; expected 'none', 'mean' or two sequences of d numbers") from None
+    if not all(map(math.isfinite, query + key)):
+        raise NonFiniteError(f"shift is {value!r}; expected finite numbers")
+    return query, key
 
 
 def _coefficients(value: object, degree: int) -> str | tuple[float, ...]:
@@ -106,6 +270,6 @@ def _coefficients(value: object, degree: int) -> str | tuple[float, ...]:
 
 def check_engine(value: object) -> Engine:
     """``value``, if it is an engine."""
-    if not isinstance(value, Exact | Polynomial):
-        raise ArgumentError(f"engine is {value!r}; expected Exact() or Polynomial(...)")
+    if not isinstance(value, Exact | Polynomial | Landmark | Auto):
+        raise ArgumentError(f"engine is {value!r}; expected Exact(), Polynomial(...), Landmark(...) or Auto(...)")
     return value

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _backend, _check
-from .attention import ErrorEstimate
 from .engines import Engine, Exact, Polynomial, check_engine
 from .errors import ArgumentError, ShapeError
 from .modules import ACTIVATIONS
+from .plan import ErrorEstimate, HeadPlan, head_plans
 
 __all__ = ["GradientReport", "LayerReport", "Transformer", "TransformerConfig", "load", "save"]
 
@@ -102,17 +102,20 @@ class LayerReport:
 
     Attributes
     ----------
-    engine : Exact or Polynomial
-        What computed its attention.
+    engine : Exact, Polynomial, Landmark or Auto
+        What computed its attention; with a tolerance, `heads` tell.
     measured_error : ErrorEstimate or None
         The error of its attention's output, from sampled rows computed exactly.
     grad_norm : float
         The Frobenius norm of the gradient with respect to all its parameters.
+    heads : tuple of HeadPlan
+        Each head of each sequence: its engine and the measured errors of out, dq, dk and dv.
     """
 
     engine: Engine
     measured_error: ErrorEstimate | None
     grad_norm: float
+    heads: tuple[HeadPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class Transformer:
             As for `value_and_grad`.
         samples : int
             Rows, spread over batch and heads, that are computed exactly to measure the error of a layer's attention; 0
-            for none.
+            for none. Each head is measured on its own, too, on as many queries and keys, but no more than 64.
 
         Returns
         -------
@@ -305,14 +308,15 @@ class Transformer:
             raise ShapeError(f"tokens has shape {ids.shape}; expected at least one token to take a mean over")
         if progress is not None and not callable(progress):
             raise ArgumentError(f"progress is {progress!r}; expected a callable")
-        loss, grads, errors = _backend.of(ids).transformer_value_and_grad(
+        loss, grads, reports = _backend.of(ids).transformer_value_and_grad(
             self.config, params, ids, wanted, samples=samples, progress=progress
         )
         layers = []
-        for i, error in enumerate(errors):
+        for i, (error, heads) in enumerate(reports):
             own = [grad for name, grad in grads.items() if name.startswith(f"layers.{i}.")]
             estimate = None if error is None else ErrorEstimate(*error)
-            layers.append(LayerReport(self.config.engine, estimate, float(np.sqrt(sum(map(_square_norm, own))))))
+            norm = float(np.sqrt(sum(map(_square_norm, own))))
+            layers.append(LayerReport(self.config.engine, estimate, norm, head_plans(heads)))
         return GradientReport(loss, grads, tuple(layers))
 
     def _checked_params(self) -> list[tuple[str, Array]]:

@@ -1,14 +1,18 @@
 //! The entry points of attention: checks, the loop over heads, and the choice of engine.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use faer::{ColRef, MatRef};
 use rayon::prelude::*;
 
 use crate::context::Context;
-use crate::engine::{self, Engine};
+use crate::engine::{self, Engine, Planned};
 use crate::error::{Error, Result, expect_len};
 use crate::monomials::Monomials;
 use crate::real::{Real, vectorised};
-use crate::{exact, polynomial};
+use crate::tolerance::{self, Group, HeadReport};
+use crate::{exact, landmark, polynomial};
 
 /// The inputs of attention, head by head (batch entries are heads too).
 ///
@@ -42,7 +46,18 @@ pub struct Attention {
 pub struct Saved<T> {
     pub(crate) row_max: Vec<T>,
     pub(crate) row_scale: Vec<T>,
-    pub(crate) constants: Vec<Option<polynomial::Constants<T>>>,
+    pub(crate) constants: Vec<Constants<T>>,
+    /// What is known of each head, where there is a tolerance.
+    pub reports: Vec<HeadReport>,
+}
+
+/// What an engine's forward pass took from a head's data.
+#[derive(Debug, Clone)]
+pub(crate) enum Constants<T> {
+    /// Nothing.
+    Exact,
+    Polynomial(polynomial::Constants<T>),
+    Landmark(landmark::Constants<T>),
 }
 
 /// Where the backward pass puts its results. Contiguous, head after head; what they held before is lost.
@@ -73,14 +88,6 @@ pub(crate) struct Head<'a, T> {
 pub(crate) struct RowFactors<'a, T> {
     pub max: &'a [T],
     pub scale: &'a [T],
-}
-
-impl<'a, T: Real> RowFactors<'a, T> {
-    /// `scale_i e^{level - max_i}`: turns weights relative to `level` into entries of `f`.
-    pub fn far_factor(&self, level: f64) -> impl Fn(usize) -> T + Copy + use<'a, T> {
-        let Self { max, scale } = *self;
-        move |i| scale[i] * T::of(level - max[i].to_f64()).exp_nonpositive()
-    }
 }
 
 /// What an engine's backward pass reads beside the head.
@@ -230,10 +237,25 @@ fn all_finite<T: Real>(x: &[T]) -> bool {
 impl Attention {
     fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
         self.engine.validate(self.causal)?;
+        let floor = engine::floor(size_of::<T>());
+        if let Some(auto) = self.engine.tolerance()
+            && auto.tol < floor
+        {
+            return Err(Error::Tolerance(format!(
+                "tol is {:e}; expected at least {floor:e} for numbers of {} bytes",
+                auto.tol,
+                size_of::<T>()
+            )));
+        }
         if !self.scale.is_finite() {
             return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
         }
         let sizes = heads.sizes()?;
+        if let Engine::Planned(plan) = &self.engine
+            && plan.heads.len() != sizes.h
+        {
+            return Err(Error::Shape(format!("q has {} heads; expected {}, as the plan", sizes.h, plan.heads.len())));
+        }
         if self.causal && sizes.n != sizes.m {
             return Err(Error::Shape(format!(
                 "causal=True with n = {} queries and m = {} keys; expected n == m",
@@ -245,22 +267,26 @@ impl Attention {
 
     /// Writes `out`, contiguous `(heads, n, dv)`, and returns what [`backward`](Self::backward) needs.
     ///
-    /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial
-    /// one. Memory beyond `out`: two numbers a query, tiles, and for the polynomial engine states of `r (dv + 1)`
-    /// numbers (8 to 32 in float64, or under a mask 8 to 256 in the arrays' type) for every head under way, and a float64
-    /// number a key where there is a bias.
+    /// Time `O(n m (d + dv))` a head for the exact engine, `O((n + m) r dv)` with `r = C(d+g, g)` for the polynomial one,
+    /// `O((n + m) r (d + dv))` for `r` landmarks. Memory beyond `out`: two numbers a query, tiles, and for the low-rank
+    /// engines states of `r (dv + 1)` numbers (8 to 32 in float64, or under a mask 8 to 256 in the arrays' type) for every
+    /// head under way, and a float64 number a key where there is a bias.
     pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
         let sizes = self.check(heads)?;
         let Sizes { h, n, dv, .. } = sizes;
         expect_len("out", out.len(), h * n * dv)?;
-        let prepared = self.prepared(&sizes, false)?;
-        let mut saved =
-            Saved { row_max: vec![T::ZERO; h * n], row_scale: vec![T::ZERO; h * n], constants: vec![None; h] };
+        let tree = self.tree(&sizes, false)?;
+        let mut saved = Saved {
+            row_max: vec![T::ZERO; h * n],
+            row_scale: vec![T::ZERO; h * n],
+            constants: vec![Constants::Exact; h],
+            reports: Vec::new(),
+        };
         if n == 0 || h == 0 {
             return Ok(saved);
         }
         heads.check_finite()?;
-        (
+        let reports: Vec<Option<HeadReport>> = (
             out.par_chunks_mut(n * dv),
             saved.row_max.par_chunks_mut(n),
             saved.row_scale.par_chunks_mut(n),
@@ -268,22 +294,81 @@ impl Attention {
         )
             .into_par_iter()
             .enumerate()
-            .try_for_each(|(i, (out, max, scale, constants))| {
+            .map(|(i, (out, max, scale, constants))| {
                 let head = heads.head(i);
-                match &prepared {
-                    Prepared::Exact => exact::forward(ctx, &head, self, out, max, scale),
-                    Prepared::Polynomial(p, tree) => {
-                        *constants = Some(polynomial::forward(ctx, &head, self, p, tree, out, max, scale)?);
-                        Ok(())
-                    }
-                }
-            })?;
+                let Some(auto) = self.engine.tolerance() else {
+                    *constants = self.run_forward(ctx, &head, &self.engine, tree.as_ref(), out, max, scale)?;
+                    return Ok(None);
+                };
+                let given = match &self.engine {
+                    Engine::Planned(plan) => Some(&plan.heads[i]),
+                    _ => None,
+                };
+                let (own, report) = tolerance::forward(ctx, &head, self, auto, given, out, max, scale)?;
+                *constants = own;
+                Ok(Some(report))
+            })
+            .collect::<Result<_>>()?;
+        saved.reports = reports.into_iter().flatten().collect();
         check_result("out", out, n * dv)?;
         Ok(saved)
     }
 
+    /// One head's forward pass by one engine. `tree` holds its monomials, if somebody has them.
+    pub(crate) fn run_forward<T: Real>(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        engine: &Engine,
+        tree: Option<&Monomials>,
+        out: &mut [T],
+        max: &mut [T],
+        scale: &mut [T],
+    ) -> Result<Constants<T>> {
+        match engine {
+            Engine::Polynomial(p) => {
+                let (d, e) = (head.q.ncols(), head.v.ncols() + 1);
+                let tree = tree.map_or_else(|| polynomial::tree(p, d, e, false).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
+                polynomial::forward(ctx, head, self, p, &tree, out, max, scale).map(Constants::Polynomial)
+            }
+            Engine::Landmark(l) => landmark::forward(ctx, head, self, l, out, max, scale).map(Constants::Landmark),
+            Engine::Exact => exact::forward(ctx, head, self, out, max, scale).map(|()| Constants::Exact),
+            Engine::Auto(_) | Engine::Planned(_) => Err(Error::Argument("a tolerance is not an engine of a head".into())),
+        }
+    }
+
+    /// Adds one head's gradients by the engine of its forward pass.
+    pub(crate) fn run_backward<T: Real>(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        saved: &Saved<T>,
+        (out, dout): (&[T], MatRef<'_, T>),
+        tree: Option<&Monomials>,
+        grads: HeadGrads<'_, T>,
+    ) -> Result<()> {
+        let delta = delta(dout, out);
+        let (max, scale) = saved.rows(head.index);
+        let up = Upstream { dout, delta: &delta, rows: RowFactors { max, scale } };
+        match (&saved.constants[head.index], saved.engine(head.index, self)) {
+            (Constants::Exact, _) => exact::backward(ctx, head, self, up, grads),
+            (Constants::Polynomial(constants), Engine::Polynomial(p)) => {
+                let (d, e) = (head.q.ncols(), head.v.ncols() + 1);
+                let tree = tree.map_or_else(|| polynomial::tree(p, d, e, true).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
+                polynomial::backward(ctx, head, self, p, &tree, constants, up, grads)
+            }
+            (Constants::Landmark(constants), Engine::Landmark(l)) => {
+                landmark::backward(ctx, head, self, l, constants, up, grads)
+            }
+            _ => Err(Error::Argument("saved comes from another engine's forward pass".into())),
+        }
+    }
+
     /// The gradients with respect to q, k, v and key_bias of any loss whose gradient with respect to `out` is `dout`
     /// (each `(n, dv)`). `out` and `saved` are those of [`forward`](Self::forward) on the same inputs.
+    ///
+    /// Returns a report for each head where there is a tolerance, to which the gradients are then held; or where
+    /// `samples > 0`: then the errors of every head's results are measured on so many queries and keys.
     pub fn backward<T: Real>(
         &self,
         ctx: &Context,
@@ -291,8 +376,9 @@ impl Attention {
         saved: &Saved<T>,
         out: &[T],
         dout: &[MatRef<'_, T>],
+        samples: usize,
         grads: AttentionGrads<'_, T>,
-    ) -> Result<()> {
+    ) -> Result<Vec<HeadReport>> {
         let sizes = self.check(heads)?;
         let Sizes { h, h_kv, n, m, d, dv } = sizes;
         expect_len("out", out.len(), h * n * dv)?;
@@ -312,13 +398,13 @@ impl Attention {
             None => (0..h_kv).map(|_| None).collect(),
         };
         if n == 0 || h == 0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
         check_finite("dout", dout)?;
-        let prepared = self.prepared(&sizes, true)?;
+        let tree = self.tree(&sizes, true)?;
         let group = h / h_kv;
         // Heads that share keys add to the same dk and dv, so they take turns; each keeps every thread busy by itself.
-        (
+        let reports: Vec<Vec<HeadReport>> = (
             grads.dq.par_chunks_mut(group * n * d),
             grads.dk.par_chunks_mut(m * d),
             grads.dv.par_chunks_mut(m * dv),
@@ -326,48 +412,49 @@ impl Attention {
         )
             .into_par_iter()
             .enumerate()
-            .try_for_each(|(kv, (dq, dk, dv_, db))| {
-                for (i, dq) in (kv * group..).zip(dq.chunks_mut(n * d)) {
-                    let head = heads.head(i);
-                    let delta = delta(dout[i], &out[i * n * dv..(i + 1) * n * dv]);
-                    let upstream = Upstream {
-                        dout: dout[i],
-                        delta: &delta,
-                        rows: RowFactors {
-                            max: &saved.row_max[i * n..(i + 1) * n],
-                            scale: &saved.row_scale[i * n..(i + 1) * n],
-                        },
-                    };
-                    let grads = HeadGrads { dq, dk: &mut *dk, dv: &mut *dv_, dkey_bias: db.as_deref_mut() };
-                    match (&prepared, &saved.constants[i]) {
-                        (Prepared::Exact, _) => exact::backward(ctx, &head, self, upstream, grads)?,
-                        (Prepared::Polynomial(p, tree), Some(constants)) => {
-                            polynomial::backward(ctx, &head, self, p, tree, constants, upstream, grads)?;
-                        }
-                        (Prepared::Polynomial(..), None) => {
-                            return Err(Error::Argument("saved comes from another engine's forward pass".into()));
-                        }
-                    }
+            .map(|(kv, (dq, dk, dv_, db))| {
+                let of = Group { heads, attention: self, saved, out, dout, first: kv * group, group, tree: tree.as_ref() };
+                let mut grads = HeadGrads { dq: &mut [], dk, dv: dv_, dkey_bias: db.as_deref_mut() };
+                match self.engine.tolerance() {
+                    Some(auto) => of.backward_within(ctx, auto, dq, grads),
+                    None if samples > 0 => of.backward_measured(ctx, samples, dq, grads),
+                    None => of.backward(ctx, dq, &mut grads).map(|()| Vec::new()),
                 }
-                Ok(())
-            })?;
+            })
+            .collect::<Result<_>>()?;
         check_result("dq", grads.dq, n * d)?;
         check_result("dk", grads.dk, m * d)?;
-        check_result("dv", grads.dv, m * dv)
+        check_result("dv", grads.dv, m * dv)?;
+        Ok(reports.concat())
     }
 
-    fn prepared(&self, sizes: &Sizes, backward: bool) -> Result<Prepared<'_>> {
-        Ok(match &self.engine {
-            Engine::Exact => Prepared::Exact,
-            Engine::Polynomial(p) => Prepared::Polynomial(p, polynomial::tree(p, sizes.d, sizes.dv + 1, backward)?),
-        })
+    /// The monomials that all heads share.
+    fn tree(&self, sizes: &Sizes, backward: bool) -> Result<Option<Monomials>> {
+        match &self.engine {
+            Engine::Polynomial(p) => polynomial::tree(p, sizes.d, sizes.dv + 1, backward).map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
-/// The engine, with what all heads share.
-enum Prepared<'a> {
-    Exact,
-    Polynomial(&'a engine::Polynomial, Monomials),
+impl<T> Saved<T> {
+    /// The engines that were used within a tolerance, to be used again.
+    pub fn planned(&self, attention: &Attention) -> Option<Planned> {
+        let auto = attention.engine.tolerance()?.clone();
+        let heads = self.reports.iter().map(|report| report.plan.clone()).collect();
+        Some(Planned { auto, heads: Arc::new(heads) })
+    }
+
+    /// A head's row factors.
+    pub(crate) fn rows(&self, head: usize) -> (&[T], &[T]) {
+        let n = self.row_max.len() / self.constants.len();
+        (&self.row_max[head * n..(head + 1) * n], &self.row_scale[head * n..(head + 1) * n])
+    }
+
+    /// The engine that computed a head.
+    pub(crate) fn engine<'a>(&'a self, head: usize, attention: &'a Attention) -> &'a Engine {
+        self.reports.get(head).map_or(&attention.engine, |report| &report.plan.engine)
+    }
 }
 
 /// An error where a result of one head is not finite: its inputs were, so something overflowed.
@@ -396,7 +483,7 @@ pub(crate) fn expect_views<T>(name: &str, views: &[MatRef<'_, T>], h: usize, n: 
 }
 
 /// `delta_i = dout_i . out_i`.
-fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Vec<T> {
+pub(crate) fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Vec<T> {
     out.par_chunks(dout.ncols())
         .enumerate()
         .map(|(i, out)| {

@@ -28,12 +28,12 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{HeadGrads, Upstream};
-use crate::engine::{Coefficients, Diagonal, Gradient};
+use crate::engine::Diagonal;
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
-use crate::polynomial::{FIT_PREFIX, LARGEST_STATE, Pass, tiles};
+use crate::low_rank::{Far, LARGEST_STATE, PREFIX, Pass, Settings, Side, Weightings, tiles};
 use crate::real::{Real, vectorised};
-use crate::state::{Tokens, step, weigh_row};
+use crate::state::{Tokens, Weighting};
 use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
 
 /// Numbers in the states of a segment that stay in a shared cache.
@@ -48,6 +48,25 @@ const BLOCK: usize = 112;
 /// Queries that meet their near keys at a time: few, so that little is computed behind the mask, and so that their
 /// scores stay in the first-level cache.
 const NEAR_TILE: usize = 32;
+
+/// The first token near query `i`.
+pub(crate) fn near_start(settings: &Settings, i: usize) -> usize {
+    start_of_block(i / BLOCK, window(settings), prefix(settings))
+}
+
+fn start_of_block(c: usize, window: usize, prefix: usize) -> usize {
+    if c < prefix { 0 } else { (c * BLOCK).saturating_sub(window) }
+}
+
+/// Tokens before a block that it meets one by one.
+fn window(settings: &Settings) -> usize {
+    if settings.diagonal == Diagonal::Exact { settings.window } else { 0 }
+}
+
+/// Blocks at the start that constants were taken from.
+fn prefix(settings: &Settings) -> usize {
+    if settings.from_prefix { PREFIX.div_ceil(BLOCK) } else { 0 }
+}
 
 /// The cutting of the sequence.
 struct Cut {
@@ -65,9 +84,7 @@ struct Cut {
 impl Cut {
     fn new<T: Real>(pass: &Pass<'_, T>) -> Self {
         let n = pass.head.q.nrows();
-        let window = if pass.engine.diagonal == Diagonal::Exact { pass.engine.window.min(n) } else { 0 };
-        let fitted = pass.engine.coefficients == Coefficients::Fitted;
-        let prefix = if fitted { FIT_PREFIX.div_ceil(BLOCK) } else { 0 };
+        let (window, prefix) = (window(&pass.settings).min(n), prefix(&pass.settings));
         let mut cut = Self { n, blocks: n.div_ceil(BLOCK), window, prefix, levels: Vec::new() };
         let mut level = f64::NEG_INFINITY;
         for c in 0..cut.blocks {
@@ -84,7 +101,7 @@ impl Cut {
 
     /// The first token near block `c`. It never falls as `c` grows.
     fn start(&self, c: usize) -> usize {
-        if c < self.prefix { 0 } else { (c * BLOCK).saturating_sub(self.window) }
+        start_of_block(c, self.window, self.prefix)
     }
 
     /// The keys `K_c`.
@@ -112,32 +129,42 @@ fn decay(from: f64, to: f64) -> f64 {
 }
 
 /// The states of a segment's blocks, and what they are a scan of.
-struct Scan<T> {
+struct Scan<'a, T> {
     e: usize,
+    /// Features in the sum.
+    r: usize,
     /// The running sum, `(e, r)`.
     sum: Vec<f64>,
     /// What the sum is multiplied by for the blocks.
-    weights: Vec<f64>,
+    weighting: Weighting<'a>,
     /// The same for the first features, where a second weighting of them is asked for.
-    more_weights: Vec<f64>,
+    more_weights: Option<Vec<f64>>,
     /// A state a block of the segment, in the order of the scan.
     states: Vec<T>,
     /// The same with the second weights.
     more: Vec<T>,
 }
 
-impl<T: Real> Scan<T> {
-    /// At its start, and the segments of its blocks.
-    fn new(pass: &Pass<'_, T>, cut: &Cut, weights: Vec<f64>, more_weights: Vec<f64>) -> (Self, Vec<Range<usize>>) {
-        let e = pass.e();
-        let segments = cut.segments(e * weights.len(), pass.head.q.ncols() + e);
+impl<'a, T: Real> Scan<'a, T> {
+    /// At its start, for features up to `degree`, and the segments of its blocks.
+    fn new(
+        pass: &Pass<'a, T>,
+        cut: &Cut,
+        degree: usize,
+        weighting: Weighting<'a>,
+        more_weights: Option<Vec<f64>>,
+    ) -> (Self, Vec<Range<usize>>) {
+        let (e, r) = (pass.e(), pass.features.rank(degree));
+        let segments = cut.segments(e * r, pass.head.q.ncols() + e);
         let blocks = segments[0].len();
+        let more = more_weights.as_ref().map_or(0, Vec::len);
         let scan = Self {
             e,
-            sum: vec![0.0; e * weights.len()],
-            states: vec![T::ZERO; blocks * e * weights.len()],
-            more: vec![T::ZERO; blocks * e * more_weights.len()],
-            weights,
+            r,
+            sum: vec![0.0; e * r],
+            states: vec![T::ZERO; blocks * e * r],
+            more: vec![T::ZERO; blocks * e * more],
+            weighting,
             more_weights,
         };
         (scan, segments)
@@ -148,6 +175,11 @@ impl<T: Real> Scan<T> {
         self.sum.len()
     }
 
+    /// Columns of the state with the second weights.
+    fn more_columns(&self) -> usize {
+        self.more_weights.as_ref().map_or(0, Vec::len)
+    }
+
     /// Moves on by a segment: `part(i, state)` writes what is the own of the i-th block, and `decays[i]` is what the sum
     /// is multiplied by before. Afterwards [`state`](Self::state) is the weighted sum with the i-th block.
     fn advance<B: Send>(
@@ -156,7 +188,7 @@ impl<T: Real> Scan<T> {
         buffers: impl Fn() -> B + Sync + Send,
         part: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
     ) -> Result<()> {
-        let (len, r, more_r) = (self.len(), self.weights.len(), self.more_weights.len());
+        let (len, r, more_r) = (self.len(), self.r, self.more_columns());
         let count = decays.len();
         self.states[..count * len]
             .par_chunks_mut(len)
@@ -169,26 +201,20 @@ impl<T: Real> Scan<T> {
         for more in self.more.chunks_mut((self.e * more_r).max(1)).take(count) {
             rows.iter_mut().zip(more.chunks_mut(more_r)).for_each(|(row, part)| row.2.push(part));
         }
-        let (weights, more_weights) = (&self.weights, &self.more_weights);
-        rows.into_par_iter().for_each(|(sum, parts, mut more)| {
-            for (i, (part, &decay)) in parts.into_iter().zip(decays).enumerate() {
-                step(sum, decay, part, weights);
-                if let Some(more) = more.get_mut(i) {
-                    weigh_row(sum, more_weights, more);
-                }
-            }
-        });
+        let (weighting, more_weights) = (&self.weighting, self.more_weights.as_deref());
+        rows.into_par_iter()
+            .for_each(|(sum, mut parts, mut more)| weighting.scan(sum, decays, &mut parts, more_weights, &mut more));
         Ok(())
     }
 
     /// The weighted state of the i-th block.
     fn state(&self, i: usize) -> MatRef<'_, T> {
-        view(&self.states[i * self.len()..], self.e, self.weights.len())
+        view(&self.states[i * self.len()..], self.e, self.r)
     }
 
     /// The same with the second weights, or the same.
     fn more(&self, i: usize) -> MatRef<'_, T> {
-        match self.more_weights.len() {
+        match self.more_columns() {
             0 => self.state(i),
             r => view(&self.more[i * self.e * r..], self.e, r),
         }
@@ -216,7 +242,7 @@ fn sum_tiles<T: Real>(
 fn advance_keys<T: Real>(
     pass: &Pass<'_, T>,
     cut: &Cut,
-    scan: &mut Scan<T>,
+    scan: &mut Scan<'_, T>,
     segment: &Range<usize>,
     degree: usize,
 ) -> Result<()> {
@@ -244,10 +270,10 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<()> {
-    let (g, dv) = (pass.engine.degree, pass.e() - 1);
+    let (g, dv) = (pass.settings.degree, pass.e() - 1);
     let cut = Cut::new(pass);
-    let (mut scan, segments) =
-        Scan::new(pass, &cut, pass.tree.weights(&pass.constants.coefficients, pass.scale), Vec::new());
+    let floors = pass.floors(cut.blocks, |c| cut.keys(c));
+    let (mut scan, segments) = Scan::new(pass, &cut, g, pass.forward_weighting(), None);
     for segment in segments {
         advance_keys(pass, &cut, &mut scan, &segment, g)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -259,26 +285,29 @@ pub(crate) fn forward<T: Real>(
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
-                || (pass.scratch(g, false), Near::new(pass, &cut)),
-                |(scratch, near), (i, (out, max, scale))| {
+                || (pass.scratch(g, false), Near::new(pass, &cut), Vec::new()),
+                |(scratch, near, far), (i, (out, max, scale))| {
                     pass.ctx.check()?;
                     let c = segment.start + i;
                     let (level, first) = (cut.levels[c], cut.queries(c).start);
                     for (start, len) in tiles(cut.queries(c), pass.tile(g)) {
                         if level > f64::NEG_INFINITY {
                             pass.load_queries(start, len, &mut scratch.x);
-                            scratch.apply(pass.tree, g, scan.state(i), len);
+                            scratch.apply((pass.features, Side::Queries), g, scan.state(i), len);
+                            let floor = floors.as_ref().map(|floors| &floors[c]);
+                            pass.far_levels(level, floor, start, &scratch.out[dv * len..(dv + 1) * len], far)?;
                         }
                         for (query, count) in tiles(start..start + len, NEAR_TILE) {
                             let (queries, keys) = (query..query + count, cut.start(c)..query + count);
                             let rows = query - first..query - first + count;
                             let (max, scale) = (&mut max[rows.clone()], &mut scale[rows.clone()]);
                             near.load_queries(pass, queries.clone());
-                            near.weigh(pass, queries, keys.clone(), Row::Find { max, level: T::of(level) });
+                            let far = (level > f64::NEG_INFINITY).then(|| &far[query - start..][..count]);
+                            near.weigh(pass, queries, keys.clone(), Row::Find { max, far });
                             near.sum(pass, keys, count);
-                            if level > f64::NEG_INFINITY {
+                            if let Some(far) = far {
                                 near.add_far(view(&scratch.out, dv + 1, len).subcols(query - start, count), |t| {
-                                    T::of(level - max[t].to_f64()).exp_nonpositive()
+                                    T::of(far[t].level - max[t].to_f64()).exp_nonpositive() * T::of(far[t].scale)
                                 });
                             }
                             for (t, scale) in scale.iter_mut().enumerate() {
@@ -300,24 +329,22 @@ pub(crate) fn forward<T: Real>(
 pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
     let HeadGrads { dq, dk, dv, mut dkey_bias } = grads;
     let cut = Cut::new(pass);
-    let (potential, own) = pass.weights();
-    queries_backward(pass, &cut, potential.clone(), &up, dq, dk, dv, dkey_bias.as_deref_mut())?;
-    far_keys_backward(pass, &cut, potential, own.unwrap_or_default(), &up, dk, dv, dkey_bias)
+    queries_backward(pass, &cut, &up, dq, dk, dv, dkey_bias.as_deref_mut())?;
+    far_keys_backward(pass, &cut, &up, dk, dv, dkey_bias)
 }
 
 /// Queries, forward: dq whole, and what the near queries give dk, dv and db.
 fn queries_backward<T: Real>(
     pass: &Pass<'_, T>,
     cut: &Cut,
-    potential: Vec<f64>,
     up: &Upstream<'_, T>,
     dq: &mut [T],
     dk: &mut [T],
     dv: &mut [T],
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
-    let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
-    let (mut scan, segments) = Scan::new(pass, cut, potential, Vec::new());
+    let (degree, d, width) = (pass.settings.potential_degree, pass.head.q.ncols(), pass.e() - 1);
+    let (mut scan, segments) = Scan::new(pass, cut, degree, pass.backward_weightings(Side::Keys).potential, None);
     for segment in segments {
         advance_keys(pass, cut, &mut scan, &segment, degree)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -340,11 +367,11 @@ fn queries_backward<T: Real>(
                     let c = segment.start + i;
                     let (level, queries) = (cut.levels[c], cut.queries(c));
                     if level > f64::NEG_INFINITY {
-                        let factor = up.rows.far_factor(level);
+                        let factor = pass.far_factor(up, level);
                         for (start, count) in tiles(queries.clone(), pass.tile(degree)) {
                             pass.load_queries(start, count, &mut scratch.x);
                             pass.load_upstream(up, start, count, &mut scratch.values);
-                            scratch.pullback(pass.tree, degree, scan.state(i), count);
+                            scratch.pullback((pass.features, Side::Queries), degree, scan.state(i), count);
                             let dq = &mut dq[(start - queries.start) * d..][..count * d];
                             store_transposed(&scratch.dx, count, d, dq, |t| factor(start + t));
                         }
@@ -377,19 +404,18 @@ fn queries_backward<T: Real>(
     Ok(())
 }
 
-/// Keys, in reverse: what the far queries give dk, dv and db. `own` are p's weights, where they are not the potential's.
+/// Keys, in reverse: what the far queries give dk, dv and db.
 fn far_keys_backward<T: Real>(
     pass: &Pass<'_, T>,
     cut: &Cut,
-    potential: Vec<f64>,
-    own: Vec<f64>,
     up: &Upstream<'_, T>,
     mut dk: &mut [T],
     mut dv: &mut [T],
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
-    let (degree, d, width) = (pass.potential_degree(), pass.head.q.ncols(), pass.e() - 1);
-    let (mut scan, segments) = Scan::new(pass, cut, potential, own);
+    let (degree, d, width) = (pass.settings.potential_degree, pass.head.q.ncols(), pass.e() - 1);
+    let Weightings { potential, own } = pass.backward_weightings(Side::Queries);
+    let (mut scan, segments) = Scan::new(pass, cut, degree, potential, own);
     for segment in segments.into_iter().rev() {
         if cut.start(segment.end - 1) == 0 {
             break; // no key of these blocks, nor of those before, is far from anyone
@@ -402,10 +428,10 @@ fn far_keys_backward<T: Real>(
             &decays,
             || pass.tokens(degree),
             |i, state, tokens: &mut Tokens<T>| {
-                let (c, factor) = (blocks[i], up.rows.far_factor(cut.levels[blocks[i]]));
+                let (c, factor) = (blocks[i], pass.far_factor(up, cut.levels[blocks[i]]));
                 let queries = if cut.start(c) == 0 { 0..0 } else { cut.queries(c) };
                 sum_tiles(state, queries, pass.tile(degree), |state, tile| {
-                    pass.add_queries(state, up, tile, factor, degree, tokens)
+                    pass.add_queries(state, up, tile, &factor, degree, tokens)
                 })
             },
         )?;
@@ -447,10 +473,10 @@ fn take_from<'a, T>(slice: &mut &'a mut [T], start: usize, len: usize) -> &'a mu
     &mut rest[..len]
 }
 
-/// Where a row's maximum comes from: found among the near scores and the level of the far keys, or known from the
+/// Where a row's maximum comes from: found among the near scores and the levels of the far keys, or known from the
 /// forward pass (with the row's scale).
 enum Row<'a, 'b, T> {
-    Find { max: &'a mut [T], level: T },
+    Find { max: &'a mut [T], far: Option<&'a [Far]> },
     Known(&'a Upstream<'b, T>),
 }
 
@@ -488,7 +514,7 @@ impl<T: Real> Near<T> {
 
     /// Whether a score's gradient has another factor than its weight.
     fn has_slope(pass: &Pass<'_, T>) -> bool {
-        pass.engine.gradient == Gradient::Consistent && pass.engine.diagonal == Diagonal::Polynomial
+        pass.settings.consistent && pass.settings.diagonal == Diagonal::Polynomial
     }
 
     fn load_queries(&mut self, pass: &Pass<'_, T>, queries: Range<usize>) {
@@ -500,7 +526,7 @@ impl<T: Real> Near<T> {
         let (bq, bk) = (queries.len(), keys.len());
         let q = view(&self.columns, pass.head.q.ncols(), bq);
         product(view_mut(&mut self.f, bk, bq), pass.head.k.subrows(keys.start, bk), q, T::of(pass.scale));
-        match pass.engine.diagonal {
+        match pass.settings.diagonal {
             Diagonal::Exact => self.weigh_exactly(pass, queries, keys, row),
             Diagonal::Polynomial => self.weigh_by_polynomial(pass, queries, keys, row),
         }
@@ -528,13 +554,26 @@ impl<T: Real> Near<T> {
     fn weigh_exactly(&mut self, pass: &Pass<'_, T>, queries: Range<usize>, keys: Range<usize>, row: Row<'_, '_, T>) {
         let (bq, bk) = (queries.len(), keys.len());
         let f = &mut self.f[..bk * bq];
-        if let Some(biases) = &pass.biases {
-            add_bias(biases[keys.clone()].iter().map(|&b| T::of(b)), bq, f);
+        // Scores without the row's constant that the key shift takes from those of the far keys.
+        if !pass.shifts.key.is_empty() {
+            let mut constants = [T::ZERO; NEAR_TILE];
+            for (constant, i) in constants.iter_mut().zip(queries.clone()) {
+                *constant = T::of(pass.row_constant(i));
+            }
+            for row in f.chunks_exact_mut(bq) {
+                row.iter_mut().zip(&constants).for_each(|(s, &by)| *s -= by);
+            }
+        }
+        if let Some(bias) = pass.head.key_bias {
+            add_bias(bias.subrows(keys.start, bk).iter().copied(), bq, f);
         }
         mask(queries.start, keys.start, bk, bq, f);
         match row {
-            Row::Find { max, level } => {
-                max.fill(level);
+            Row::Find { max, far } => {
+                match far {
+                    Some(far) => max.iter_mut().zip(far).for_each(|(max, far)| *max = T::of(far.level)),
+                    None => max.fill(T::NEG_INFINITY),
+                }
                 exponentials(f, max, &mut self.sums[..bq]);
                 max.iter_mut().filter(|max| **max == T::NEG_INFINITY).for_each(|max| *max = T::ZERO);
             }
@@ -562,12 +601,13 @@ impl<T: Real> Near<T> {
         row: Row<'_, '_, T>,
     ) {
         let bq = queries.len();
-        let a: Vec<T> = pass.constants.coefficients.iter().map(|&a| T::of(a)).collect();
+        let a: Vec<T> = pass.coefficients.iter().map(|&a| T::of(a)).collect();
         let (max, scale): (&[T], _) = match row {
             Row::Known(up) => (&up.rows.max[queries.clone()], Some(&up.rows.scale[queries.clone()])),
-            Row::Find { max, level } => {
+            Row::Find { max, far } => {
                 // Weights are at most 1 relative to the largest bias that the query sees.
-                let mut seen = level.to_f64().max(pass.level(keys.start..queries.start));
+                let level = far.map_or(f64::NEG_INFINITY, |far| far[0].level);
+                let mut seen = level.max(pass.level(keys.start..queries.start));
                 for (max, i) in max.iter_mut().zip(queries.clone()) {
                     seen = seen.max(pass.bias(i));
                     *max = if seen.is_finite() { T::of(seen) } else { T::ZERO };
@@ -623,8 +663,15 @@ impl<T: Real> Near<T> {
     fn add_query_gradients(&self, pass: &Pass<'_, T>, keys: &Range<usize>, dq: &mut [T]) {
         let d = pass.head.q.ncols();
         let bq = dq.len() / d;
-        let (ds, k) = (view(&self.ds, keys.len(), bq).transpose(), pass.head.k.subrows(keys.start, keys.len()));
-        add_product(view_mut(dq, bq, d), ds, k, T::of(pass.scale));
+        let (ds, k) = (view(&self.ds, keys.len(), bq), pass.head.k.subrows(keys.start, keys.len()));
+        add_product(view_mut(dq, bq, d), ds.transpose(), k, T::of(pass.scale));
+        if !pass.shifts.key.is_empty() {
+            // Of shifted keys, as the far part's is.
+            for (t, dq) in dq.chunks_exact_mut(d).enumerate() {
+                let by = T::of(pass.scale) * ds.col(t).iter().copied().sum::<T>();
+                dq.iter_mut().zip(&pass.shifts.key).for_each(|(dq, &beta)| *dq -= by * beta);
+            }
+        }
     }
 
     /// Adds dk, dv and db of the keys `part` of `keys`.

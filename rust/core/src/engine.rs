@@ -1,6 +1,9 @@
 //! What an attention engine is, as data.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
+use crate::plan::HeadPlan;
 
 /// How attention is computed.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,6 +12,39 @@ pub enum Engine {
     Exact,
     /// The exponential replaced by a polynomial of the scores.
     Polynomial(Polynomial),
+    /// The exponential by its values at a few points.
+    Landmark(Landmark),
+    /// Chosen for each head, within a tolerance.
+    Auto(Auto),
+    /// Chosen before, head by head, and held to the same tolerance.
+    Planned(Planned),
+}
+
+/// A tolerance for every head's results.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Auto {
+    /// The largest relative error, in (0, 1) and not below [`floor`].
+    pub tol: f64,
+    /// Whether it holds for gradients too.
+    pub gradients: bool,
+    /// Whether, under a causal mask, no constant of an engine may be taken from later tokens.
+    pub strict_causal: bool,
+    /// Of the draws.
+    pub seed: u64,
+}
+
+/// A plan, with a head plan for every head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Planned {
+    /// What it was made for.
+    pub auto: Auto,
+    /// The engines.
+    pub heads: Arc<Vec<HeadPlan>>,
+}
+
+/// The least tolerance that numbers of so many bytes allow.
+pub fn floor(bytes: usize) -> f64 {
+    if bytes == 4 { 1e-5 } else { 1e-12 }
 }
 
 /// The polynomial engine: `exp(s)` replaced by `p(s) = sum_j a_j s^j`.
@@ -63,12 +99,19 @@ pub enum Gradient {
 }
 
 /// What is subtracted from queries and keys before the scores are formed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Shift {
     /// Nothing.
     None,
     /// The mean query and the mean key of the head.
     Mean,
+    /// Constants.
+    Given {
+        /// `(d,)`, from every query.
+        query: Vec<f64>,
+        /// `(d,)`, from every key.
+        key: Vec<f64>,
+    },
 }
 
 /// How the scores near the diagonal are computed under a causal mask.
@@ -80,11 +123,104 @@ pub enum Diagonal {
     Polynomial,
 }
 
+/// The landmark engine: `e^{c q.k}` by its values at `rank` points among the shifted queries and keys.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Landmark {
+    /// Landmarks at the most.
+    pub rank: usize,
+    /// Of the draws.
+    pub seed: u64,
+    /// What was drawn before; `None`: drawn in the call, under a causal mask from its first 1024 tokens, whose own
+    /// scores are then all exact.
+    pub constants: Option<Arc<LandmarkConstants>>,
+}
+
+/// What landmarks are: see `landmark.rs`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LandmarkConstants {
+    /// The factor of the scores that they were made for.
+    pub scale: f64,
+    /// `(d,)`, subtracted from every query.
+    pub query_shift: Vec<f64>,
+    /// `(d,)`, subtracted from every key.
+    pub key_shift: Vec<f64>,
+    /// What shifted queries are divided by, and shifted keys multiplied with.
+    pub balance: f64,
+    /// `(r, d)`, row-major.
+    pub landmarks: Vec<f64>,
+    /// `(r, r)`, row-major.
+    pub matrix: Vec<f64>,
+}
+
+impl LandmarkConstants {
+    /// Landmarks.
+    pub fn rank(&self) -> usize {
+        self.landmarks.len() / self.query_shift.len().max(1)
+    }
+
+    /// An error where they do not fit heads of width `d`.
+    pub(crate) fn check(&self, d: usize) -> Result<()> {
+        let r = self.rank();
+        if self.query_shift.len() != d || self.key_shift.len() != d {
+            return Err(Error::Shape(format!("landmarks are of width {}; expected d = {d}", self.query_shift.len())));
+        }
+        if r == 0 || self.landmarks.len() != r * d || self.matrix.len() != r * r {
+            return Err(Error::Shape(format!(
+                "landmarks hold {} numbers and their matrix {}; expected (r, {d}) and (r, r) with r >= 1",
+                self.landmarks.len(),
+                self.matrix.len()
+            )));
+        }
+        let all = [&self.query_shift, &self.key_shift, &self.landmarks, &self.matrix];
+        let usable = self.balance.is_finite() && self.balance > 0.0 && self.scale.is_finite();
+        if !usable || all.iter().any(|x| x.iter().any(|x| !x.is_finite())) {
+            return Err(Error::NonFinite("landmarks hold NaN or infinity".into()));
+        }
+        Ok(())
+    }
+}
+
+impl Auto {
+    fn validate(&self) -> Result<()> {
+        if self.tol > 0.0 && self.tol < 1.0 {
+            return Ok(());
+        }
+        Err(Error::Tolerance(format!("tol is {}; expected a number in (0, 1)", self.tol)))
+    }
+}
+
 impl Engine {
+    /// The tolerance that results are held to, if any.
+    pub fn tolerance(&self) -> Option<&Auto> {
+        match self {
+            Engine::Auto(auto) => Some(auto),
+            Engine::Planned(plan) => Some(&plan.auto),
+            _ => None,
+        }
+    }
+
     /// Checks everything that does not depend on the data.
     pub fn validate(&self, causal: bool) -> Result<()> {
-        let Engine::Polynomial(p) = self else {
-            return Ok(());
+        let p = match self {
+            Engine::Exact => return Ok(()),
+            Engine::Landmark(l) if l.rank == 0 => {
+                return Err(Error::Argument("rank is 0; expected an integer >= 1".into()));
+            }
+            Engine::Landmark(_) => return Ok(()),
+            Engine::Auto(auto) => return auto.validate(),
+            Engine::Planned(plan) => {
+                plan.auto.validate()?;
+                for head in plan.heads.iter() {
+                    match &head.engine {
+                        Engine::Auto(_) | Engine::Planned(_) => {
+                            return Err(Error::Argument("a plan holds an engine that is not one".into()));
+                        }
+                        engine => engine.validate(causal)?,
+                    }
+                }
+                return Ok(());
+            }
+            Engine::Polynomial(p) => p,
         };
         if p.degree == 0 {
             return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));
@@ -107,6 +243,16 @@ impl Engine {
                  use shift=\"none\""
                     .into(),
             ));
+        }
+        if let Shift::Given { query, key } = &p.shift {
+            if query.iter().chain(key).any(|x| !x.is_finite()) {
+                return Err(Error::NonFinite("shift holds NaN or infinity".into()));
+            }
+            if causal && p.diagonal == Diagonal::Polynomial {
+                return Err(Error::Argument(
+                    "a shift with causal=True and diagonal=\"polynomial\" is not supported; use diagonal=\"exact\"".into(),
+                ));
+            }
         }
         if causal && p.coefficients == Coefficients::Fitted && p.diagonal == Diagonal::Polynomial {
             return Err(Error::Argument(

@@ -15,6 +15,9 @@ pub enum Error {
     /// A row of the attention matrix has a denominator that is not positive, or not finite.
     #[error("{0}")]
     Denominator(String),
+    /// A tolerance is out of range, or below what the arrays' type allows.
+    #[error("{0}")]
+    Tolerance(String),
     /// The caller asked to stop; the outputs hold nothing of use.
     #[error("the computation was cancelled")]
     Cancelled,

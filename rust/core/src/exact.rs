@@ -138,6 +138,11 @@ impl<T: Real> Softmax<T> {
 
     /// Adds the keys whose scores are in `self.scores`.
     pub fn add(&mut self, bk: usize, v: MatRef<'_, T>) {
+        self.add_with(bk, &[(v, None)]);
+    }
+
+    /// The same for several values side by side, each pair's weight times a factor `(keys, queries)` where there is one.
+    pub fn add_with(&mut self, bk: usize, values: &[(MatRef<'_, T>, Option<&[T]>)]) {
         let bq = self.bq;
         let s = &mut self.scores[..bk * bq];
         let (max, correction) = (&mut self.max[..bq], &mut self.correction[..bq]);
@@ -149,7 +154,16 @@ impl<T: Real> Softmax<T> {
             *c = if *c == T::NEG_INFINITY { T::ZERO } else { (*c - max).exp_nonpositive() };
             *sum = *sum * c.to_f64() + t.to_f64();
         }
-        product(view_mut(&mut self.tile_out, self.dv, bq), v.transpose(), view(&self.scores, bk, bq), T::ONE);
+        let mut first = 0;
+        for (v, factor) in values {
+            if let Some(factor) = factor {
+                self.scores[..bk * bq].iter_mut().zip(*factor).for_each(|(s, by)| *s *= *by);
+            }
+            let width = v.ncols();
+            let tile_out = view_mut(&mut self.tile_out[first * bq..], width, bq);
+            product(tile_out, v.transpose(), view(&self.scores, bk, bq), T::ONE);
+            first += width;
+        }
         let (weighted, tile_out) = (&mut self.weighted[..], &self.tile_out[..]);
         vectorised(
             #[inline(always)]
@@ -161,6 +175,22 @@ impl<T: Real> Softmax<T> {
                 }
             },
         );
+    }
+
+    /// Adds the keys of another running softmax of the same queries.
+    pub fn merge(&mut self, other: &Self) {
+        let bq = self.bq;
+        for i in 0..bq {
+            let max = self.max[i].larger(other.max[i]);
+            let by = |own: T| if own == T::NEG_INFINITY { 0.0 } else { (own - max).to_f64().exp() };
+            let (mine, theirs) = (by(self.max[i]), by(other.max[i]));
+            self.max[i] = max;
+            self.sum[i] = self.sum[i] * mine + other.sum[i] * theirs;
+            for c in 0..self.dv {
+                let weighted = &mut self.weighted[c * bq + i];
+                *weighted = *weighted * mine + other.weighted[c * bq + i] * theirs;
+            }
+        }
     }
 
     /// Writes the rows, or says which one (`row(i)` of the head, for query i of the block) has no usable denominator.

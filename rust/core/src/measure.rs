@@ -1,15 +1,23 @@
-//! Measured errors: exact rows drawn at random, compared with given ones.
+//! Measured errors: rows drawn at random, computed exactly in float64, and compared with given ones.
+//!
+//! Rows are drawn with probabilities `p_i`: one half evenly, one half proportional to `|x_i|^2` of the query, or key, so
+//! that those which polynomials and landmarks fare worst with are seen. With `e_i` the squared error and `x_i` the squared
+//! size of row i, sums over all rows are estimated by `(1/R) sum e_i / p_i` over `R` draws, which is unbiased; the square
+//! of the relative error is the ratio of two such sums. Draws are stratified: one in each of `R` equal parts of the
+//! distribution.
+
+use std::ops::Range;
 
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
-use crate::attention::{Heads, Sizes, check_finite, expect_views};
+use crate::attention::{Head, Heads, Sizes, check_finite, expect_views};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::exact::{Softmax, TILE, add_bias};
-use crate::real::Real;
-use crate::sample::stratified;
-use crate::tile::{product, view_mut};
+use crate::real::{Real, vectorised};
+use crate::sample::uniform;
+use crate::tile::{add_product, product, view, view_mut};
 
 /// An estimate of a relative Frobenius error, with its 95% confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,14 +34,307 @@ pub struct ErrorEstimate {
 
 /// Half the width of a normal distribution's 95% interval, in standard deviations.
 const NORMAL_95: f64 = 1.96;
+/// Tokens that one task goes through.
+const RANGE: usize = 32 * TILE;
 
-/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random without
-/// replacement (one in each of as many equal strata of heads and rows), each computed exactly, in float64.
+/// Rows drawn out of `total`, in order, each once.
+#[derive(Debug, Clone)]
+pub(crate) struct Draw {
+    pub rows: Vec<usize>,
+    /// `(times drawn) / (R p_i)`.
+    weights: Vec<f64>,
+    total: usize,
+}
+
+impl Draw {
+    /// `count` draws, or all rows where there are no more. `size(i)` is what rows are drawn by.
+    pub fn new(total: usize, count: usize, seed: u64, size: impl Fn(usize) -> f64 + Sync) -> Self {
+        if count >= total {
+            return Self { rows: (0..total).collect(), weights: vec![1.0; total], total };
+        }
+        let sizes: Vec<f64> = (0..total).into_par_iter().map(&size).collect();
+        let sum: f64 = sizes.iter().sum();
+        let by_size = if sum > 0.0 && sum.is_finite() { 0.5 } else { 0.0 };
+        let even = (1.0 - by_size) / total as f64;
+        let probability = |i: usize| if by_size > 0.0 { even + by_size * sizes[i] / sum } else { even };
+        let mut draw = Self { rows: Vec::with_capacity(count), weights: Vec::with_capacity(count), total };
+        let (mut row, mut before) = (0, 0.0);
+        for stratum in 0..count {
+            let at = (stratum as f64 + uniform(seed, stratum as u64)) / count as f64;
+            while row + 1 < total && before + probability(row) <= at {
+                before += probability(row);
+                row += 1;
+            }
+            let weight = 1.0 / (count as f64 * probability(row));
+            match draw.rows.last() {
+                Some(&last) if last == row => *draw.weights.last_mut().expect("as long as rows") += weight,
+                _ => {
+                    draw.rows.push(row);
+                    draw.weights.push(weight);
+                }
+            }
+        }
+        draw
+    }
+
+    /// Of a head's queries, or keys.
+    pub fn of_rows<T: Real>(x: MatRef<'_, T>, count: usize, seed: u64) -> Self {
+        Self::new(x.nrows(), count, seed, |i| square(x, i))
+    }
+
+    /// The estimate from `(e_i, x_i)` of the rows.
+    pub fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
+        let rows = pairs.len();
+        let weighted = || pairs.iter().zip(&self.weights);
+        let (error, size) = weighted().fold((0.0, 0.0), |(e, x), (pair, w)| (e + w * pair.0, x + w * pair.1));
+        if error == 0.0 || size == 0.0 || !error.is_finite() {
+            let relative = if error == 0.0 { 0.0 } else { f64::INFINITY };
+            return ErrorEstimate { relative, low: relative, high: relative, rows };
+        }
+        let r = error / size;
+        // The standard error of a ratio: that of the sum of e_i - r x_i, over the sum of x_i. Its own sum is 0.
+        let spread: f64 = weighted().map(|((e, x), w)| (w * (e - r * x)).powi(2)).sum();
+        let left_out = 1.0 - rows as f64 / self.total as f64;
+        let deviation = (left_out * spread * rows as f64 / (rows.max(2) - 1) as f64).sqrt() / size;
+        // The errors of rows are skewed, so the interval is taken on the logarithm of r.
+        let factor = match rows {
+            _ if left_out == 0.0 => 1.0,
+            1 => f64::INFINITY,
+            _ => (NORMAL_95 * deviation / r).exp(),
+        };
+        ErrorEstimate { relative: r.sqrt(), low: (r / factor).sqrt(), high: (r * factor).sqrt(), rows }
+    }
+
+    /// The estimate for given rows against exact ones, in the order of [`rows`](Self::rows).
+    pub fn compare(&self, exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> ErrorEstimate {
+        let pairs: Vec<_> = (0..exact.nrows())
+            .map(|i| {
+                let row = exact.row(i);
+                let error = row.iter().enumerate().map(|(c, x)| (given(self.rows[i], c) - x).powi(2)).sum();
+                (error, row.iter().map(|x| x * x).sum())
+            })
+            .collect();
+        self.estimate(&pairs)
+    }
+}
+
+/// `|x_i|^2`.
+fn square<T: Real>(x: MatRef<'_, T>, i: usize) -> f64 {
+    x.row(i).iter().map(|x| x.to_f64().powi(2)).sum()
+}
+
+/// Exact attention of some queries of a head, row after row.
+pub(crate) struct ExactRows {
+    /// `(rows, dv)`.
+    pub out: Mat<f64>,
+    /// `(rows, d)`, where a gradient was given.
+    pub dq: Option<Mat<f64>>,
+}
+
+/// Rows `rows` of `x`, in float64.
+pub(crate) fn gather<T: Real>(x: MatRef<'_, T>, rows: &[usize]) -> Mat<f64> {
+    Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64())
+}
+
+/// Rows `rows` of `x`, in float64, row-major, after one another.
+pub(crate) fn widened<T: Real>(x: MatRef<'_, T>, rows: Range<usize>) -> Vec<f64> {
+    x.subrows(rows.start, rows.len()).row_iter().flat_map(|row| row.iter().map(|x| x.to_f64())).collect()
+}
+
+/// Computes rows exactly, in parallel over keys; `dout` has a row for each.
+pub(crate) fn exact_rows<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    (causal, scale): (bool, f64),
+    rows: &[usize],
+    dout: Option<&Mat<f64>>,
+) -> Result<ExactRows> {
+    let (m, d, dv) = (head.k.nrows(), head.k.ncols(), head.v.ncols());
+    let dq = dout.map(|_| Mat::zeros(rows.len(), d));
+    let mut all = ExactRows { out: Mat::zeros(rows.len(), dv), dq };
+    for (first, rows) in rows.chunks(TILE).enumerate().map(|(i, rows)| (i * TILE, rows)) {
+        let count = rows.len();
+        let (q, dout) = (gather(head.q, rows), dout.map(|dout| dout.subrows(first, count)));
+        // Weighted sums of [v, k], and of (dout.v) k.
+        let width = dv + if dout.is_some() { 2 * d } else { 0 };
+        let end = if causal { rows[count - 1] + 1 } else { m };
+        let parts = (0..end.div_ceil(RANGE))
+            .into_par_iter()
+            .map(|range| {
+                let mut softmax = Softmax::new(width);
+                softmax.start(count);
+                let mut upstream = vec![0.0; TILE * count];
+                for j0 in (range * RANGE..end.min((range + 1) * RANGE)).step_by(TILE) {
+                    ctx.check()?;
+                    let bk = TILE.min(end - j0);
+                    let (k, v) = (widened(head.k, j0..j0 + bk), widened(head.v, j0..j0 + bk));
+                    let (k, v) = (view(&k, bk, d), view(&v, bk, dv));
+                    let s = &mut softmax.scores;
+                    product(view_mut(s, bk, count), k, q.transpose(), scale);
+                    if let Some(bias) = head.key_bias {
+                        add_bias(bias.subrows(j0, bk).iter().map(|b| b.to_f64()), count, s);
+                    }
+                    if causal {
+                        for (i, &row) in rows.iter().enumerate() {
+                            for j in (row + 1).saturating_sub(j0)..bk {
+                                s[j * count + i] = f64::NEG_INFINITY;
+                            }
+                        }
+                    }
+                    match dout {
+                        None => softmax.add(bk, v),
+                        Some(dout) => {
+                            product(view_mut(&mut upstream, bk, count), v, dout.transpose(), 1.0);
+                            softmax.add_with(bk, &[(v, None), (k, None), (k, Some(&upstream))]);
+                        }
+                    }
+                }
+                Ok(softmax)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut parts = parts.into_iter();
+        let Some(mut softmax) = parts.next() else { continue };
+        parts.for_each(|part| softmax.merge(&part));
+        let mut sums = vec![0.0; count * width];
+        let (mut max, mut scales) = (vec![0.0; count], vec![0.0; count]);
+        softmax.finish(head.index, |i| rows[i], &mut sums, &mut max, &mut scales)?;
+        for (i, sums) in sums.chunks_exact(width).enumerate() {
+            for c in 0..dv {
+                all.out[(first + i, c)] = sums[c];
+            }
+            if let (Some(dout), Some(dq)) = (dout, &mut all.dq) {
+                let delta: f64 = (0..dv).map(|c| dout[(i, c)] * sums[c]).sum();
+                for c in 0..d {
+                    dq[(first + i, c)] = scale * (sums[dv + d + c] - delta * sums[dv + c]);
+                }
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// What the weights `f_ij` of an engine are, where they are known pair by pair.
+pub(crate) trait Weights: Sync {
+    /// Turns the scores `scale q_i.k_j` of query `i` and the `keys` into the factors of `dout_i.v_j - delta_i` in their
+    /// gradients, and `f`, the exact weights of these pairs (0 where masked), into the engine's.
+    fn weigh(&self, i: usize, keys: &[usize], scores: &mut [f64], f: &mut [f64]);
+}
+
+/// Gradients of some keys of a head, row after row.
+#[derive(Debug, Clone)]
+pub(crate) struct KeyGradients {
+    /// `(keys, d)`.
+    pub dk: Mat<f64>,
+    /// `(keys, dv)`.
+    pub dv: Mat<f64>,
+    /// `(keys, 1)`.
+    pub db: Mat<f64>,
+}
+
+impl KeyGradients {
+    /// Adds those that other queries give.
+    pub fn add(&mut self, other: &Self) {
+        self.dk += &other.dk;
+        self.dv += &other.dv;
+        self.db += &other.db;
+    }
+}
+
+/// What the queries give keys: `log_sums[i]` is `ln D_i`, and `delta[i]` is `dout_i.out_i`.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a, T> {
+    pub dout: MatRef<'a, T>,
+    pub delta: &'a [T],
+    pub log_sums: &'a [f64],
+}
+
+/// Gradients of keys from all queries, exact but for the row sums, in parallel over queries; and with an engine's weights
+/// in place of the exact ones, where they are given.
+pub(crate) fn key_gradients<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    (causal, scale): (bool, f64),
+    keys: &[usize],
+    up: Queries<'_, T>,
+    weights: Option<&dyn Weights>,
+) -> Result<(KeyGradients, Option<KeyGradients>)> {
+    let (n, d, dv, count) = (head.q.nrows(), head.q.ncols(), head.v.ncols(), keys.len());
+    let (k, v) = (gather(head.k, keys), gather(head.v, keys));
+    let bias: Vec<f64> = keys.iter().map(|&j| head.key_bias.map_or(0.0, |b| b[j].to_f64())).collect();
+    let width = d + dv + 1;
+    let kinds = 1 + usize::from(weights.is_some());
+    let start = if causal { keys.first().copied().unwrap_or(0) / RANGE } else { 0 };
+    let parts = (start..n.div_ceil(RANGE))
+        .into_par_iter()
+        .map(|range| {
+            let mut sums = vec![0.0; kinds * width * count];
+            let mut tiles = vec![vec![0.0; TILE * count]; 4];
+            for i0 in (range * RANGE..n.min((range + 1) * RANGE)).step_by(TILE) {
+                ctx.check()?;
+                let bq = TILE.min(n - i0);
+                let (q, dout) = (widened(head.q, i0..i0 + bq), widened(up.dout, i0..i0 + bq));
+                let (q, dout) = (view(&q, bq, d), view(&dout, bq, dv));
+                let [s, e, f, ds] = &mut tiles[..] else { unreachable!("four tiles") };
+                product(view_mut(s, bq, count), q, k.transpose(), scale);
+                product(view_mut(e, bq, count), dout, v.transpose(), 1.0);
+                for i in 0..bq {
+                    let row = i * count..(i + 1) * count;
+                    let (log_sum, delta) = (up.log_sums[i0 + i], up.delta[i0 + i].to_f64());
+                    let seen = if causal { keys.partition_point(|&j| j <= i0 + i) } else { count };
+                    let (s, e, f) = (&s[row.clone()], &mut e[row.clone()], &mut f[row]);
+                    vectorised(
+                        #[inline(always)]
+                        || {
+                            for j in 0..count {
+                                let x = (s[j] + bias[j] - log_sum).exp_nonpositive();
+                                f[j] = if j < seen { x } else { 0.0 };
+                                e[j] -= delta;
+                            }
+                        },
+                    );
+                }
+                let (e, mut slope) = (&e[..bq * count], &mut f.clone()[..bq * count]);
+                for (kind, sums) in sums.chunks_exact_mut(width * count).enumerate() {
+                    if let (1, Some(weights)) = (kind, weights) {
+                        let rows = s.chunks_exact_mut(count).zip(f.chunks_exact_mut(count));
+                        for (i, (s, f)) in rows.enumerate().take(bq) {
+                            weights.weigh(i0 + i, keys, s, f);
+                        }
+                        slope = &mut s[..bq * count];
+                    }
+                    for ((ds, slope), e) in ds.iter_mut().zip(&*slope).zip(e) {
+                        *ds = slope * e;
+                    }
+                    let (of_dk, rest) = sums.split_at_mut(d * count);
+                    let (of_dv, of_db) = rest.split_at_mut(dv * count);
+                    add_product(view_mut(of_dk, d, count), q.transpose(), view(ds, bq, count), scale);
+                    add_product(view_mut(of_dv, dv, count), dout.transpose(), view(f, bq, count), 1.0);
+                    for (f, e) in f.chunks_exact(count).zip(e.chunks_exact(count)) {
+                        of_db.iter_mut().zip(f.iter().zip(e)).for_each(|(db, (f, e))| *db += f * e);
+                    }
+                }
+            }
+            Ok(sums)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut sums = vec![0.0; kinds * width * count];
+    for part in parts {
+        sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+    }
+    let mut all = sums.chunks_exact(width * count).map(|sums| {
+        let part = |first: usize, columns: usize| Mat::from_fn(count, columns, |j, c| sums[(first + c) * count + j]);
+        KeyGradients { dk: part(0, d), dv: part(d, dv), db: part(d + dv, 1) }
+    });
+    let exact = all.next();
+    Ok((exact.unwrap_or_else(|| unreachable!("the exact kind is always there")), all.next()))
+}
+
+/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random (see the top of
+/// this file), each computed exactly, in float64.
 ///
-/// With `e_i` the squared error and `x_i` the squared size of row i, the square of the estimate is the ratio `R = sum
-/// e_i / sum x_i`; its standard error is that of the mean of `e_i - R x_i` over the mean of `x_i`, less the
-/// finite-population factor, and the interval is taken on its logarithm. All rows sampled: the interval is a point.
-/// Time `O(samples m (d + dv))`.
+/// The standard error of the ratio's square is that of `sum e_i - R x_i` over `sum x_i`, less the finite-population
+/// factor, and the interval is taken on its logarithm. All rows sampled: the interval is a point. Time `O(samples m (d +
+/// dv))`.
 pub fn measure_error<T: Real>(
     ctx: &Context,
     heads: &Heads<'_, T>,
@@ -51,82 +352,21 @@ pub fn measure_error<T: Real>(
     if samples == 0 {
         return Err(Error::Argument("samples is 0; expected at least 1".into()));
     }
-    let total = h * n;
-    let rows = samples.min(total);
-    if rows == 0 {
+    if h * n == 0 {
         return Ok(ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 });
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let drawn = stratified(total, rows, seed);
-    let blocks: Vec<&[usize]> =
-        drawn.chunk_by(|a, b| a / n == b / n).flat_map(|of_head| of_head.chunks(TILE)).collect();
-    let pairs = blocks
+    let draw = Draw::new(h * n, samples, seed, |i| square(heads.q[i / n], i % n));
+    let of_heads: Vec<&[usize]> = draw.rows.chunk_by(|a, b| a / n == b / n).collect();
+    let exact = of_heads
         .into_par_iter()
-        .map(|block| {
-            let head = heads.head(block[0] / n);
-            let rows: Vec<usize> = block.iter().map(|i| i % n).collect();
-            let wide = |x: MatRef<'_, T>| Mat::from_fn(x.nrows(), x.ncols(), |i, c| x[(i, c)].to_f64());
-            let q = Mat::from_fn(rows.len(), head.q.ncols(), |i, c| head.q[(rows[i], c)].to_f64());
-            let mut softmax = Softmax::new(dv);
-            softmax.start(rows.len());
-            let end = if causal { rows[rows.len() - 1] + 1 } else { m };
-            for j0 in (0..end).step_by(TILE) {
-                ctx.check()?;
-                let bk = TILE.min(end - j0);
-                let s = &mut softmax.scores;
-                product(view_mut(s, bk, rows.len()), wide(head.k.subrows(j0, bk)).as_ref(), q.transpose(), scale);
-                if let Some(bias) = head.key_bias {
-                    add_bias(bias.subrows(j0, bk).iter().map(|b| b.to_f64()), rows.len(), s);
-                }
-                if causal {
-                    for (i, &row) in rows.iter().enumerate() {
-                        for j in (row + 1).saturating_sub(j0)..bk {
-                            s[j * rows.len() + i] = f64::NEG_INFINITY;
-                        }
-                    }
-                }
-                softmax.add(bk, wide(head.v.subrows(j0, bk)).as_ref());
-            }
-            let (mut exact, mut max, mut scales) =
-                (vec![0.0; rows.len() * dv], vec![0.0; rows.len()], vec![0.0; rows.len()]);
-            softmax.finish(head.index, |i| rows[i], &mut exact, &mut max, &mut scales)?;
-            Ok(rows
-                .iter()
-                .zip(exact.chunks_exact(dv))
-                .map(|(&i, exact)| {
-                    let given = out[head.index].row(i);
-                    let (mut error, mut size) = (0.0, 0.0);
-                    for (c, x) in exact.iter().enumerate() {
-                        error += (given[c].to_f64() - x).powi(2);
-                        size += x.powi(2);
-                    }
-                    (error, size)
-                })
-                .collect::<Vec<_>>())
+        .map(|rows| {
+            let own: Vec<usize> = rows.iter().map(|i| i % n).collect();
+            exact_rows(ctx, &heads.head(rows[0] / n), (causal, scale), &own, None)
         })
-        .collect::<Result<Vec<_>>>()?
-        .concat();
-    Ok(ratio(&pairs, total))
-}
-
-/// The estimate from sampled `(e_i, x_i)` out of `total` rows.
-fn ratio(pairs: &[(f64, f64)], total: usize) -> ErrorEstimate {
-    let rows = pairs.len();
-    let (error, size) = pairs.iter().fold((0.0, 0.0), |(e, x), pair| (e + pair.0, x + pair.1));
-    if error == 0.0 || size == 0.0 {
-        let relative = if error == 0.0 { 0.0 } else { f64::INFINITY };
-        return ErrorEstimate { relative, low: relative, high: relative, rows };
-    }
-    let r = error / size;
-    let spread: f64 = pairs.iter().map(|(e, x)| (e - r * x).powi(2)).sum();
-    let left_out = 1.0 - rows as f64 / total as f64;
-    let deviation = (left_out * spread / (rows.max(2) - 1) as f64 / rows as f64).sqrt() / (size / rows as f64);
-    // The errors of rows are skewed, so the interval is taken on the logarithm of R.
-    let factor = match (rows, r) {
-        _ if left_out == 0.0 => 1.0,
-        (1, _) => f64::INFINITY,
-        _ => (NORMAL_95 * deviation / r).exp(),
-    };
-    ErrorEstimate { relative: r.sqrt(), low: (r / factor).sqrt(), high: (r * factor).sqrt(), rows }
+        .collect::<Result<Vec<_>>>()?;
+    let rows: Vec<_> = exact.iter().flat_map(|part| part.out.row_iter()).collect();
+    let exact = Mat::from_fn(rows.len(), dv, |i, c| rows[i][c]);
+    Ok(draw.compare(&exact, |i, c| out[i / n][(i % n, c)].to_f64()))
 }

@@ -19,3 +19,8 @@ fn splitmix(x: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
+
+/// A number in `[0, 1)`, the `index`-th of a sequence of its own for every seed.
+pub(crate) fn uniform(seed: u64, index: u64) -> f64 {
+    (splitmix(seed ^ splitmix(index)) >> 11) as f64 / (1u64 << 53) as f64
+}

@@ -5,11 +5,13 @@
 //! formed in the arrays' own type and added up in float64. Here the features of a
 //! token lie side by side, unlike those of a tile that a state is applied to.
 
-use faer::{Accum, MatMut};
+use faer::prelude::ReborrowMut;
+use faer::{Accum, MatMut, MatRef};
 
+use crate::low_rank::{Features, Side};
 use crate::monomials::{Monomials, PIECE_WIDTH, Run};
 use crate::real::{Real, vectorised};
-use crate::tile::{multiply, view, widen};
+use crate::tile::{multiply, product, view, view_mut, widen};
 
 /// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;
@@ -30,26 +32,41 @@ pub(crate) struct Tokens<T> {
 
 impl<T: Real> Tokens<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
-    pub fn new(tree: &Monomials, d: usize, e: usize, len: usize, degree: usize) -> Self {
+    pub fn new(features: Features<'_, T>, d: usize, e: usize, len: usize, degree: usize) -> Self {
         let width = d + Monomials::OVERRUN;
         let zeros = |width: usize| vec![T::ZERO; len * width];
-        let piece = if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 };
-        Self {
-            x: zeros(width),
-            width,
-            values: zeros(e),
-            low: zeros(tree.low_width(degree)),
-            piece: zeros(piece),
-            runs: Vec::new(),
-        }
+        let (low, piece) = match features {
+            Features::Monomials(tree) => {
+                (tree.low_width(degree), if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 })
+            }
+            Features::Landmarks(landmarks) => (landmarks.rank(), 0),
+        };
+        Self { x: zeros(width), width, values: zeros(e), low: zeros(low), piece: zeros(piece), runs: Vec::new() }
     }
 
     /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or replaces it.
-    pub fn add_to(&mut self, state: &mut [T], accum: Accum, tree: &Monomials, degree: usize, len: usize) {
-        let r = tree.rank(degree);
+    pub fn add_to(
+        &mut self,
+        state: &mut [T],
+        accum: Accum,
+        (features, side): (Features<'_, T>, Side),
+        degree: usize,
+        len: usize,
+    ) {
+        let r = features.rank(degree);
         let e = state.len() / r;
-        tree.low_rows(&self.x, self.width, len, degree, &mut self.low, &mut self.runs);
         let values = view(&self.values, len, e).transpose();
+        let state = MatMut::from_row_major_slice_mut(state, e, r);
+        let tree = match features {
+            Features::Monomials(tree) => tree,
+            Features::Landmarks(landmarks) => {
+                landmarks.map(side).rows(&self.x, self.width, len, &mut self.low);
+                multiply(state, accum, values, view(&self.low, len, r), T::ONE);
+                return;
+            }
+        };
+        let mut state = state;
+        tree.low_rows(&self.x, self.width, len, degree, &mut self.low, &mut self.runs);
         for piece in tree.pieces(degree) {
             let (start, width) = (piece.start, piece.len());
             let features = if start == 0 {
@@ -58,8 +75,7 @@ impl<T: Real> Tokens<T> {
                 tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece, &mut self.runs);
                 view(&self.piece, len, PIECE_WIDTH)
             };
-            let state = MatMut::from_row_major_slice_mut(state, e, r).subcols_mut(start, width);
-            multiply(state, accum, values, features, T::ONE);
+            multiply(state.rb_mut().subcols_mut(start, width), accum, values, features, T::ONE);
         }
     }
 }
@@ -99,16 +115,73 @@ impl<T: Real> State<T> {
     }
 }
 
-/// The first `weights.len()` columns of `sum diag(weights)`, `sum` being `(e, r)`, rounded to the arrays' type.
-pub(crate) fn weigh<T: Real>(sum: &[f64], r: usize, weights: &[f64]) -> Vec<T> {
-    let mut weighted = vec![T::ZERO; sum.len() / r * weights.len()];
-    for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(r)) {
-        weigh_row(from, weights, to);
-    }
-    weighted
+/// What turns a sum over tokens, `(e, r)`, into the state that features are applied to.
+pub(crate) enum Weighting<'a> {
+    /// The sum's first columns, each times a number.
+    Diagonal(Vec<f64>),
+    /// The sum times a square matrix.
+    Matrix(MatRef<'a, f64>),
 }
 
-/// [`weigh`], of one row.
+impl Weighting<'_> {
+    /// The weighted `sum (e, r)`, rounded to the arrays' type.
+    pub fn weigh<T: Real>(&self, sum: &[f64], r: usize) -> Vec<T> {
+        let e = sum.len() / r;
+        match self {
+            Self::Diagonal(weights) => {
+                let mut weighted = vec![T::ZERO; e * weights.len()];
+                for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(r)) {
+                    weigh_row(from, weights, to);
+                }
+                weighted
+            }
+            Self::Matrix(matrix) => {
+                let mut exact = vec![0.0; e * r];
+                product(view_mut(&mut exact, e, r), view(sum, e, r), *matrix, 1.0);
+                exact.into_iter().map(T::of).collect()
+            }
+        }
+    }
+
+    /// A scan along one row of the states of many blocks: `sum = decay sum + part`, and `part` becomes the weighted sum;
+    /// with the weights `more` of the first features, `more_parts` does.
+    pub fn scan<T: Real>(
+        &self,
+        sum: &mut [f64],
+        decays: &[f64],
+        parts: &mut [&mut [T]],
+        more: Option<&[f64]>,
+        more_parts: &mut [&mut [T]],
+    ) {
+        match self {
+            Self::Diagonal(weights) => {
+                for (i, (part, &decay)) in parts.iter_mut().zip(decays).enumerate() {
+                    step(sum, decay, part, weights);
+                    if let (Some(weights), Some(part)) = (more, more_parts.get_mut(i)) {
+                        weigh_row(sum, weights, part);
+                    }
+                }
+            }
+            Self::Matrix(matrix) => {
+                let mut sums = Vec::with_capacity(parts.len() * sum.len());
+                for (part, &decay) in parts.iter().zip(decays) {
+                    for (sum, part) in sum.iter_mut().zip(part.iter()) {
+                        *sum = *sum * decay + part.to_f64();
+                    }
+                    sums.extend_from_slice(sum);
+                }
+                let (count, r) = (parts.len(), sum.len());
+                let mut weighted = vec![0.0; count * r];
+                product(view_mut(&mut weighted, count, r), view(&sums, count, r), *matrix, 1.0);
+                for (part, weighted) in parts.iter_mut().zip(weighted.chunks_exact(r)) {
+                    part.iter_mut().zip(weighted).for_each(|(part, &x)| *part = T::of(x));
+                }
+            }
+        }
+    }
+}
+
+/// The first columns of one row of a sum, each times a number, rounded.
 pub(crate) fn weigh_row<T: Real>(sum: &[f64], weights: &[f64], weighted: &mut [T]) {
     vectorised(
         #[inline(always)]
@@ -121,7 +194,7 @@ pub(crate) fn weigh_row<T: Real>(sum: &[f64], weights: &[f64], weighted: &mut [T
 }
 
 /// One step of a scan along one row of a state: `sum = decay sum + part`, and `part = sum diag(weights)`, rounded.
-pub(crate) fn step<T: Real>(sum: &mut [f64], decay: f64, part: &mut [T], weights: &[f64]) {
+fn step<T: Real>(sum: &mut [f64], decay: f64, part: &mut [T], weights: &[f64]) {
     vectorised(
         #[inline(always)]
         || {

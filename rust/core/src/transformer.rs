@@ -18,7 +18,7 @@ use faer::{MatMut, MatRef};
 
 use crate::attention::{Attention, check_finite};
 use crate::context::Context;
-use crate::engine::Engine;
+use crate::engine::{Engine, Planned};
 use crate::error::{Error, Result, expect_len};
 use crate::layers::activation::ActivationKind;
 use crate::layers::attention_block::{self, Inside, SelfAttention, Weights};
@@ -27,6 +27,7 @@ use crate::layers::{cross_entropy, embedding, expect_rows, feed_forward, linear,
 use crate::measure::{ErrorEstimate, measure_error};
 use crate::real::Real;
 use crate::rows::Rows;
+use crate::tolerance::{HeadReport, SAMPLES};
 
 /// The eps of every norm.
 const EPS: f64 = 1e-5;
@@ -104,6 +105,8 @@ pub enum Input<'a, T> {
 #[derive(Debug, Clone)]
 pub struct Trace<T> {
     inputs: Vec<Vec<T>>,
+    /// The engines of each layer, where there is a tolerance: the backward pass uses them again.
+    plans: Vec<Option<Planned>>,
     batch: usize,
     n: usize,
     d: usize,
@@ -121,10 +124,12 @@ pub struct Backward<T> {
 }
 
 /// What is known of a layer after a backward pass.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LayerReport {
     /// The measured error of its attention's output, where it was asked for.
     pub error: Option<ErrorEstimate>,
+    /// Each head of each sequence, where that was asked for or there is a tolerance.
+    pub heads: Vec<HeadReport>,
 }
 
 impl Config {
@@ -390,34 +395,43 @@ impl<'a, T: Real> Model<'a, T> {
                 }
             }
         }
-        let mut trace = Trace { inputs: Vec::with_capacity(self.layers.len() + 1), batch, n, d };
+        let mut trace = Trace { inputs: Vec::with_capacity(self.layers.len() + 1), plans: Vec::new(), batch, n, d };
         trace.inputs.push(x);
         for (i, layer) in self.layers.iter().enumerate() {
-            let next = self.layer_forward(layer, &trace, i)?;
+            let (next, plan) = self.layer_forward(layer, &trace, i)?;
             trace.inputs.push(next);
+            trace.plans.push(plan);
         }
         Ok(trace)
     }
 
-    /// `x_{i+1}` from `x_i`.
-    fn layer_forward(&self, layer: &Layer<'_, T>, trace: &Trace<T>, i: usize) -> Result<Vec<T>> {
-        let Attended { z, .. } = self.attend(layer, trace, i)?;
+    /// `x_{i+1}` from `x_i`, and the engines that were used.
+    fn layer_forward(&self, layer: &Layer<'_, T>, trace: &Trace<T>, i: usize) -> Result<(Vec<T>, Option<Planned>)> {
+        let Attended { z, inside, .. } = self.attend(layer, &layer.attn, trace, i)?;
+        let plan = inside.planned(&layer.attn.attention);
+        drop(inside);
         self.stage_done();
         let normed = layer.ffn_norm.forward(self.ctx, &trace.like(&z)?)?;
         let mut next = vec![T::ZERO; z.len()];
         feed_forward::forward(self.ctx, &trace.like(&normed)?, layer.w_in, layer.w_out, self.activation, &mut next)?;
         add_into(&mut next, &z);
         self.stage_done();
-        Ok(next)
+        Ok((next, plan))
     }
 
     /// The first half of a layer.
-    fn attend(&self, layer: &Layer<'_, T>, trace: &Trace<T>, i: usize) -> Result<Attended<T>> {
+    fn attend(
+        &self,
+        layer: &Layer<'_, T>,
+        attn: &SelfAttention<'_, T>,
+        trace: &Trace<T>,
+        i: usize,
+    ) -> Result<Attended<T>> {
         let normed = layer.attn_norm.forward(self.ctx, &trace.rows(i)?)?;
         let rows = trace.like(&normed)?;
-        let inside = layer.attn.inside(self.ctx, &rows)?;
+        let inside = attn.inside(self.ctx, &rows)?;
         let mut z = vec![T::ZERO; normed.len()];
-        layer.attn.finish(self.ctx, &rows, &inside, &mut z)?;
+        attn.finish(self.ctx, &rows, &inside, &mut z)?;
         add_into(&mut z, &trace.inputs[i]);
         Ok(Attended { normed, inside, z })
     }
@@ -467,7 +481,11 @@ impl<'a, T: Real> Model<'a, T> {
         samples: usize,
         grads: &mut Grads<T>,
     ) -> Result<LayerReport> {
-        let Attended { normed, inside, z } = self.attend(layer, trace, i)?;
+        let mut attn = layer.attn.clone();
+        if let Some(plan) = trace.plans.get(i).and_then(Option::as_ref) {
+            attn.attention.engine = Engine::Planned(plan.clone());
+        }
+        let Attended { normed, inside, z } = self.attend(layer, &attn, trace, i)?;
         let error = if samples > 0 {
             let Attention { causal, scale, .. } = layer.attn.attention;
             let heads = inside.heads(&trace.like(&normed)?);
@@ -501,12 +519,14 @@ impl<'a, T: Real> Model<'a, T> {
         drop(z);
         self.stage_done();
 
-        let weights = layer.attn.pull_back(self.ctx, &trace.like(&normed)?, &inside, &trace.like(dx)?, &mut through)?;
+        let per_head = samples.min(SAMPLES);
+        let (rows, dy) = (trace.like(&normed)?, trace.like(dx)?);
+        let (weights, heads) = attn.pull_back(self.ctx, &rows, &inside, &dy, per_head, &mut through)?;
         drop((normed, inside));
         grads.extend(weights.into_iter().map(|(name, grad)| (format!("{}.attn.{name}", layer.name), grad)));
         add_into(dx, &layer.attn_norm.backward(self.ctx, &trace.rows(i)?, &through, grads)?);
         self.stage_done();
-        Ok(LayerReport { error })
+        Ok(LayerReport { error, heads })
     }
 
     fn embedding_backward(&self, input: &Input<'_, T>, dx: &[T], grads: &mut Grads<T>) -> Result<()> {

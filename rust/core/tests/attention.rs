@@ -118,7 +118,7 @@ fn run<T: Real>(case: &Case, data: &Data<T>) -> lingrad_core::Result<Output<T>> 
         dv: &mut result.dv,
         dkey_bias: case.bias.then_some(&mut result.db[..]),
     };
-    case.attention.backward(&ctx, &heads, &saved, &result.out, &dout, grads)?;
+    case.attention.backward(&ctx, &heads, &saved, &result.out, &dout, 0, grads)?;
     Ok(result)
 }
 

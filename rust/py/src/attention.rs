@@ -3,10 +3,12 @@
 use lingrad_core::measure::{self, ErrorEstimate};
 use lingrad_core::{Attention, AttentionGrads, Error, Heads, Saved};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
 use crate::engine::AnyEngine;
 use crate::error::Result;
+use crate::plan;
 use crate::run::run;
 
 /// The views of one call's inputs.
@@ -52,6 +54,18 @@ enum Kept {
 pub struct AttentionState {
     attention: Attention,
     kept: Kept,
+}
+
+#[pymethods]
+impl AttentionState {
+    /// What is known of each head after the forward pass, where there is a tolerance.
+    fn reports<'py>(&self, py: Python<'py>) -> Result<Vec<Bound<'py, PyDict>>> {
+        let reports = match &self.kept {
+            Kept::F32(saved, _) => &saved.reports,
+            Kept::F64(saved, _) => &saved.reports,
+        };
+        plan::reports(py, reports)
+    }
 }
 
 /// A `Scalar` that finds itself in [`Kept`].
@@ -106,8 +120,12 @@ pub fn attention_forward<'py>(
     })
 }
 
-/// `(dq, dk, dv, dkey_bias)`; the last is `None` where there is no `key_bias`.
-type Gradients<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+/// `(dq, dk, dv, dkey_bias)`, the last `None` where there is no `key_bias`; and what is known of each head, where there
+/// is a tolerance.
+type Gradients<'py> = (
+    (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>),
+    Vec<Bound<'py, PyDict>>,
+);
 
 /// The gradients, from the inputs and the state of their forward pass.
 #[pyfunction]
@@ -136,8 +154,9 @@ pub fn attention_backward<'py>(
             dv: dv.entries(),
             dkey_bias: dkey_bias.as_mut().map(Output::entries),
         };
-        run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, grads))?;
-        Ok((dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array)))
+        let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, 0, grads))?;
+        let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
+        Ok((grads, plan::reports(py, &reports)?))
     })
 }
 

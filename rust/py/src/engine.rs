@@ -1,11 +1,15 @@
 //! Engines as Python describes them.
 
+use std::sync::Arc;
+
 use lingrad_core::{Engine, Error, engine};
+use numpy::PyReadonlyArrayDyn;
 use pyo3::prelude::*;
 
 use crate::error::Failure;
+use crate::plan::{AutoFields, PlanFields};
 
-/// An engine, read from a `lingrad_rs.Exact` or `lingrad_rs.Polynomial`.
+/// An engine, read from a `lingrad_rs.Exact`, `Polynomial`, `Landmark`, `Auto` or `Plan`.
 pub struct AnyEngine(pub Engine);
 
 impl<'py> FromPyObject<'_, 'py> for AnyEngine {
@@ -15,7 +19,12 @@ impl<'py> FromPyObject<'_, 'py> for AnyEngine {
         Ok(Self(match object.get_type().name()?.to_str()? {
             "Exact" => Engine::Exact,
             "Polynomial" => object.extract::<Polynomial>()?.engine()?,
-            name => return Err(Error::Argument(format!("engine is a {name}; expected Exact or Polynomial")).into()),
+            "Auto" => Engine::Auto(object.extract::<AutoFields>().map_err(PyErr::from)?.into()),
+            "Plan" => object.extract::<PlanFields>().map_err(PyErr::from)?.into(),
+            "Landmark" => object.extract::<Landmark>()?.engine(),
+            name => {
+                return Err(Error::Argument(format!("engine is a {name}; expected an engine")).into());
+            }
         }))
     }
 }
@@ -26,9 +35,61 @@ struct Polynomial {
     degree: usize,
     coefficients: Coefficients,
     gradient: String,
-    shift: String,
+    shift: Shift,
     diagonal: String,
     window: usize,
+}
+
+#[derive(FromPyObject)]
+enum Shift {
+    Named(String),
+    Given(Vec<f64>, Vec<f64>),
+}
+
+/// The fields of `lingrad_rs.Landmark`.
+#[derive(FromPyObject)]
+struct Landmark {
+    rank: usize,
+    seed: u64,
+    constants: Option<LandmarkConstants>,
+}
+
+/// The fields of `lingrad_rs.LandmarkConstants`.
+#[derive(FromPyObject)]
+struct LandmarkConstants {
+    scale: f64,
+    query_shift: Numbers,
+    key_shift: Numbers,
+    balance: f64,
+    landmarks: Numbers,
+    matrix: Numbers,
+}
+
+/// The entries of a float64 array, in C order.
+struct Numbers(Vec<f64>);
+
+impl<'py> FromPyObject<'_, 'py> for Numbers {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        Ok(Self(object.extract::<PyReadonlyArrayDyn<'py, f64>>()?.as_array().iter().copied().collect()))
+    }
+}
+
+impl Landmark {
+    fn engine(self) -> Engine {
+        let constants = self.constants.map(|given| {
+            Arc::new(engine::LandmarkConstants {
+                scale: given.scale,
+                query_shift: given.query_shift.0,
+                key_shift: given.key_shift.0,
+                balance: given.balance,
+                landmarks: given.landmarks.0,
+                matrix: given.matrix.0,
+            })
+        });
+        Engine::Landmark(engine::Landmark { rank: self.rank, seed: self.seed, constants })
+    }
 }
 
 #[derive(FromPyObject)]
@@ -55,10 +116,13 @@ impl Polynomial {
                 "consistent" => engine::Gradient::Consistent,
                 _ => return unknown("gradient", &self.gradient),
             },
-            shift: match &*self.shift {
-                "none" => engine::Shift::None,
-                "mean" => engine::Shift::Mean,
-                _ => return unknown("shift", &self.shift),
+            shift: match self.shift {
+                Shift::Given(query, key) => engine::Shift::Given { query, key },
+                Shift::Named(name) => match &*name {
+                    "none" => engine::Shift::None,
+                    "mean" => engine::Shift::Mean,
+                    _ => return unknown("shift", &name),
+                },
             },
             diagonal: match &*self.diagonal {
                 "exact" => engine::Diagonal::Exact,

@@ -12,6 +12,7 @@ mod classes {
     pyo3::import_exception!(lingrad_rs.errors, LingradError);
     pyo3::import_exception!(lingrad_rs.errors, NonFiniteError);
     pyo3::import_exception!(lingrad_rs.errors, ShapeError);
+    pyo3::import_exception!(lingrad_rs.errors, ToleranceError);
 }
 pub use classes::{ArgumentError, DtypeError, LingradError, ShapeError};
 
@@ -29,6 +30,7 @@ impl From<Error> for Failure {
             Error::Argument(_) => ArgumentError::new_err(text),
             Error::NonFinite(_) => classes::NonFiniteError::new_err(text),
             Error::Denominator(_) => classes::DenominatorError::new_err(text),
+            Error::Tolerance(_) => classes::ToleranceError::new_err(text),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
         })
     }

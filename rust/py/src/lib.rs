@@ -9,6 +9,7 @@ mod engine;
 mod error;
 mod huge_pages;
 mod layers;
+mod plan;
 mod run;
 mod transformer;
 

@@ -14,6 +14,7 @@ use crate::attention::{Estimate, estimate};
 use crate::engine::AnyEngine;
 use crate::error::{Result, ShapeError};
 use crate::layers::{check_finite, slice};
+use crate::plan;
 use crate::run::run;
 
 /// The fields of `lingrad_rs.TransformerConfig`.
@@ -217,8 +218,11 @@ pub fn transformer_backward<'py>(
     })
 }
 
-/// `(loss, grads, errors)`: the mean cross-entropy, its gradients, and the measured error of each layer's attention
-/// where `samples > 0`.
+/// The measured error of a layer's attention, and its heads.
+type LayerReport<'py> = (Option<Estimate>, Vec<Bound<'py, PyDict>>);
+
+/// `(loss, grads, layers)`: the mean cross-entropy, its gradients, and of each layer the measured error of its attention
+/// where `samples > 0`, and what is known of each of its heads.
 #[pyfunction]
 #[pyo3(signature = (config, params, tokens, targets, *, samples, progress))]
 pub fn transformer_value_and_grad<'py>(
@@ -229,7 +233,7 @@ pub fn transformer_value_and_grad<'py>(
     targets: PyReadonlyArrayDyn<'py, u32>,
     samples: usize,
     progress: Option<&Bound<'py, PyAny>>,
-) -> Result<(f64, Bound<'py, PyDict>, Vec<Option<Estimate>>)> {
+) -> Result<(f64, Bound<'py, PyDict>, Vec<LayerReport<'py>>)> {
     let config = config.config()?;
     by_dtype!(first(&params)?, T => {
         let views = ParamViews::<T>::new(&params)?;
@@ -239,8 +243,10 @@ pub fn transformer_value_and_grad<'py>(
         let (loss, Backward { grads, reports, .. }) = run(py, progress, |ctx| {
             transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)
         })?;
-        let errors = reports.iter().map(|report| report.error.map(estimate)).collect();
-        Ok((loss, named(py, &config, grads)?, errors))
+        let layers = (reports.iter())
+            .map(|report| Ok((report.error.map(estimate), plan::reports(py, &report.heads)?)))
+            .collect::<Result<_>>()?;
+        Ok((loss, named(py, &config, grads)?, layers))
     })
 }
 

@@ -27,10 +27,12 @@ use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded}
 use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
+use crate::engine::Planned;
 use crate::error::{Error, Result, expect_len};
 use crate::real::Real;
 use crate::rows::Rows;
 use crate::tile::view;
+use crate::tolerance::HeadReport;
 
 /// The projections around attention.
 #[derive(Debug, Clone)]
@@ -133,7 +135,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         dx: &mut [T],
     ) -> Result<BTreeMap<&'static str, Vec<T>>> {
         let inside = self.inside(ctx, x)?;
-        self.pull_back(ctx, x, &inside, dy, dx)
+        Ok(self.pull_back(ctx, x, &inside, dy, 0, dx)?.0)
     }
 
     /// Everything up to the heads' outputs.
@@ -178,15 +180,17 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         Ok(())
     }
 
-    /// [`backward`](Self::backward), given what the forward pass computed.
+    /// [`backward`](Self::backward), given what the forward pass computed; and a report of each head, as from
+    /// [`Attention::backward`].
     pub(crate) fn pull_back(
         &self,
         ctx: &Context,
         x: &Rows<'_, T>,
         inside: &Inside<T>,
         dy: &Rows<'_, T>,
+        samples: usize,
         dx: &mut [T],
-    ) -> Result<BTreeMap<&'static str, Vec<T>>> {
+    ) -> Result<(BTreeMap<&'static str, Vec<T>>, Vec<HeadReport>)> {
         let Widths { h, h_kv, d, dv, e } = self.widths(x.d())?;
         let (batch, n) = (x.batch(), x.n());
         let rows = batch * n;
@@ -195,6 +199,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         let mut dq = vec![T::ZERO; rows * h * d];
         let mut dk = vec![T::ZERO; rows * h_kv * d];
         let mut dv = vec![T::ZERO; rows * h_kv * dv];
+        let mut reports = Vec::new();
         if let Some(saved) = &inside.saved {
             let dout = match self.weights {
                 Weights::Combined { .. } => None,
@@ -202,7 +207,8 @@ impl<'a, T: Real> SelfAttention<'a, T> {
             };
             let dout = dout.as_ref().map_or_else(|| dy.blocks().to_vec(), |dout| dout.views(n));
             let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
-            self.attention.backward(ctx, &inside.heads(x), saved, &inside.out.rows, &dout, grads)?;
+            let heads = inside.heads(x);
+            reports = self.attention.backward(ctx, &heads, saved, &inside.out.rows, &dout, samples, grads)?;
         }
         let (w_q, w_k, w_v, names) = match self.weights {
             Weights::Combined { w, w_v } => (w, None, w_v, ["w", "", "w_v"]),
@@ -232,7 +238,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 grads.insert("w_o", rounded(&sum));
             }
         }
-        Ok(grads)
+        Ok((grads, reports))
     }
 
     /// The widths, once they are known to fit `x` of width `width` and each other.
@@ -275,6 +281,11 @@ impl<T: Real> Inside<T> {
             v: self.v.views(x.n()),
             key_bias: None,
         }
+    }
+
+    /// The engines that were used within a tolerance.
+    pub(crate) fn planned(&self, attention: &Attention) -> Option<Planned> {
+        self.saved.as_ref()?.planned(attention)
     }
 
     /// Its output, head by head.

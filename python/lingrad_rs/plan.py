@@ -1,0 +1,245 @@
+"""What was chosen for each head within a tolerance, and how well it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
+from .errors import ArgumentError
+
+__all__ = ["ErrorEstimate", "HeadPlan", "Plan", "head_plans"]
+
+
+@dataclass(frozen=True)
+class ErrorEstimate:
+    """An estimate of a relative error ``||got - exact||_F / ||exact||_F`` from sampled rows.
+
+    Attributes
+    ----------
+    relative : float
+        The estimate.
+    low, high : float
+        The ends of its 95% confidence interval.
+    rows : int
+        How many rows were computed exactly.
+    """
+
+    relative: float
+    low: float
+    high: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What computes a head, what was expected of it, and what was measured.
+
+    Attributes
+    ----------
+    engine : Exact, Polynomial or Landmark
+        With all of its constants.
+    predicted_error : float or None
+        The largest relative error that was expected of out, and of dq where gradients are planned for.
+    measured_error : ErrorEstimate or None
+        The error of out; None for the exact engine.
+    errors : dict of str to ErrorEstimate
+        The same, and those of "dq", "dk", "dv" and "dkey_bias" once gradients have been computed; those of keys are of
+        all query heads that share them.
+    error_bound : float or None
+        The a-priori bound of the relative error of out, for a polynomial whose scores the norms keep small enough.
+    cost, exact_cost : float
+        The expected time of the engine and of exact attention, in seconds of one thread; for forward and backward where
+        gradients are planned for. NaN where the engine was given.
+    whole_sequence : tuple of str
+        With ``causal=True``, the constants of the engine that were taken from the whole sequence.
+    reason : str
+        Why this engine.
+    missed : str or None
+        What was tried before, and why the head was computed exactly then.
+    """
+
+    engine: Engine
+    predicted_error: float | None
+    measured_error: ErrorEstimate | None
+    error_bound: float | None
+    cost: float
+    exact_cost: float
+    whole_sequence: tuple[str, ...] = ()
+    reason: str = ""
+    missed: str | None = None
+    errors: Mapping[str, ErrorEstimate] = field(default_factory=dict)
+
+    @property
+    def engine_name(self) -> str:
+        """The engine in a few words."""
+        match self.engine:
+            case Polynomial(degree=degree):
+                return f"polynomial, degree {degree}"
+            case Landmark(rank=rank):
+                return f"{rank} landmarks"
+        return type(self.engine).__name__.lower()
+
+
+def head_plans(reports: Iterable[Mapping[str, Any]]) -> tuple[HeadPlan, ...]:
+    """Head plans from what the core reports."""
+    return tuple(_head_plan(dict(report)) for report in reports)
+
+
+def _head_plan(report: dict[str, Any]) -> HeadPlan:
+    errors = {name: ErrorEstimate(*estimate) for name, estimate in report.pop("errors")}
+    return HeadPlan(
+        engine=_engine(report.pop("engine")),
+        measured_error=errors.get("out"),
+        errors=errors,
+        whole_sequence=tuple(report.pop("whole_sequence")),
+        **report,
+    )
+
+
+def _engine(description: Mapping[str, Any]) -> Engine:
+    options = dict(description)
+    kind = options.pop("kind")
+    if kind == "Polynomial":
+        shift = options["shift"]
+        return Polynomial(**(options | {"shift": shift if isinstance(shift, str) else tuple(map(tuple, shift))}))
+    if kind == "Landmark":
+        constants = options.pop("constants", None)
+        return Landmark(**options, constants=None if constants is None else LandmarkConstants(**constants))
+    if kind == "Exact":
+        return Exact()
+    raise ArgumentError(f"a plan holds the engine {kind!r}, which is unknown")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine for each head, chosen within a tolerance by `lingrad_rs.plan_attention`; to be used again.
+
+    Each use is verified like a call with ``tol=``: what misses the tolerance is computed exactly, and ``vjp.heads`` says
+    that the plan is stale.
+
+    Attributes
+    ----------
+    auto : Auto
+        The tolerance, and how it was met.
+    heads : tuple of HeadPlan
+        One a head, leading axes flattened.
+    causal : bool
+    scale : float
+    shapes : tuple
+        Of q, k and v.
+    dtype : str
+    """
+
+    auto: Auto
+    heads: tuple[HeadPlan, ...]
+    causal: bool
+    scale: float
+    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    dtype: str
+
+    def attention(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Attention by the plan; see `lingrad_rs.attention`.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            The plan was made for data of another shape or dtype.
+        """
+        from .attention import by_plan
+
+        return by_plan(self, q, k, v, key_bias)
+
+    def attention_vjp(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], Any]:
+        """Attention and its pullback by the plan; see `lingrad_rs.attention_vjp`.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            The plan was made for data of another shape or dtype.
+        """
+        from .attention import vjp_by_plan
+
+        return vjp_by_plan(self, q, k, v, key_bias)
+
+    def __str__(self) -> str:
+        what = "out and gradients" if self.auto.gradients else "out"
+        mask = "causal" if self.causal else "full"
+        lines = [f"plan within {self.auto.tol:g} for {what}, {mask}, {self.dtype}, q {self.shapes[0]}, k {self.shapes[1]}"]
+        return "\n".join([*lines, *table(self.heads)])
+
+    def to_json(self) -> str:
+        """The plan as JSON, with every number to the last bit."""
+        plan = {
+            "lingrad_rs": "plan",
+            "auto": dataclasses.asdict(self.auto),
+            "heads": [_head_to_json(head) for head in self.heads],
+            "causal": self.causal,
+            "scale": self.scale,
+            "shapes": self.shapes,
+            "dtype": self.dtype,
+        }
+        return json.dumps(plan)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises
+        ------
+        ArgumentError
+            The text holds no plan.
+        """
+        try:
+            plan = json.loads(text)
+            if plan.pop("lingrad_rs") != "plan":
+                raise ValueError("another kind")
+            q, k, v = (tuple(shape) for shape in plan.pop("shapes"))
+            auto, heads = Auto(**plan.pop("auto")), head_plans(plan.pop("heads"))
+            return Plan(auto=auto, heads=heads, shapes=(q, k, v), **plan)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(f"the text holds no plan of lingrad_rs: {error}") from error
+
+
+def _head_to_json(head: HeadPlan) -> dict[str, Any]:
+    result = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
+    del result["measured_error"]
+    result["errors"] = [(name, dataclasses.astuple(estimate)) for name, estimate in head.errors.items()]
+    engine = {f.name: getattr(head.engine, f.name) for f in dataclasses.fields(head.engine)}
+    constants = engine.get("constants")
+    if constants is not None:
+        fields = {f.name: getattr(constants, f.name) for f in dataclasses.fields(constants)}
+        engine["constants"] = {k: x.tolist() if isinstance(x, np.ndarray) else x for k, x in fields.items()}
+    elif "constants" in engine:
+        del engine["constants"]
+    result["engine"] = {"kind": type(head.engine).__name__} | engine
+    return result
+
+
+def table(heads: Iterable[HeadPlan]) -> list[str]:
+    """Lines of text: a head each."""
+    lines = []
+    for i, head in enumerate(heads):
+        parts = [f"head {i}: {head.engine_name}"]
+        if head.predicted_error is not None:
+            parts.append(f"predicted error {head.predicted_error:.1e}")
+        parts += [f"{name} {e.relative:.1e} (to {e.high:.1e})" for name, e in head.errors.items()]
+        if head.error_bound is not None:
+            parts.append(f"bound {head.error_bound:.1e}")
+        if head.exact_cost == head.exact_cost:
+            parts.append(f"{1e3 * head.cost:.2f} ms of a thread, exact {1e3 * head.exact_cost:.2f} ms")
+        if head.whole_sequence:
+            parts.append(f"from the whole sequence: {', '.join(head.whole_sequence)}")
+        parts.append(head.missed or head.reason)
+        lines.append("; ".join(parts))
+    return lines

@@ -1,0 +1,430 @@
+//! Attention within a tolerance: what a plan chose is run, held against rows that are computed exactly, and computed
+//! exactly where it misses.
+//!
+//! The gradients of keys are held against exact ones *given the row sums* `D_i` and `delta_i` of the forward pass, whose
+//! own output has been held against exact rows: a relative error `eps` of those enters `dk` and `dv` as one of `eps`
+//! times numbers that average out over the queries.
+
+use faer::{Mat, MatRef};
+
+use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors, Saved, Upstream};
+use crate::context::Context;
+use crate::engine::{Auto, Engine};
+use crate::error::{Error, Result};
+use crate::exact;
+use crate::low_rank;
+use crate::monomials::Monomials;
+use crate::measure::{Draw, ErrorEstimate, KeyGradients, Queries, Weights, exact_rows, gather, key_gradients};
+use crate::plan::{HeadPlan, Moments, PolynomialWeights, compare, error_bound, plan_head};
+use crate::polynomial;
+use crate::real::Real;
+
+/// Rows, and keys, of each head that results are held against.
+pub(crate) const SAMPLES: usize = 64;
+
+/// Relative errors of a head's results, as far as they were measured. Those of dk, dv and the bias are of all query heads
+/// that share the keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Errors {
+    /// Of out.
+    pub out: Option<ErrorEstimate>,
+    /// Of dq.
+    pub dq: Option<ErrorEstimate>,
+    /// Of dk.
+    pub dk: Option<ErrorEstimate>,
+    /// Of dv.
+    pub dv: Option<ErrorEstimate>,
+    /// Of the gradient of the key bias, where there is one.
+    pub dkey_bias: Option<ErrorEstimate>,
+}
+
+/// What computed a head, and how well.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadReport {
+    /// The engine that computed it, and what was expected of it.
+    pub plan: HeadPlan,
+    /// The a-priori bound of the relative error of out, where there is one.
+    pub error_bound: Option<f64>,
+    /// What was measured.
+    pub errors: Errors,
+    /// What was tried before, and why it was not good enough.
+    pub missed: Option<String>,
+}
+
+impl HeadReport {
+    fn new(plan: HeadPlan) -> Self {
+        Self { plan, error_bound: None, errors: Errors::default(), missed: None }
+    }
+
+    /// Of an engine that somebody else chose.
+    pub(crate) fn of(engine: Engine) -> Self {
+        Self::new(HeadPlan {
+            engine,
+            predicted_error: None,
+            cost: f64::NAN,
+            exact_cost: f64::NAN,
+            whole_sequence: Vec::new(),
+            reason: "given".into(),
+        })
+    }
+
+    fn now_exact(&mut self, missed: String) {
+        self.plan.engine = Engine::Exact;
+        self.plan.whole_sequence.clear();
+        self.errors = Errors::default();
+        self.error_bound = None;
+        self.missed = Some(missed);
+    }
+}
+
+/// An error that another engine may not make: anything else is passed on.
+fn of_the_engine<R>(result: Result<R>) -> Result<std::result::Result<R, String>> {
+    match result {
+        Ok(value) => Ok(Ok(value)),
+        Err(Error::Denominator(text) | Error::NonFinite(text)) => Ok(Err(text)),
+        Err(other) => Err(other),
+    }
+}
+
+/// One head's forward pass within a tolerance, by the engine of a plan, or by one that is planned now.
+pub(crate) fn forward<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    attention: &Attention,
+    auto: &Auto,
+    given: Option<&HeadPlan>,
+    out: &mut [T],
+    row_max: &mut [T],
+    row_scale: &mut [T],
+) -> Result<(Constants<T>, HeadReport)> {
+    let (plan, probed) = match given {
+        Some(plan) => (plan.clone(), None),
+        None => plan_head(ctx, head, attention, auto)?,
+    };
+    let stale = if given.is_some() { "the plan is stale: " } else { "" };
+    let mut report = HeadReport::new(plan);
+    if report.plan.engine != Engine::Exact {
+        let engine = report.plan.engine.clone();
+        let missed = match of_the_engine(attention.run_forward(ctx, head, &engine, None, out, row_max, row_scale))? {
+            Ok(constants) => {
+                let (draw, exact) = match probed {
+                    Some(probed) => (probed.draw, probed.out),
+                    None => {
+                        let draw = Draw::of_rows(head.q, SAMPLES, auto.seed ^ 0xF0);
+                        let exact = exact_rows(ctx, head, (attention.causal, attention.scale), &draw.rows, None)?.out;
+                        (draw, exact)
+                    }
+                };
+                let dv = head.v.ncols();
+                let error = draw.compare(&exact, |i, c| out[i * dv + c].to_f64());
+                if error.high <= auto.tol {
+                    report.errors.out = Some(error);
+                    if let Constants::Polynomial(constants) = &constants {
+                        report.error_bound = error_bound(head, attention.scale, constants, out);
+                    }
+                    return Ok((constants, report));
+                }
+                format!("{stale}{} errs by up to {:.1e} in out", name(&engine), error.high)
+            }
+            Err(text) => format!("{stale}{text}"),
+        };
+        report.now_exact(missed);
+    }
+    exact::forward(ctx, head, attention, out, row_max, row_scale)?;
+    Ok((Constants::Exact, report))
+}
+
+/// What an engine is called in reports.
+fn name(engine: &Engine) -> String {
+    match engine {
+        Engine::Polynomial(p) => format!("degree {}", p.degree),
+        Engine::Landmark(l) => format!("{} landmarks", l.rank),
+        _ => "exact".into(),
+    }
+}
+
+/// The gradients of one key head, and what it shares with the query heads `first..first + group`.
+pub(crate) struct Group<'a, 'b, T> {
+    pub heads: &'a Heads<'b, T>,
+    pub attention: &'a Attention,
+    pub saved: &'a Saved<T>,
+    /// Of all heads.
+    pub out: &'a [T],
+    pub dout: &'a [MatRef<'b, T>],
+    pub first: usize,
+    pub group: usize,
+    pub tree: Option<&'a Monomials>,
+}
+
+/// Exact gradients of sampled queries and keys of a group, and those of its polynomials.
+struct Check {
+    /// Of each query head, unless it is left out.
+    queries: Vec<Option<QueryCheck>>,
+    keys: Draw,
+    exact: KeyGradients,
+    /// Where every head is exact or a polynomial.
+    own: Option<KeyGradients>,
+}
+
+/// Sampled queries of a head.
+struct QueryCheck {
+    draw: Draw,
+    out: Mat<f64>,
+    dq: Mat<f64>,
+    /// The dq of the polynomial, by its definition.
+    own: Option<Mat<f64>>,
+}
+
+/// Measured errors of a group: of each head's dq, then of dk, dv and the bias.
+struct GroupErrors {
+    dq: Vec<Option<ErrorEstimate>>,
+    dk: ErrorEstimate,
+    dv: ErrorEstimate,
+    db: ErrorEstimate,
+}
+
+impl GroupErrors {
+    /// The worst error, and of what.
+    fn worst(&self, biased: bool) -> (f64, &'static str) {
+        let dq = self.dq.iter().flatten().map(|e| (e.high, "dq"));
+        let others = [(self.dk.high, "dk"), (self.dv.high, "dv"), (if biased { self.db.high } else { 0.0 }, "dkey_bias")];
+        dq.chain(others).fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
+    }
+}
+
+impl<T: Real> Group<'_, '_, T> {
+    /// Adds the gradients within a tolerance: `grads` are of the key head, `dq` of all its query heads. Returns a report
+    /// for each of those.
+    pub fn backward_within(
+        &self,
+        ctx: &Context,
+        auto: &Auto,
+        dq: &mut [T],
+        mut grads: HeadGrads<'_, T>,
+    ) -> Result<Vec<HeadReport>> {
+        let mut reports = self.saved.reports[self.first..self.first + self.group].to_vec();
+        if self.indices().all(|i| matches!(self.saved.constants[i], Constants::Exact)) {
+            self.backward(ctx, dq, &mut grads)?;
+            return Ok(reports);
+        }
+        let biased = grads.dkey_bias.is_some();
+        let check = Check::new(ctx, self, SAMPLES, auto.seed ^ 0xB0, true)?;
+        // Before anything is computed for all tokens: what the polynomials' own gradients are.
+        let mut missed = check.own_errors().and_then(|errors| too_large(&errors, biased, auto.tol));
+        if missed.is_none() {
+            match of_the_engine(self.backward(ctx, dq, &mut grads))? {
+                Ok(()) => {
+                    let errors = check.errors(self, dq, &grads);
+                    missed = too_large(&errors, biased, auto.tol);
+                    if missed.is_none() {
+                        for (report, dq) in reports.iter_mut().zip(&errors.dq) {
+                            report.set(&errors, *dq, biased);
+                        }
+                        return Ok(reports);
+                    }
+                }
+                Err(text) => missed = Some(text),
+            }
+        }
+        self.backward_exactly(ctx, dq, &mut grads)?;
+        for (report, i) in reports.iter_mut().zip(self.indices()) {
+            if !matches!(self.saved.constants[i], Constants::Exact) {
+                report.now_exact(format!(
+                    "the gradients of {}: {}",
+                    name(&report.plan.engine),
+                    missed.as_deref().unwrap_or("not usable")
+                ));
+            }
+        }
+        Ok(reports)
+    }
+
+    /// Adds the gradients, whatever they are worth, and measures them on so many queries and keys of each head.
+    pub fn backward_measured(
+        &self,
+        ctx: &Context,
+        samples: usize,
+        dq: &mut [T],
+        mut grads: HeadGrads<'_, T>,
+    ) -> Result<Vec<HeadReport>> {
+        self.backward(ctx, dq, &mut grads)?;
+        let check = Check::new(ctx, self, samples, 0, false)?;
+        let errors = check.errors(self, dq, &grads);
+        let biased = grads.dkey_bias.is_some();
+        let dv = self.heads.v[0].ncols();
+        let reports = self.indices().zip(&errors.dq).zip(&check.queries).map(|((i, dq), query)| {
+            let out = self.out_of(i);
+            let mut report = HeadReport::of(self.attention.engine.clone());
+            let of_out = |query: &QueryCheck| query.draw.compare(&query.out, |i, c| out[i * dv + c].to_f64());
+            report.errors.out = query.as_ref().map(of_out);
+            if let Constants::Polynomial(constants) = &self.saved.constants[i] {
+                report.error_bound = error_bound(&self.heads.head(i), self.attention.scale, constants, out);
+            }
+            report.set(&errors, *dq, biased);
+            report
+        });
+        Ok(reports.collect())
+    }
+
+    /// Adds the gradients by the engines of the forward pass.
+    pub fn backward(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
+        for (i, dq) in self.indices().zip(dq.chunks_mut(self.rows() * self.heads.q[0].ncols())) {
+            let out = self.out_of(i);
+            let (head, of) = (self.heads.head(i), (out, self.dout[i]));
+            self.attention.run_backward(ctx, &head, self.saved, of, self.tree, reborrow(dq, grads))?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the gradients by exact ones.
+    fn backward_exactly(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
+        grads.dk.fill(T::ZERO);
+        grads.dv.fill(T::ZERO);
+        if let Some(db) = &mut grads.dkey_bias {
+            db.fill(T::ZERO);
+        }
+        let n = self.rows();
+        for (i, dq) in self.indices().zip(dq.chunks_mut(n * self.heads.q[0].ncols())) {
+            let head = self.heads.head(i);
+            let mut own = vec![T::ZERO; n * head.v.ncols()];
+            let (mut max, mut scale) = (vec![T::ZERO; n], vec![T::ZERO; n]);
+            exact::forward(ctx, &head, self.attention, &mut own, &mut max, &mut scale)?;
+            let delta = crate::attention::delta(self.dout[i], &own);
+            let rows = RowFactors { max: &max, scale: &scale };
+            let up = Upstream { dout: self.dout[i], delta: &delta, rows };
+            exact::backward(ctx, &head, self.attention, up, reborrow(dq, grads))?;
+        }
+        Ok(())
+    }
+
+    fn indices(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.group
+    }
+
+    fn rows(&self) -> usize {
+        self.heads.q[0].nrows()
+    }
+
+    fn out_of(&self, i: usize) -> &[T] {
+        let len = self.rows() * self.heads.v[0].ncols();
+        &self.out[i * len..(i + 1) * len]
+    }
+}
+
+fn too_large(errors: &GroupErrors, biased: bool, tol: f64) -> Option<String> {
+    let (worst, of) = errors.worst(biased);
+    // Not a number is too large.
+    (!(worst <= tol)).then(|| format!("{of} errs by up to {worst:.1e}"))
+}
+
+fn reborrow<'a, T>(dq: &'a mut [T], grads: &'a mut HeadGrads<'_, T>) -> HeadGrads<'a, T> {
+    HeadGrads { dq, dk: &mut *grads.dk, dv: &mut *grads.dv, dkey_bias: grads.dkey_bias.as_deref_mut() }
+}
+
+impl HeadReport {
+    fn set(&mut self, errors: &GroupErrors, dq: Option<ErrorEstimate>, biased: bool) {
+        self.errors.dq = dq;
+        self.errors.dk = Some(errors.dk);
+        self.errors.dv = Some(errors.dv);
+        self.errors.dkey_bias = biased.then_some(errors.db);
+    }
+}
+
+impl Check {
+    /// On so many queries of each head, and keys. `sift`: the queries of exact heads are left out, and polynomials are
+    /// computed by their definition too.
+    fn new<T: Real>(ctx: &Context, of: &Group<'_, '_, T>, samples: usize, seed: u64, sift: bool) -> Result<Self> {
+        let options = (of.attention.causal, of.attention.scale);
+        let keys = Draw::of_rows(of.heads.head(of.first).k, samples, seed);
+        let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
+        for i in of.indices() {
+            let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
+            let (max, scale) = of.saved.rows(i);
+            let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
+            let delta = crate::attention::delta(of.dout[i], of.out_of(i));
+            let up = Queries { dout: of.dout[i], delta: &delta, log_sums: &log_sums };
+            let draw = Draw::of_rows(head.q, samples, seed ^ 1);
+            let dout = gather(of.dout[i], &draw.rows);
+            let by_definition = match (constants, of.saved.engine(i, of.attention)) {
+                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if sift => Some((constants, engine)),
+                _ => None,
+            };
+            let moments = match by_definition {
+                Some((own, engine)) => {
+                    let (settings, dout) = (polynomial::settings(engine), Some(&dout));
+                    Moments::new(ctx, &head, options, &draw.rows, &own.shifts, &settings, engine.degree, dout)?
+                        .map(|moments| (moments.exact(), moments.polynomial(&own.coefficients, settings.consistent)))
+                }
+                None => None,
+            };
+            let (out, dq, own_dq) = match moments {
+                Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
+                None if sift && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
+                None => {
+                    let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
+                    (exact.out, exact.dq, None)
+                }
+            };
+            queries.push(dq.map(|dq| QueryCheck { draw, out, dq, own: own_dq }));
+            let weights = by_definition
+                .map(|(own, engine)| PolynomialWeights::new(&head, of.attention, engine, own, &log_sums));
+            let weights = weights.as_ref().map(|weights| weights as &dyn Weights);
+            let (exact, mut own) = key_gradients(ctx, &head, options, &keys.rows, up, weights)?;
+            if matches!(constants, Constants::Exact) {
+                own = Some(exact.clone());
+            }
+            sums = Some(match sums {
+                None => (exact, own),
+                Some((mut total, total_own)) => {
+                    total.add(&exact);
+                    let both = total_own.zip(own).map(|(mut total, own)| {
+                        total.add(&own);
+                        total
+                    });
+                    (total, both)
+                }
+            });
+        }
+        let Some((exact, own)) = sums else {
+            return Err(Error::Argument("a group of no heads".into()));
+        };
+        Ok(Self { queries, keys, exact, own })
+    }
+
+    /// Those of the polynomials by their definition, where every head is one or exact.
+    fn own_errors(&self) -> Option<GroupErrors> {
+        let own = self.own.as_ref()?;
+        let dq = (self.queries.iter())
+            .map(|query| query.as_ref().and_then(|q| Some(compare(&q.draw, &q.dq, q.own.as_ref()?))))
+            .collect();
+        let keys = |exact: &Mat<f64>, got: &Mat<f64>| compare(&self.keys, exact, got);
+        Some(GroupErrors {
+            dq,
+            dk: keys(&self.exact.dk, &own.dk),
+            dv: keys(&self.exact.dv, &own.dv),
+            db: keys(&self.exact.db, &own.db),
+        })
+    }
+
+    /// Those of results.
+    fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> GroupErrors {
+        let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
+        let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
+            .map(|(query, dq)| {
+                query.as_ref().map(|query| query.draw.compare(&query.dq, |i, c| dq[i * d + c].to_f64()))
+            })
+            .collect();
+        let keys = |exact: &Mat<f64>, got: &[T], width: usize| {
+            self.keys.compare(exact, |j, c| got[j * width + c].to_f64())
+        };
+        GroupErrors {
+            dq,
+            dk: keys(&self.exact.dk, grads.dk, d),
+            dv: keys(&self.exact.dv, grads.dv, dv),
+            db: match &grads.dkey_bias {
+                Some(db) => keys(&self.exact.db, db, 1),
+                None => ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 },
+            },
+        }
+    }
+}
