@@ -72,13 +72,20 @@ def attention_forward(
 
 
 def attention_backward(
-    q: Array, k: Array, v: Array, key_bias: Array | None, state: core.AttentionState | None, dout: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    state: core.AttentionState | None,
+    dout: Array,
+    *,
+    samples: int,
 ) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
     """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
     if state is None:  # neither queries nor keys
         dkey_bias = None if key_bias is None else np.zeros(key_bias.shape, q.dtype)
         return (np.zeros(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(v.shape, q.dtype), dkey_bias), []
-    return core.attention_backward(q, k, v, key_bias, state, dout)
+    return core.attention_backward(q, k, v, key_bias, state, dout, samples=samples)
 
 
 def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:

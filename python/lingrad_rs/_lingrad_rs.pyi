@@ -95,7 +95,14 @@ def attention_forward(
     keep: bool,
 ) -> tuple[_Array, AttentionState | None]: ...
 def attention_backward(
-    q: _Array, k: _Array, v: _Array, key_bias: _Array | None, state: AttentionState, dout: _Array
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    key_bias: _Array | None,
+    state: AttentionState,
+    dout: _Array,
+    *,
+    samples: int,
 ) -> tuple[tuple[_Array, _Array, _Array, _Array | None], list[dict[str, Any]]]: ...
 def measure_error(
     q: _Array,

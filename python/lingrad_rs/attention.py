@@ -29,16 +29,25 @@ class Pullback:
     ----------
     heads : tuple of HeadPlan
         With a tolerance: the engine of each head (leading axes flattened) and its measured errors, those of gradients
-        after a call; of the last call, if there were many. Otherwise empty.
+        after a call; of the last call, if there were many. Without one, empty, or what a call with ``samples`` measured.
     """
 
-    def __init__(self, call: Callable[[NDArray[Any]], tuple[tuple[Any, ...], tuple[HeadPlan, ...]]], heads: Any) -> None:
+    def __init__(
+        self,
+        call: Callable[[NDArray[Any], int], tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]],
+        heads: tuple[HeadPlan, ...],
+    ) -> None:
         self._call = call
-        self.heads: tuple[HeadPlan, ...] = heads
+        self.heads = heads
 
-    def __call__(self, dout: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given."""
-        grads, heads = self._call(dout)
+    def __call__(self, dout: NDArray[Any], *, samples: int = 0) -> tuple[NDArray[Any], ...]:
+        """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given.
+
+        With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are also
+        computed exactly, the keys given the row sums of the forward pass, and `heads` tell the errors of out, dq, dk and
+        dv.
+        """
+        grads, heads = self._call(dout, _check.integer("samples", samples, 0))
         self.heads = heads or self.heads
         return grads
 
@@ -154,10 +163,10 @@ def _vjp(arrays: _Arrays, options: dict[str, Any]) -> tuple[NDArray[Any], Pullba
     out, state = backend.attention_forward(q, k, v, key_bias, **options, keep=True)
     shape = out.shape
 
-    def call(dout: NDArray[Any]) -> tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]:
+    def call(dout: NDArray[Any], samples: int) -> tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]:
         _, dout = _check.floats(q=q, dout=dout)
         _check.shape("dout", dout, shape, match=f"out of shape {shape}")
-        grads, reports = backend.attention_backward(q, k, v, key_bias, state, dout)
+        grads, reports = backend.attention_backward(q, k, v, key_bias, state, dout, samples=samples)
         return (grads if key_bias is not None else grads[:3]), head_plans(reports)
 
     return out, Pullback(call, () if state is None else head_plans(state.reports()))

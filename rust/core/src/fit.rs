@@ -15,7 +15,7 @@ use faer::prelude::Solve;
 use faer::{Mat, MatRef};
 
 use crate::error::{Error, Result};
-use crate::real::Real;
+use crate::real::{Real, vectorised};
 use crate::sample::stratified;
 
 /// Rows, and columns, of the sample at the most.
@@ -33,80 +33,101 @@ pub(crate) fn taylor(degree: usize) -> Vec<f64> {
     a
 }
 
-/// The fitted `a_0 .. a_degree` for the scores `scale q.k` of rows of `q` and `k`, both already shifted; keys later
-/// than the query are left out where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 (d + degree))`, whatever
-/// `n` and `m`.
-pub(crate) fn fit<T: Real>(
-    degree: usize,
-    (q, query_shift): (MatRef<'_, T>, &[T]),
-    (k, key_shift): (MatRef<'_, T>, &[T]),
-    weight: impl Fn(usize) -> f64,
-    scale: f64,
-    causal: bool,
-) -> Result<Vec<f64>> {
-    let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
-        Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
-    };
-    let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
-    columns.retain(|&j| weight(j) > 0.0);
-    let scores = faer::Scale(scale) * (shifted(q, &rows, query_shift) * shifted(k, &columns, key_shift).transpose());
-    let weights: Vec<f64> = columns.iter().map(|&j| weight(j)).collect();
-    // Of every pair that is seen: its score, the exponential of that, and (w / D)^2.
-    let (mut s, mut e, mut squares) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, &row) in rows.iter().enumerate() {
-        let start = s.len();
-        let seen = if causal { columns.partition_point(|&j| j <= row) } else { columns.len() };
-        s.extend((0..seen).map(|j| scores[(i, j)]));
-        e.extend(s[start..].iter().map(|s| s.exp()));
-        let sum: f64 = e[start..].iter().zip(&weights).map(|(e, w)| e * w).sum();
-        let largest = s[start..].iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
-        if largest > LARGEST_SCORE || !sum.is_finite() {
-            return Err(Error::Denominator(format!(
-                "coefficients=\"fitted\": sampled scores reach {largest:.3e}, far outside what a polynomial can follow; \
-                 use Exact()"
+/// Sampled scores, which polynomials of any degree are fitted to.
+pub(crate) struct Sample {
+    /// Of every pair that is seen: its score, the exponential of that, and (w / D)^2.
+    scores: Vec<f64>,
+    exponentials: Vec<f64>,
+    squares: Vec<f64>,
+    largest: f64,
+}
+
+impl Sample {
+    /// Of the scores `scale q.k` of rows of `q` and `k`, both less their shifts; keys later than the query are left out
+    /// where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 d)`, whatever `n` and `m`.
+    pub fn new<T: Real>(
+        (q, query_shift): (MatRef<'_, T>, &[T]),
+        (k, key_shift): (MatRef<'_, T>, &[T]),
+        weight: impl Fn(usize) -> f64,
+        scale: f64,
+        causal: bool,
+    ) -> Result<Self> {
+        let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
+            Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
+        };
+        let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
+        columns.retain(|&j| weight(j) > 0.0);
+        let scores = faer::Scale(scale) * (shifted(k, &columns, key_shift) * shifted(q, &rows, query_shift).transpose());
+        let weights: Vec<f64> = columns.iter().map(|&j| weight(j)).collect();
+        let (mut s, mut e, mut squares) = (Vec::<f64>::new(), Vec::<f64>::new(), Vec::<f64>::new());
+        for (i, &row) in rows.iter().enumerate() {
+            let start = s.len();
+            let seen = if causal { columns.partition_point(|&j| j <= row) } else { columns.len() };
+            s.extend(scores.col(i).iter().take(seen));
+            let largest = s[start..].iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
+            if !(largest <= LARGEST_SCORE) {
+                return Err(Error::Denominator(format!(
+                    "coefficients=\"fitted\": sampled scores reach {largest:.3e}, far outside what a polynomial can \
+                     follow; use Exact()"
+                )));
+            }
+            let by = largest.exp();
+            e.extend_from_slice(&s[start..]);
+            vectorised(
+                #[inline(always)]
+                || e[start..].iter_mut().for_each(|e| *e = (*e - largest).exp_nonpositive() * by),
+            );
+            let sum: f64 = e[start..].iter().zip(&weights).map(|(e, w)| e * w).sum();
+            let by = if sum > 0.0 { sum } else { 1.0 };
+            squares.extend(weights[..seen].iter().map(|w| (w / by) * (w / by)));
+        }
+        let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
+        Ok(Self { scores: s, exponentials: e, squares, largest })
+    }
+
+    /// The fitted `a_0 .. a_degree`.
+    pub fn fit(&self, degree: usize) -> Result<Vec<f64>> {
+        let s = &self.scores;
+        let mut a = taylor(degree);
+        if self.largest.powi(degree as i32 + 1) < f64::EPSILON {
+            return Ok(a); // Taylor's polynomial is exact to the last bit here.
+        }
+        // Normal equations for the differences from Taylor's coefficients, in the variable t = s / (root mean square of
+        // s), every unknown scaled so that the diagonal is 1. Their matrix holds the moments sum (w / D)^2 t^(i + j).
+        let count = degree + 1;
+        let rms = (s.iter().map(|s| s * s).sum::<f64>() / s.len() as f64).sqrt();
+        let mut residuals = self.exponentials.clone();
+        for (e, s) in residuals.iter_mut().zip(s) {
+            *e -= a.iter().rev().fold(0.0, |p, a| p * s + a);
+        }
+        let mut powers = self.squares.clone();
+        let (mut moments, mut wanted) = (vec![0.0; 2 * count - 1], Mat::<f64>::zeros(count, 1));
+        for (k, moment) in moments.iter_mut().enumerate() {
+            *moment = powers.iter().sum();
+            if k < count {
+                wanted[(k, 0)] = powers.iter().zip(&residuals).map(|(power, residual)| power * residual).sum();
+            }
+            powers.iter_mut().zip(s).for_each(|(power, s)| *power *= s / rms);
+        }
+        let mut gram = Mat::from_fn(count, count, |i, j| moments[i + j]);
+        let size: Vec<f64> = (0..count).map(|i| gram[(i, i)].sqrt()).collect();
+        for i in 0..count {
+            wanted[(i, 0)] /= size[i];
+            for j in 0..=i {
+                gram[(i, j)] /= size[i] * size[j];
+            }
+            gram[(i, i)] += RIDGE;
+        }
+        let Ok(factor) = gram.llt(faer::Side::Lower) else {
+            return Err(Error::Argument(format!(
+                "coefficients=\"fitted\": the sampled scores do not determine a polynomial of degree {degree}; use a \
+                 lower degree or coefficients=\"taylor\""
             )));
+        };
+        let delta = factor.solve(wanted);
+        for (j, a) in a.iter_mut().enumerate() {
+            *a += delta[(j, 0)] / (size[j] * rms.powi(j as i32));
         }
-        let by = if sum > 0.0 { sum } else { 1.0 };
-        squares.extend(weights[..seen].iter().map(|w| (w / by) * (w / by)));
+        Ok(a)
     }
-    let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
-    let mut a = taylor(degree);
-    if largest.powi(degree as i32 + 1) < f64::EPSILON {
-        return Ok(a); // Taylor's polynomial is exact to the last bit here.
-    }
-    // Normal equations for the differences from Taylor's coefficients, in the variable t = s / (root mean square of s),
-    // every unknown scaled so that the diagonal is 1. Their matrix holds the moments sum (w / D)^2 t^(i + j).
-    let count = degree + 1;
-    let rms = (s.iter().map(|s| s * s).sum::<f64>() / s.len() as f64).sqrt();
-    for (e, s) in e.iter_mut().zip(&s) {
-        *e -= a.iter().rev().fold(0.0, |p, a| p * s + a);
-    }
-    let (mut moments, mut wanted) = (vec![0.0; 2 * count - 1], Mat::<f64>::zeros(count, 1));
-    for (k, moment) in moments.iter_mut().enumerate() {
-        *moment = squares.iter().sum();
-        if k < count {
-            wanted[(k, 0)] = squares.iter().zip(&e).map(|(power, residual)| power * residual).sum();
-        }
-        squares.iter_mut().zip(&s).for_each(|(power, s)| *power *= s / rms);
-    }
-    let mut gram = Mat::from_fn(count, count, |i, j| moments[i + j]);
-    let size: Vec<f64> = (0..count).map(|i| gram[(i, i)].sqrt()).collect();
-    for i in 0..count {
-        wanted[(i, 0)] /= size[i];
-        for j in 0..=i {
-            gram[(i, j)] /= size[i] * size[j];
-        }
-        gram[(i, i)] += RIDGE;
-    }
-    let Ok(factor) = gram.llt(faer::Side::Lower) else {
-        return Err(Error::Argument(format!(
-            "coefficients=\"fitted\": the sampled scores do not determine a polynomial of degree {degree}; use a lower \
-             degree or coefficients=\"taylor\""
-        )));
-    };
-    let delta = factor.solve(wanted);
-    for (j, a) in a.iter_mut().enumerate() {
-        *a += delta[(j, 0)] / (size[j] * rms.powi(j as i32));
-    }
-    Ok(a)
 }

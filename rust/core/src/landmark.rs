@@ -48,7 +48,7 @@ const JUDGE: [usize; 2] = [128, 512];
 /// Below this remainder, relative to 1, a point is resolved by the landmarks.
 const RESOLVED: f64 = 1e-14;
 /// Ridges that are tried, relative to the mean diagonal.
-const RIDGES: [f64; 3] = [1e-7, 1e-10, 1e-13];
+const RIDGES: [f64; 2] = [1e-8, 1e-13];
 /// The largest part of a tile of tokens.
 const LONGEST_TILE: usize = 128;
 
@@ -348,13 +348,29 @@ impl<'a, T: Real> Sample<'a, T> {
             .collect()
     }
 
+    /// `g(x_i, y_j)`.
     fn kernel(&self, x: &Mat<f64>, y: &Mat<f64>) -> Mat<f64> {
-        let products = x * y.transpose();
+        let mut kernel = x * y.transpose();
         let squares = |x: &Mat<f64>| (0..x.nrows()).map(|i| square(x.row(i).iter())).collect::<Vec<_>>();
         let (xx, yy) = (squares(x), squares(y));
-        Mat::from_fn(x.nrows(), y.nrows(), |i, j| {
-            (self.scale.abs() * (products[(i, j)] - (xx[i] + yy[j]) / 2.0).min(0.0)).exp()
-        })
+        for (column, y) in kernel.col_iter_mut().zip(yy) {
+            let column = column.try_as_col_major_mut().expect("a matrix is stored by columns").as_slice_mut();
+            self.gaussian(column, &xx, y);
+        }
+        kernel
+    }
+
+    /// Turns `x_i.y` into `g(x_i, y)`, given the squares of both.
+    fn gaussian(&self, products: &mut [f64], xx: &[f64], yy: f64) {
+        let c = self.scale.abs();
+        vectorised(
+            #[inline(always)]
+            || {
+                for (x, square) in products.iter_mut().zip(xx) {
+                    *x = (c * (*x - (square + yy) / 2.0)).exp_nonpositive();
+                }
+            },
+        );
     }
 
     /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample. Fewer where the sample is
@@ -383,8 +399,8 @@ impl<'a, T: Real> Sample<'a, T> {
             let landmarks = Mat::from_fn(pivots.len(), pool.ncols(), |i, c| pool[(pivots[i], c)]);
             let scaled = |x: &Mat<f64>, by: &[f64]| {
                 let mut features = self.kernel(x, &landmarks);
-                for (i, by) in by.iter().enumerate() {
-                    features.row_mut(i).iter_mut().for_each(|x| *x *= *by);
+                for column in features.col_iter_mut() {
+                    column.iter_mut().zip(by).for_each(|(x, by)| *x *= by);
                 }
                 features
             };
@@ -453,9 +469,7 @@ impl<'a, T: Real> Sample<'a, T> {
             }
             let p = x.row(pivot);
             let mut column: Vec<f64> = (x * p.transpose()).iter().copied().collect();
-            for (column, square) in column.iter_mut().zip(&squares) {
-                *column = (self.scale.abs() * (*column - (square + squares[pivot]) / 2.0).min(0.0)).exp();
-            }
+            self.gaussian(&mut column, &squares, squares[pivot]);
             for before in &factor {
                 let by = before[pivot];
                 column.iter_mut().zip(before).for_each(|(x, b)| *x -= by * b);
@@ -608,19 +622,19 @@ fn relative(got: &Mat<f64>, want: &Mat<f64>) -> f64 {
 fn normalise(kernel: &mut Mat<f64>, log_weights: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let level = log_weights.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
     let weights: Vec<f64> = log_weights.iter().map(|w| (w - level).exp()).collect();
-    let rows = (0..kernel.nrows())
-        .map(|i| {
-            let mut sum = 0.0;
-            for (x, w) in kernel.row_mut(i).iter_mut().zip(&weights) {
-                *x *= w;
-                sum += *x;
-            }
-            // A query that no sampled key reaches has no say.
-            let by = if sum > f64::MIN_POSITIVE { 1.0 / sum } else { 0.0 };
-            kernel.row_mut(i).iter_mut().for_each(|x| *x *= by);
-            by
-        })
-        .collect();
+    // Column by column, as a matrix is stored.
+    let mut rows = vec![0.0; kernel.nrows()];
+    for (column, w) in kernel.col_iter_mut().zip(&weights) {
+        for (x, sum) in column.iter_mut().zip(&mut rows) {
+            *x *= w;
+            *sum += *x;
+        }
+    }
+    // A query that no sampled key reaches has no say.
+    rows.iter_mut().for_each(|sum| *sum = if *sum > f64::MIN_POSITIVE { 1.0 / *sum } else { 0.0 });
+    for column in kernel.col_iter_mut() {
+        column.iter_mut().zip(&rows).for_each(|(x, by)| *x *= by);
+    }
     (rows, weights)
 }
 

@@ -46,6 +46,12 @@ const PLANNING: f64 = 0.1;
 const DRAWING: f64 = 0.06;
 /// How far below the tolerance landmarks must lie on their sample, which is not the whole head.
 const LANDMARK_MARGIN: f64 = 0.5;
+/// What a polynomial costs, relative to exact attention, where it is cheap, and how far below the tolerance it should
+/// then lie for gradients.
+const CHEAP: f64 = 0.1;
+const ROOM: f64 = 0.4;
+/// A gradient is nothing but rounding below so many units of that, relative to what its factors might give.
+const ROUNDING: f64 = 32.0;
 /// Means below this part of the root mean square are left where they are.
 const SMALL_MEAN: f64 = 0.05;
 /// Beyond this bound of the scores no polynomial is considered.
@@ -262,7 +268,7 @@ pub(crate) fn plan_head<T: Real>(
     }
     let shift = if strict { None } else { shift(head) };
     let (polynomial, probed) =
-        best_polynomial(ctx, head, attention, auto, shift.as_ref(), degrees, engine)?;
+        best_polynomial(ctx, head, attention, auto, shift.as_ref(), &costs[..degrees], CHEAP * exact_cost, engine)?;
     if let Some((chosen, error)) = &polynomial.best {
         plan.cost = costs[chosen.degree - 1];
         plan.predicted_error = Some(*error);
@@ -318,10 +324,12 @@ fn best_polynomial<T: Real>(
     attention: &Attention,
     auto: &Auto,
     shift: Option<&[Vec<f64>; 2]>,
-    degrees: usize,
+    costs: &[f64],
+    cheap: f64,
     engine: impl Fn(usize) -> Polynomial,
 ) -> Result<(BestPolynomial, Option<Probed>)> {
     let none = |reason: String| BestPolynomial { best: None, reason };
+    let degrees = costs.len();
     if degrees == 0 {
         return Ok((none("polynomials cost too much at this width".into()), None));
     }
@@ -338,27 +346,42 @@ fn best_polynomial<T: Real>(
         return Ok((none("scores too large for any polynomial".into()), None));
     };
     let (out, dq) = moments.exact();
+    if let Some(dq) = &dq {
+        // Rounding is all that such a gradient has: no engine but the exact one errs as that does.
+        let longest = |x| longest_row(x, |_| 0.0);
+        let natural = attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
+        if dq.norm_l2() <= ROUNDING * epsilon::<T>() * natural {
+            return Ok((none("the gradients of queries vanish".into()), None));
+        }
+    }
     let mut tried = Vec::new();
     let mut best = None;
+    let strict = engine(1).coefficients == Coefficients::Fitted;
+    let sample = match polynomial::fit_sample(head, attention, &shifts, strict) {
+        Ok(sample) => sample,
+        Err(Error::Cancelled) => return Err(Error::Cancelled),
+        Err(_) => return Ok((none("scores too large for any polynomial".into()), None)),
+    };
     for degree in 1..=degrees {
         let mut candidate = Polynomial { shift: given.clone(), ..engine(degree) };
-        let fitted = Polynomial { coefficients: Coefficients::Fitted, ..candidate.clone() };
-        let coefficients = match polynomial::coefficients(head, attention, &fitted, &shifts, candidate.coefficients == Coefficients::Fitted) {
-            Ok(coefficients) => coefficients,
-            Err(Error::Cancelled) => return Err(Error::Cancelled),
-            Err(_) => continue,
-        };
+        let Ok(coefficients) = sample.fit(degree) else { continue };
         let Some((got, got_dq)) = moments.polynomial(&coefficients, false) else { continue };
         let mut high = compare(&draw, &out, &got).high;
         if let (Some(dq), Some(got)) = (&dq, &got_dq) {
             high = high.max(compare(&draw, dq, got).high);
         }
         tried.push(format!("{degree}: {high:.1e}"));
-        if high <= auto.tol {
-            if candidate.coefficients != Coefficients::Fitted {
+        // The gradients of keys are not known yet: where it costs little, they are given room.
+        let room = auto.gradients && costs[degree - 1] <= cheap;
+        if high <= auto.tol && (best.is_none() || room) {
+            if !strict {
                 candidate.coefficients = Coefficients::Given(coefficients);
             }
             best = Some((candidate, high));
+        }
+        let next_is_cheap = costs.get(degree).is_some_and(|&cost| cost <= cheap);
+        let enough = if auto.gradients && next_is_cheap { ROOM * auto.tol } else { auto.tol };
+        if best.as_ref().is_some_and(|best| best.1 <= enough) {
             break;
         }
     }
@@ -579,6 +602,11 @@ impl<'a> Moments<'a> {
         });
         (out, dq)
     }
+}
+
+/// A unit in the last place of 1.
+fn epsilon<T>() -> f64 {
+    if size_of::<T>() == 4 { f64::from(f32::EPSILON) } else { f64::EPSILON }
 }
 
 /// The length of the longest row, less `by`.

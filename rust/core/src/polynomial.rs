@@ -94,7 +94,7 @@ pub(crate) fn forward<T: Real>(
     row_scale: &mut [T],
 ) -> Result<Constants<T>> {
     let shifts = shifts(head, &engine.shift)?;
-    let coefficients = coefficients(head, attention, engine, &shifts, attention.causal)?;
+    let coefficients = coefficients(head, attention, engine, &shifts)?;
     let features = Features::Monomials(tree);
     let pass = Pass::new(ctx, head, settings(engine), attention.scale, features, &coefficients, &shifts)?;
     let mut key_state = None;
@@ -156,34 +156,39 @@ pub(crate) fn shifts<T: Real>(head: &Head<'_, T>, shift: &Shift) -> Result<Shift
     })
 }
 
-/// `a_0 .. a_g`; a fit sees the first [`PREFIX`] tokens only where `prefix`.
-pub(crate) fn coefficients<T: Real>(
+/// `a_0 .. a_g`.
+fn coefficients<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
     engine: &engine::Polynomial,
     shifts: &Shifts<T>,
-    prefix: bool,
 ) -> Result<Vec<f64>> {
-    let degree = engine.degree;
     match &engine.coefficients {
-        Coefficients::Taylor => Ok(fit::taylor(degree)),
+        Coefficients::Taylor => Ok(fit::taylor(engine.degree)),
         Coefficients::Given(a) => Ok(a.clone()),
-        Coefficients::Fitted => {
-            // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
-            let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-            let biases = biases(head, attention.scale, shifts, 0.0)?;
-            let keys = seen(head.k.nrows());
-            let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b[j]);
-            let level = (0..keys).map(bias).fold(f64::NEG_INFINITY, f64::max);
-            let weight = |j: usize| if bias(j) == f64::NEG_INFINITY { 0.0 } else { (bias(j) - level).exp() };
-            fit::fit(
-                degree,
-                (head.q.subrows(0, seen(head.q.nrows())), &shifts.query),
-                (head.k.subrows(0, keys), &shifts.key),
-                weight,
-                attention.scale,
-                attention.causal,
-            )
-        }
+        // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
+        Coefficients::Fitted => fit_sample(head, attention, shifts, attention.causal)?.fit(engine.degree),
     }
+}
+
+/// The scores that coefficients are fitted to; of the first [`PREFIX`] tokens only where `prefix`.
+pub(crate) fn fit_sample<T: Real>(
+    head: &Head<'_, T>,
+    attention: &Attention,
+    shifts: &Shifts<T>,
+    prefix: bool,
+) -> Result<fit::Sample> {
+    let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
+    let biases = biases(head, attention.scale, shifts, 0.0)?;
+    let keys = seen(head.k.nrows());
+    let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b[j]);
+    let level = (0..keys).map(bias).fold(f64::NEG_INFINITY, f64::max);
+    let weight = |j: usize| if bias(j) == f64::NEG_INFINITY { 0.0 } else { (bias(j) - level).exp() };
+    fit::Sample::new(
+        (head.q.subrows(0, seen(head.q.nrows())), &shifts.query),
+        (head.k.subrows(0, keys), &shifts.key),
+        weight,
+        attention.scale,
+        attention.causal,
+    )
 }

@@ -1,7 +1,12 @@
 //! The engines against the float64 oracle: out and every gradient, both dtypes, all options.
 
+use std::sync::Arc;
+
 use faer::{ColRef, Mat};
-use lingrad_core::engine::{Coefficients, Diagonal, Engine, Gradient, Polynomial, Shift};
+use faer::prelude::Solve;
+use lingrad_core::engine::{
+    Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift,
+};
 use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
@@ -163,6 +168,7 @@ fn check<T: Real>(case: &Case, limit: f64) {
             };
             Some((a, p.gradient))
         }
+        other => panic!("the oracle knows no {other:?}"),
     };
     let expected = oracle(case, &Data::draw(case), polynomial.as_ref().map(|(a, g)| (&a[..], *g)));
     let got = run(case, &Data::<T>::draw(case)).unwrap();
@@ -263,7 +269,7 @@ fn errors_with_bias<T: Real>(case: &Case, bias: impl Fn(usize) -> f64) -> Vec<f6
     data.bias = Some(vec![(0..case.m).map(|j| T::of(bias(j))).collect()]);
     let polynomial = match &case.attention.engine {
         Engine::Polynomial(p) => Some((&[1.0, 1.0, 0.5][..], p.gradient)),
-        Engine::Exact => None,
+        _ => None,
     };
     let (got, expected) = (run(case, &data).unwrap(), oracle(case, &wide, polynomial));
     let error =
@@ -402,7 +408,7 @@ fn consistent_gradient_passes_central_differences() {
                     degree,
                     gradient: Gradient::Consistent,
                     diagonal,
-                    shift,
+                    shift: shift.clone(),
                     window: 20,
                     ..Default::default()
                 };
@@ -647,5 +653,67 @@ proptest! {
         let m = if causal { n } else { m };
         let case = Case { n, m, d, dv, group, heads, bias: bias && m > 1, attention, size: 0.4, seed };
         check::<f64>(&case, 1e-9); // a few rows may lie near a small denominator
+    }
+}
+
+/// Constants of landmarks among points of the size of a case's queries and keys.
+fn landmark_constants(case: &Case) -> LandmarkConstants {
+    let (r, d, scale) = (12, case.d, case.attention.scale);
+    let number = |i: usize| ((i * 7919 + 13) % 1009) as f64 / 1009.0 - 0.5;
+    let points = Mat::from_fn(r, d, |i, c| 2.0 * case.size * number(i * d + c));
+    let kernel = Mat::from_fn(r, r, |i, j| {
+        let square: f64 = (0..d).map(|c| (points[(i, c)] - points[(j, c)]).powi(2)).sum();
+        (-scale.abs() / 2.0 * square).exp() + if i == j { 1e-2 } else { 0.0 }
+    });
+    let inverse = kernel.llt(faer::Side::Lower).unwrap().solve(Mat::<f64>::identity(r, r));
+    let rows = |x: &Mat<f64>| (0..x.nrows()).flat_map(|i| (0..x.ncols()).map(move |c| x[(i, c)])).collect();
+    LandmarkConstants {
+        scale,
+        query_shift: (0..d).map(|c| 0.1 * number(c + 90)).collect(),
+        key_shift: (0..d).map(|c| 0.1 * number(c + 70)).collect(),
+        balance: 1.2,
+        landmarks: rows(&points),
+        matrix: rows(&inverse),
+    }
+}
+
+#[test]
+fn gradients_with_constant_shifts_and_of_landmarks_pass_central_differences() {
+    for causal in [false, true] {
+        let number = |i: usize| ((i * 31 + 7) % 17) as f64 / 17.0 - 0.5;
+        let case = Case { size: 0.5, bias: true, ..Case::new(Engine::Exact, 300, causal) };
+        let shifted = Polynomial {
+            gradient: Gradient::Consistent,
+            shift: Shift::Given {
+                query: (0..case.d).map(number).collect(),
+                key: (0..case.d).map(|c| number(c + 40)).collect(),
+            },
+            window: 20,
+            ..Default::default()
+        };
+        let constants = Some(Arc::new(landmark_constants(&case)));
+        for engine in [Engine::Polynomial(shifted), Engine::Landmark(Landmark { rank: 12, seed: 0, constants })] {
+            let case = Case { attention: Attention { engine, ..case.attention.clone() }, ..case.clone() };
+            let error = consistent_gradient_error(&case);
+            assert!(error <= 1e-6, "{error:.2e} in {case:?}");
+        }
+    }
+}
+
+#[test]
+fn many_landmarks_give_exact_attention() {
+    for causal in [false, true] {
+        let engine = Engine::Landmark(Landmark { rank: 512, seed: 3, constants: None });
+        let case = Case { size: 0.6, bias: true, ..Case::new(engine, 1500, causal) };
+        let data = Data::<f64>::draw(&case);
+        let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+        let (got, expected) = (run(&case, &data).unwrap(), oracle(&exact, &data, None));
+        let errors = [
+            relative_error(&got.out, &expected.out),
+            relative_error(&got.dq, &expected.dq),
+            relative_error(&got.dk, &expected.dk),
+            relative_error(&got.dv, &expected.dv),
+        ];
+        assert!(errors.iter().all(|&error| error <= 0.05), "causal = {causal}: {errors:?}");
     }
 }

@@ -127,8 +127,10 @@ type Gradients<'py> = (
     Vec<Bound<'py, PyDict>>,
 );
 
-/// The gradients, from the inputs and the state of their forward pass.
+/// The gradients, from the inputs and the state of their forward pass; without a tolerance and with `samples > 0` their
+/// errors are measured on so many queries and keys of each head.
 #[pyfunction]
+#[pyo3(signature = (q, k, v, key_bias, state, dout, *, samples))]
 pub fn attention_backward<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
@@ -137,6 +139,7 @@ pub fn attention_backward<'py>(
     key_bias: Option<Any<'_, 'py>>,
     state: &AttentionState,
     dout: Any<'_, 'py>,
+    samples: usize,
 ) -> Result<Gradients<'py>> {
     by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
@@ -154,7 +157,7 @@ pub fn attention_backward<'py>(
             dv: dv.entries(),
             dkey_bias: dkey_bias.as_mut().map(Output::entries),
         };
-        let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, 0, grads))?;
+        let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, samples, grads))?;
         let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
         Ok((grads, plan::reports(py, &reports)?))
     })
