@@ -89,7 +89,8 @@ def test_measured_error_of_all_rows_is_the_error(heads, causal, backend, rng):
 def test_measured_error_of_sampled_rows_has_the_error_in_its_interval(causal, backend, rng):
     arrays, out, error = output_with_error(backend, rng, ((4,), (2,)), causal)
     estimates = [lg.measure_error(**arrays, out=out, samples=60, causal=causal, seed=seed) for seed in range(40)]
-    assert all(e.rows == 60 and e.low <= e.relative <= e.high for e in estimates)
+    # A row may be drawn twice.
+    assert all(50 <= e.rows <= 60 and e.low <= e.relative <= e.high for e in estimates)
     inside = sum(e.low <= error <= e.high for e in estimates)
     assert inside >= INTERVALS_THAT_HOLD * len(estimates)
     assert len(set(estimates)) > 1

@@ -228,7 +228,7 @@ def test_report_tells_each_layer_s_engine_error_and_gradient_norm(causal, rng):
         own = [np.sum(x**2) for name, x in grads.items() if name.startswith(f"layers.{i}.")]
         assert relative_error(layer.grad_norm, math.sqrt(sum(own))) <= SAME_MODEL
         assert layer.engine == Polynomial()
-        assert layer.measured_error.rows == 300
+        assert 270 <= layer.measured_error.rows <= 300  # a row may be drawn twice
         assert 0 < layer.measured_error.low <= layer.measured_error.relative <= layer.measured_error.high < 1
     exact = lg.Transformer(dataclasses.replace(model.config, engine=Exact()), model.params)
     assert all(layer.measured_error.relative <= SAME_MODEL for layer in exact.gradient_report(tokens, targets).layers)
