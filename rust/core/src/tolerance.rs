@@ -22,6 +22,9 @@ use crate::real::Real;
 /// Rows, and keys, of each head that results are held against.
 pub(crate) const SAMPLES: usize = 64;
 
+/// What costs less than this, relative to exact attention, is run at once, and checked afterwards alone.
+const SIFTED: f64 = 0.08;
+
 /// Relative errors of a head's results, as far as they were measured. Those of dk, dv and the bias are of all query heads
 /// that share the keys.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -166,6 +169,15 @@ struct Check {
     own: Option<KeyGradients>,
 }
 
+/// What a check is for.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    /// Whether the queries of exact heads are checked too.
+    exact_heads: bool,
+    /// Whether polynomials are computed by their definition too, to be sifted before they are run.
+    sift: bool,
+}
+
 /// Sampled queries of a head.
 struct QueryCheck {
     draw: Draw,
@@ -208,8 +220,9 @@ impl<T: Real> Group<'_, '_, T> {
             return Ok(reports);
         }
         let biased = grads.dkey_bias.is_some();
-        let check = Check::new(ctx, self, SAMPLES, auto.seed ^ 0xB0, true)?;
-        // Before anything is computed for all tokens: what the polynomials' own gradients are.
+        let dear = reports.iter().any(|report| report.plan.cost > SIFTED * report.plan.exact_cost);
+        let check = Check::new(ctx, self, SAMPLES, auto.seed ^ 0xB0, Wanted { exact_heads: false, sift: dear })?;
+        // Before anything dear is computed for all tokens: what the polynomials' own gradients are.
         let mut missed = check.own_errors().and_then(|errors| too_large(&errors, biased, auto.tol));
         if missed.is_none() {
             match of_the_engine(self.backward(ctx, dq, &mut grads))? {
@@ -248,7 +261,7 @@ impl<T: Real> Group<'_, '_, T> {
         mut grads: HeadGrads<'_, T>,
     ) -> Result<Vec<HeadReport>> {
         self.backward(ctx, dq, &mut grads)?;
-        let check = Check::new(ctx, self, samples, 0, false)?;
+        let check = Check::new(ctx, self, samples, 0, Wanted { exact_heads: true, sift: false })?;
         let errors = check.errors(self, dq, &grads);
         let biased = grads.dkey_bias.is_some();
         let dv = self.heads.v[0].ncols();
@@ -331,9 +344,8 @@ impl HeadReport {
 }
 
 impl Check {
-    /// On so many queries of each head, and keys. `sift`: the queries of exact heads are left out, and polynomials are
-    /// computed by their definition too.
-    fn new<T: Real>(ctx: &Context, of: &Group<'_, '_, T>, samples: usize, seed: u64, sift: bool) -> Result<Self> {
+    /// On so many queries of each head, and keys.
+    fn new<T: Real>(ctx: &Context, of: &Group<'_, '_, T>, samples: usize, seed: u64, wanted: Wanted) -> Result<Self> {
         let options = (of.attention.causal, of.attention.scale);
         let keys = Draw::of_rows(of.heads.head(of.first).k, samples, seed);
         let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
@@ -346,7 +358,7 @@ impl Check {
             let draw = Draw::of_rows(head.q, samples, seed ^ 1);
             let dout = gather(of.dout[i], &draw.rows);
             let by_definition = match (constants, of.saved.engine(i, of.attention)) {
-                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if sift => Some((constants, engine)),
+                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => Some((constants, engine)),
                 _ => None,
             };
             let moments = match by_definition {
@@ -359,7 +371,7 @@ impl Check {
             };
             let (out, dq, own_dq) = match moments {
                 Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
-                None if sift && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
+                None if !wanted.exact_heads && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
                 None => {
                     let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
                     (exact.out, exact.dq, None)

@@ -1,0 +1,283 @@
+"""A tolerance is kept: over drawn distributions, masks, dtypes and tolerances, results are within it or exact."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from distributions import DISTRIBUTIONS
+from helpers import cast, relative_error, run_attention
+from limits import AS_EXACT, OVER_AT_ALL, OVER_BY, SAME_MODEL, STALE_SCORES
+
+import lingrad_rs as lg
+from lingrad_rs import Auto, Exact, Landmark, Polynomial
+
+TOLERANCES = {np.dtype(np.float32): (3e-1, 1e-1, 3e-2, 1e-2, 1e-3, 1e-5)}
+TOLERANCES[np.dtype(np.float64)] = (*TOLERANCES[np.dtype(np.float32)][:-1], 1e-4, 1e-6)
+N = 4096
+# Results tried, of heads that were not exact, and those over their tolerance.
+COUNTS = {"tried": 0, "over": 0, "approximate": 0, "cases": 0}
+
+
+def drawn(name, n=N, dtype=np.float64):
+    """``q, k, v, dout`` of a distribution."""
+    rng = np.random.default_rng(7)
+    q, k, v = DISTRIBUTIONS[name](rng, n)
+    dout = v + 0.5 * rng.standard_normal(v.shape)
+    return cast({"q": q, "k": k, "v": v, "dout": dout}, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_every_result_is_within_the_tolerance_or_as_exact_as_can_be(name, causal, dtype, backend):
+    inputs = drawn(name, dtype=dtype)
+    want = run_attention(backend, cast(inputs, np.float64), engine=Exact(), causal=causal)
+    exact = run_attention(backend, inputs, engine=Exact(), causal=causal)
+    rounding = {x: relative_error(exact[x], want[x]) for x in want}
+    for tol in TOLERANCES[dtype]:
+        arrays = {x: backend.array(y) for x, y in inputs.items()}
+        dout = arrays.pop("dout")
+        out, vjp = lg.attention_vjp(**arrays, tol=tol, causal=causal)
+        got = dict(zip(want, map(backend.numpy, (out, *vjp(dout))), strict=True))
+        head = vjp.heads[0]
+        COUNTS["cases"] += 1
+        for x in want:
+            error = relative_error(got[x], want[x])
+            assert error <= max(OVER_BY * tol, AS_EXACT * rounding[x]), f"{x}, tol {tol:g}: {error:.2e} by {head}"
+            if head.engine != Exact():
+                COUNTS["tried"] += 1
+                COUNTS["over"] += error > max(tol, AS_EXACT * rounding[x])
+        if head.engine == Exact():
+            assert head.errors == {}
+        else:
+            COUNTS["approximate"] += 1
+            assert all(head.errors[x].high <= tol for x in want)
+
+
+def test_few_results_of_the_sweep_are_over_their_tolerance(record_property):
+    assert COUNTS["approximate"] > 100, "the sweep has not run"
+    for name, count in COUNTS.items():
+        record_property(name, count)
+    print(COUNTS)
+    assert COUNTS["over"] <= OVER_AT_ALL * COUNTS["tried"], COUNTS
+
+
+@pytest.mark.parametrize("name", ["near a curve, d 64, score std 1", "isotropic, d 16, score std 0.3"])
+def test_the_output_alone_is_held_to_its_tolerance(name, backend):
+    inputs = drawn(name, n=8192, dtype=np.float32)
+    arrays = {x: backend.array(inputs[x]) for x in "qkv"}
+    exact = lg.attention(**arrays, engine=Exact())
+    plan = lg.plan_attention(**arrays, tol=1e-2, gradients=False)
+    assert plan.heads[0].engine != Exact()
+    assert plan.heads[0].cost < plan.heads[0].exact_cost
+    for out in (lg.attention(**arrays, tol=1e-2), plan.attention(**arrays)):
+        assert relative_error(backend.numpy(out), backend.numpy(exact)) <= 1e-2
+
+
+def test_a_plan_chooses_for_each_head(backend):
+    names = ["isotropic, d 16, score std 0.05", "isotropic, d 16, score std 3"]
+    heads = [drawn(name, n=8192, dtype=np.float32) for name in names]
+    arrays = {x: backend.array(np.stack([head[x] for head in heads])) for x in "qkv"}
+    plan = lg.plan_attention(**arrays, tol=1e-2)
+    assert [type(head.engine) for head in plan.heads] == [Polynomial, Exact]
+    assert "polynomial" in str(plan) and "exact" in str(plan)
+
+
+def curve(dtype=np.float32, n=8192):
+    return {x: y for x, y in drawn("near a curve, d 64, score std 1", n, dtype).items() if x != "dout"}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_plan_survives_json_and_gives_the_same_bits(causal, backend):
+    arrays = {x: backend.array(y) for x, y in curve().items()}
+    plan = lg.plan_attention(**arrays, tol=3e-2, causal=causal, gradients=False)
+    assert isinstance(plan.heads[0].engine, Landmark)
+    again = lg.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert np.array_equal(backend.numpy(plan.attention(**arrays)), backend.numpy(again.attention(**arrays)))
+
+
+def test_a_plan_says_which_constants_saw_the_whole_sequence(backend):
+    arrays = {x: backend.array(y) for x, y in curve().items()}
+    plan = lg.plan_attention(**arrays, tol=3e-2, causal=True, gradients=False)
+    assert plan.heads[0].whole_sequence == ("landmarks",)
+    assert lg.plan_attention(**arrays, tol=3e-2, causal=False, gradients=False).heads[0].whole_sequence == ()
+    strict = lg.plan_attention(**arrays, tol=3e-2, causal=True, strict_causal=True, gradients=False)
+    assert strict.heads[0].whole_sequence == ()
+
+
+def test_a_strictly_causal_plan_lets_no_token_see_a_later_one(backend):
+    inputs = drawn("isotropic, d 16, score std 0.3", n=8192, dtype=np.float64)
+    q, k, v = (inputs[x] for x in "qkv")
+    plan = lg.plan_attention(*map(backend.array, (q, k, v)), tol=3e-2, causal=True, strict_causal=True)
+    assert isinstance(plan.heads[0].engine, Polynomial)
+    out = backend.numpy(plan.attention(*map(backend.array, (q, k, v))))
+    k2, v2 = k.copy(), v.copy()
+    k2[5000:] *= 0.9
+    v2[5000:] += 1
+    changed = backend.numpy(plan.attention(*map(backend.array, (q, k2, v2))))
+    assert np.array_equal(out[:5000], changed[:5000])
+    assert not np.array_equal(out[5000:], changed[5000:])
+
+
+def test_a_stale_plan_is_noticed_and_computed_exactly(backend):
+    inputs = drawn("isotropic, d 16, score std 0.3", n=8192, dtype=np.float32)
+    arrays = {x: backend.array(inputs[x]) for x in "qkv"}
+    plan = lg.plan_attention(**arrays, tol=1e-2)
+    arrays["q"] = backend.array(inputs["q"] * np.float32(STALE_SCORES))
+    out, vjp = plan.attention_vjp(**arrays)
+    assert vjp.heads[0].engine == Exact()
+    assert "stale" in vjp.heads[0].missed
+    assert np.array_equal(backend.numpy(out), backend.numpy(lg.attention(**arrays, engine=Exact())))
+
+
+def test_gradients_that_miss_are_computed_exactly(backend):
+    # dout is large where the polynomial is worst, so that the random dout of the plan does not tell.
+    inputs = drawn("log-normal lengths, score std 0.3", n=4096, dtype=np.float64)
+    arrays = {x: backend.array(inputs[x] * (0.2 if x == "q" else 1)) for x in "qkv"}
+    rng = np.random.default_rng(3)
+    sizes = np.linalg.norm(inputs["q"], axis=1, keepdims=True)
+    dout = rng.standard_normal(inputs["dout"].shape) * sizes**8
+    exact = lg.attention_vjp(**arrays, engine=Exact())[1](backend.array(dout))
+    _, vjp = lg.attention_vjp(**arrays, tol=3e-2)
+    got = vjp(backend.array(dout))
+    for name, x, y in zip(("dq", "dk", "dv"), got, exact, strict=True):
+        assert relative_error(backend.numpy(x), backend.numpy(y)) <= 3e-2, (name, vjp.heads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_heads_with_a_bias_are_within_the_tolerance(causal, backend, rng):
+    n, d = 4096, 8
+    inputs = {
+        "q": 0.5 * rng.standard_normal((4, n, d)) + 0.3,
+        "k": 0.5 * rng.standard_normal((2, n, d)) - 0.2,
+        "v": rng.standard_normal((2, n, 5)),
+        "key_bias": 0.5 * rng.standard_normal((2, n)),
+        "dout": rng.standard_normal((4, n, 5)),
+    }
+    inputs["key_bias"][:, 1::7] = -np.inf
+    want = run_attention(backend, inputs, engine=Exact(), causal=causal)
+    got = run_attention(backend, inputs, tol=5e-2, causal=causal)
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 5e-2, name
+    arrays = {x: backend.array(y) for x, y in inputs.items() if x != "dout"}
+    out, vjp = lg.attention_vjp(**arrays, tol=5e-2, causal=causal)
+    vjp(backend.array(inputs["dout"]))
+    assert any(head.engine != Exact() for head in vjp.heads)
+    assert all(head.errors["dkey_bias"].high <= 5e-2 for head in vjp.heads if head.engine != Exact())
+
+
+def test_the_bound_of_a_polynomial_holds(backend):
+    inputs = drawn("isotropic, d 16, score std 0.05", n=8192)
+    arrays = {x: backend.array(inputs[x]) for x in "qkv"}
+    head = lg.plan_attention(**arrays, tol=1e-1).heads[0]
+    exact = backend.numpy(lg.attention(**arrays, engine=Exact()))
+    error = relative_error(backend.numpy(lg.attention(**arrays, engine=head.engine)), exact)
+    assert head.error_bound is not None
+    assert error <= head.error_bound
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_measured_gradient_errors_are_the_true_ones_on_all_rows(causal, backend, rng):
+    n = 300
+    q, k, v, dout = (rng.standard_normal((n, 6)) * s for s in (0.7, 0.7, 1, 1))
+    engine = Polynomial(degree=2, gradient="consistent")
+    exact, exact_vjp = lg.attention_vjp(*map(backend.array, (q, k, v)), engine=Exact(), causal=causal)
+    want = (exact, *exact_vjp(backend.array(dout)))
+    out, vjp = lg.attention_vjp(*map(backend.array, (q, k, v)), engine=engine, causal=causal)
+    assert vjp.heads == ()
+    got = (out, *vjp(backend.array(dout), samples=n))
+    errors = vjp.heads[0].errors
+    for name in ("out", "dq"):
+        i = ("out", "dq").index(name)
+        true = relative_error(backend.numpy(got[i]), backend.numpy(want[i]))
+        assert relative_error(errors[name].relative, true) <= SAME_MODEL
+    for i, name in ((2, "dk"), (3, "dv")):
+        # Given the engine's row sums, which err too.
+        true = relative_error(backend.numpy(got[i]), backend.numpy(want[i]))
+        assert 0.5 <= errors[name].relative / true <= 2
+    assert vjp.heads[0].engine == engine
+
+
+def test_a_transformer_within_a_tolerance_reports_every_head(rng):
+    config = lg.TransformerConfig(n_layers=2, d_model=32, n_heads=4, d_ff=64, vocab_size=64, engine=Auto(tol=5e-2))
+    model = lg.Transformer(config, seed=1)
+    tokens = rng.integers(0, 64, 8192)
+    report = model.gradient_report(tokens, np.roll(tokens, -1), samples=0)
+    reference = lg.Transformer(dataclasses.replace(config, engine=Exact()), model.params)
+    loss, grads = reference.value_and_grad(tokens, np.roll(tokens, -1))
+    assert abs(report.loss - loss) <= 5e-2 * abs(loss)
+    assert max(relative_error(report.grads[name], grads[name]) for name in grads) <= 2 * 5e-2
+    heads = [head for layer in report.layers for head in layer.heads]
+    assert len(heads) == 8
+    assert any(head.engine != Exact() for head in heads)
+    assert all(e.high <= 5e-2 for head in heads for e in head.errors.values())
+
+
+@pytest.mark.parametrize("dtype_name, floor", [("float32", 1e-5), ("float64", 1e-12)])
+def test_a_tolerance_below_the_floor_names_it(dtype_name, floor, backend):
+    x = backend.array(np.ones((4, 2), dtype_name))
+    with pytest.raises(lg.ToleranceError, match="expected at least 1e-"):
+        lg.attention(x, x, x, tol=floor / 2)
+    assert lg.attention(x, x, x, tol=floor).shape == (4, 2)
+
+
+@pytest.mark.parametrize("tol", [0, 1, -0.5, 2, 1.0])
+def test_a_tolerance_out_of_range_is_an_error(tol, backend):
+    x = backend.array(np.ones((4, 2)))
+    with pytest.raises(lg.ToleranceError, match=r"expected a number in \(0, 1\)"):
+        lg.attention_vjp(x, x, x, tol=tol)
+
+
+def test_a_tolerance_that_is_no_number_is_an_error(backend):
+    x = backend.array(np.ones((4, 2)))
+    for tol in ("1e-2", True, float("nan")):
+        with pytest.raises(lg.ArgumentError, match="tol is"):
+            lg.attention(x, x, x, tol=tol)
+
+
+def test_a_tolerance_beside_an_engine_is_an_error(backend):
+    x = backend.array(np.ones((4, 2)))
+    with pytest.raises(lg.ArgumentError, match="expected one of them"):
+        lg.attention(x, x, x, tol=1e-2, engine=Exact())
+
+
+def test_a_plan_refuses_data_of_another_shape_or_dtype(backend):
+    x = backend.array(np.ones((2, 6, 4)))
+    plan = lg.plan_attention(x, x, x)
+    with pytest.raises(lg.ShapeError, match="as the plan"):
+        plan.attention(x[:, :5], x, x)
+    with pytest.raises(lg.ShapeError, match="as the plan"):
+        plan.attention(*[backend.array(np.ones((2, 6, 3)))] * 3)
+    with pytest.raises(lg.DtypeError, match="as the plan"):
+        plan.attention_vjp(*[backend.array(np.ones((2, 6, 4), np.float32))] * 3)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"lingrad_rs": "plan"}', '["plan"]', '{"lingrad_rs": "plan", "shapes": 3}'])
+def test_a_text_that_holds_no_plan_is_an_error(text):
+    with pytest.raises(lg.ArgumentError, match="holds no plan"):
+        lg.Plan.from_json(text)
+
+
+def test_landmark_constants_are_checked(backend):
+    good = {
+        "scale": 0.5,
+        "query_shift": np.zeros(4),
+        "key_shift": np.zeros(4),
+        "balance": 1.0,
+        "landmarks": np.zeros((3, 4)),
+        "matrix": np.eye(3),
+    }
+    x = backend.array(np.ones((6, 4)))
+    assert lg.attention(x, x, x, engine=Landmark(constants=lg.LandmarkConstants(**good))).shape == (6, 4)
+    with pytest.raises(lg.ShapeError, match="matrix"):
+        lg.LandmarkConstants(**(good | {"matrix": np.eye(2)}))
+    with pytest.raises(lg.NonFiniteError, match="landmarks"):
+        lg.LandmarkConstants(**(good | {"landmarks": np.full((3, 4), np.nan)}))
+    with pytest.raises(lg.ArgumentError, match="balance"):
+        lg.LandmarkConstants(**(good | {"balance": 0.0}))
+    constants = lg.LandmarkConstants(**good)
+    with pytest.raises(lg.ArgumentError, match="scale"):
+        lg.attention(x, x, x, engine=Landmark(constants=constants), scale=2.0)
+    y = backend.array(np.ones((6, 5)))
+    with pytest.raises(lg.ShapeError, match="landmarks are of width 4"):
+        lg.attention(y, y, y, engine=Landmark(constants=constants))
