@@ -232,8 +232,8 @@ DEVICES = {
 }
 
 ARGUMENTS = {
-    "engine by name": (lambda: attend(engine="exact"), "engine is 'exact'; expected Exact() or Polynomial(...)"),
-    "engine as a class": (lambda: attend(engine=Exact), "expected Exact() or Polynomial(...)"),
+    "engine by name": (lambda: attend(engine="exact"), "engine is 'exact'; expected Exact(), Polynomial(...)"),
+    "engine as a class": (lambda: attend(engine=Exact), "expected Exact(), Polynomial(...)"),
     "causal as a number": (lambda: attend(causal=1), "causal is 1; expected True or False"),
     "scale not finite": (lambda: attend(scale=np.inf), "scale is inf; expected a finite number"),
     "scale not a number": (lambda: attend(scale="1"), "scale is '1'; expected a finite number"),
@@ -345,7 +345,7 @@ CONFIGS = {
     "activation": ("tanh", "activation is 'tanh'; expected one of 'relu', 'silu', 'gelu_tanh'"),
     "rope": (1, "rope is 1; expected True or False"),
     "score_bound": (-2.0, "score_bound is -2.0; expected a number above 0"),
-    "engine": ("polynomial", "engine is 'polynomial'; expected Exact() or Polynomial(...)"),
+    "engine": ("polynomial", "engine is 'polynomial'; expected Exact(), Polynomial(...)"),
 }
 
 BIG = 10 * np.ones((4, 6))

@@ -82,7 +82,7 @@ def test_a_plan_chooses_for_each_head(backend):
     assert "polynomial" in str(plan) and "exact" in str(plan)
 
 
-def curve(dtype=np.float32, n=8192):
+def curve(dtype=np.float32, n=32768):
     return {x: y for x, y in drawn("near a curve, d 64, score std 1", n, dtype).items() if x != "dout"}
 
 
@@ -167,7 +167,9 @@ def test_grouped_heads_with_a_bias_are_within_the_tolerance(causal, backend, rng
 
 
 def test_the_bound_of_a_polynomial_holds(backend):
+    # Values that do not average out to nothing: the bound is one of their size.
     inputs = drawn("isotropic, d 16, score std 0.05", n=8192)
+    inputs["v"] = 1 + 0.1 * inputs["v"]
     arrays = {x: backend.array(inputs[x]) for x in "qkv"}
     head = lg.plan_attention(**arrays, tol=1e-1).heads[0]
     exact = backend.numpy(lg.attention(**arrays, engine=Exact()))
@@ -252,7 +254,9 @@ def test_a_plan_refuses_data_of_another_shape_or_dtype(backend):
         plan.attention_vjp(*[backend.array(np.ones((2, 6, 4), np.float32))] * 3)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"lingrad_rs": "plan"}', '["plan"]', '{"lingrad_rs": "plan", "shapes": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"lingrad_rs": "plan"}', '["plan"]', '{"lingrad_rs": "plan", "shapes": 3}']
+)
 def test_a_text_that_holds_no_plan_is_an_error(text):
     with pytest.raises(lg.ArgumentError, match="holds no plan"):
         lg.Plan.from_json(text)
@@ -267,7 +271,7 @@ def test_landmark_constants_are_checked(backend):
         "landmarks": np.zeros((3, 4)),
         "matrix": np.eye(3),
     }
-    x = backend.array(np.ones((6, 4)))
+    x = backend.array(np.full((6, 4), 0.1))
     assert lg.attention(x, x, x, engine=Landmark(constants=lg.LandmarkConstants(**good))).shape == (6, 4)
     with pytest.raises(lg.ShapeError, match="matrix"):
         lg.LandmarkConstants(**(good | {"matrix": np.eye(2)}))

@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, DeviceError, DtypeError, ShapeError, ToleranceError
 
-__all__ = ["array", "choice", "flag", "floats", "integer", "number", "positive", "same_dtype", "shape", "token_ids", "tolerance"]
+__all__ = [
+    "array",
+    "choice",
+    "flag",
+    "floats",
+    "integer",
+    "number",
+    "positive",
+    "same_dtype",
+    "shape",
+    "token_ids",
+    "tolerance",
+]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 

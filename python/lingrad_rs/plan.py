@@ -175,7 +175,9 @@ class Plan:
     def __str__(self) -> str:
         what = "out and gradients" if self.auto.gradients else "out"
         mask = "causal" if self.causal else "full"
-        lines = [f"plan within {self.auto.tol:g} for {what}, {mask}, {self.dtype}, q {self.shapes[0]}, k {self.shapes[1]}"]
+        lines = [
+            f"plan within {self.auto.tol:g} for {what}, {mask}, {self.dtype}, q {self.shapes[0]}, k {self.shapes[1]}"
+        ]
         return "\n".join([*lines, *table(self.heads)])
 
     def to_json(self) -> str:

@@ -328,12 +328,15 @@ impl Attention {
         match engine {
             Engine::Polynomial(p) => {
                 let (d, e) = (head.q.ncols(), head.v.ncols() + 1);
-                let tree = tree.map_or_else(|| polynomial::tree(p, d, e, false).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
+                let tree =
+                    tree.map_or_else(|| polynomial::tree(p, d, e, false).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
                 polynomial::forward(ctx, head, self, p, &tree, out, max, scale).map(Constants::Polynomial)
             }
             Engine::Landmark(l) => landmark::forward(ctx, head, self, l, out, max, scale).map(Constants::Landmark),
             Engine::Exact => exact::forward(ctx, head, self, out, max, scale).map(|()| Constants::Exact),
-            Engine::Auto(_) | Engine::Planned(_) => Err(Error::Argument("a tolerance is not an engine of a head".into())),
+            Engine::Auto(_) | Engine::Planned(_) => {
+                Err(Error::Argument("a tolerance is not an engine of a head".into()))
+            }
         }
     }
 
@@ -354,7 +357,8 @@ impl Attention {
             (Constants::Exact, _) => exact::backward(ctx, head, self, up, grads),
             (Constants::Polynomial(constants), Engine::Polynomial(p)) => {
                 let (d, e) = (head.q.ncols(), head.v.ncols() + 1);
-                let tree = tree.map_or_else(|| polynomial::tree(p, d, e, true).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
+                let tree =
+                    tree.map_or_else(|| polynomial::tree(p, d, e, true).map(Cow::Owned), |t| Ok(Cow::Borrowed(t)))?;
                 polynomial::backward(ctx, head, self, p, &tree, constants, up, grads)
             }
             (Constants::Landmark(constants), Engine::Landmark(l)) => {
@@ -413,7 +417,8 @@ impl Attention {
             .into_par_iter()
             .enumerate()
             .map(|(kv, (dq, dk, dv_, db))| {
-                let of = Group { heads, attention: self, saved, out, dout, first: kv * group, group, tree: tree.as_ref() };
+                let of =
+                    Group { heads, attention: self, saved, out, dout, first: kv * group, group, tree: tree.as_ref() };
                 let mut grads = HeadGrads { dq: &mut [], dk, dv: dv_, dkey_bias: db.as_deref_mut() };
                 match self.engine.tolerance() {
                     Some(auto) => of.backward_within(ctx, auto, dq, grads),

@@ -250,7 +250,8 @@ impl Engine {
             }
             if causal && p.diagonal == Diagonal::Polynomial {
                 return Err(Error::Argument(
-                    "a shift with causal=True and diagonal=\"polynomial\" is not supported; use diagonal=\"exact\"".into(),
+                    "a shift with causal=True and diagonal=\"polynomial\" is not supported; use diagonal=\"exact\""
+                        .into(),
                 ));
             }
         }

@@ -57,7 +57,8 @@ impl Sample {
         };
         let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
         columns.retain(|&j| weight(j) > 0.0);
-        let scores = faer::Scale(scale) * (shifted(k, &columns, key_shift) * shifted(q, &rows, query_shift).transpose());
+        let scores =
+            faer::Scale(scale) * (shifted(k, &columns, key_shift) * shifted(q, &rows, query_shift).transpose());
         let weights: Vec<f64> = columns.iter().map(|&j| weight(j)).collect();
         let (mut s, mut e, mut squares) = (Vec::<f64>::new(), Vec::<f64>::new(), Vec::<f64>::new());
         for (i, &row) in rows.iter().enumerate() {
@@ -83,6 +84,17 @@ impl Sample {
         }
         let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
         Ok(Self { scores: s, exponentials: e, squares, largest })
+    }
+
+    /// How far weights by a polynomial are from those by `exp`, relative to them: the root of the mean square.
+    pub fn error(&self, a: &[f64]) -> f64 {
+        let (mut error, mut size) = (0.0, 0.0);
+        for ((s, e), square) in self.scores.iter().zip(&self.exponentials).zip(&self.squares) {
+            let p = a.iter().rev().fold(0.0, |p, a| p * s + a);
+            error += square * (p - e) * (p - e);
+            size += square * e * e;
+        }
+        (error / size).sqrt()
     }
 
     /// The fitted `a_0 .. a_degree`.

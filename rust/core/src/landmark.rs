@@ -206,7 +206,7 @@ pub(crate) fn forward<T: Real>(
         Some(given) => given.clone(),
         None => {
             let sample = Sample::new(head, attention.scale, attention.causal, engine.rank, engine.seed)?;
-            let best = sample.candidates(ctx, &[engine.rank], false)?.into_iter().next();
+            let best = sample.candidates(ctx, &[engine.rank], false, f64::INFINITY)?.into_iter().next();
             Arc::new(best.map(|best| best.constants).ok_or_else(|| sample.no_landmarks())?)
         }
     };
@@ -270,8 +270,15 @@ pub(crate) struct Candidate {
     pub constants: LandmarkConstants,
     /// The relative error of outputs.
     pub out: f64,
-    /// The relative error of dq for a random dout, where it was asked for.
-    pub dq: Option<f64>,
+    /// The larger of those of dq and dk for a random dout, where they were asked for.
+    pub gradients: Option<f64>,
+}
+
+impl Candidate {
+    /// The largest error.
+    pub fn worst(&self) -> f64 {
+        self.gradients.map_or(self.out, |gradients| gradients.max(self.out))
+    }
 }
 
 /// A head's sampled tokens, shifted and balanced.
@@ -374,28 +381,38 @@ impl<'a, T: Real> Sample<'a, T> {
     }
 
     /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample. Fewer where the sample is
-    /// resolved by fewer.
-    pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool) -> Result<Vec<Candidate>> {
+    /// resolved by fewer; none where the points leave more than `hopeless` of their weight to others.
+    pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopeless: f64) -> Result<Vec<Candidate>> {
         let most = ranks.iter().copied().max().unwrap_or(0);
         let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1);
         let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * most), 2);
-        let (_, fit_q) = self.points(Side::Queries, self.most, 3);
-        let (fit_rows, fit_k) = self.points(Side::Keys, self.most, 4);
-        if pool_k.nrows() == 0 || fit_k.nrows() == 0 || pool_q.nrows() == 0 {
+        if pool_k.nrows() == 0 || pool_q.nrows() == 0 {
             return Err(self.no_landmarks());
         }
-        let judge = Judge::new(self, gradients)?;
         let shares = self.shares(&pool_q, &pool_k, &self.log_weights(&pool_rows, &pool_k));
         let pool = Mat::from_fn(pool_q.nrows() + pool_k.nrows(), pool_q.ncols(), |i, c| {
             if i < pool_q.nrows() { pool_q[(i, c)] } else { pool_k[(i - pool_q.nrows(), c)] }
         });
-        // Both are w_j g_ij / D_i.
-        let mut target = self.kernel(&fit_q, &fit_k);
-        let (row_weights, key_weights) = normalise(&mut target, &self.log_weights(&fit_rows, &fit_k));
+        // Made once they are needed: the judge, and w_j g_ij / D_i of the sample.
+        let mut prepared = None;
         let mut best: Vec<Option<Candidate>> = ranks.iter().map(|_| None).collect();
         for weights in [vec![1.0; pool.nrows()], shares] {
             ctx.check()?;
-            let pivots = self.pivots(&pool, &weights, most);
+            let (pivots, left) = self.pivots(&pool, &weights, most);
+            if left > hopeless {
+                continue;
+            }
+            if prepared.is_none() {
+                let (_, fit_q) = self.points(Side::Queries, self.most, 3);
+                let (rows, fit_k) = self.points(Side::Keys, self.most, 4);
+                if rows.is_empty() {
+                    return Err(self.no_landmarks());
+                }
+                let mut target = self.kernel(&fit_q, &fit_k);
+                let factors = normalise(&mut target, &self.log_weights(&rows, &fit_k));
+                prepared = Some((Judge::new(self, gradients)?, [fit_q, fit_k], target, factors));
+            }
+            let Some((judge, [fit_q, fit_k], target, (row_weights, key_weights))) = &prepared else { continue };
             let landmarks = Mat::from_fn(pivots.len(), pool.ncols(), |i, c| pool[(pivots[i], c)]);
             let scaled = |x: &Mat<f64>, by: &[f64]| {
                 let mut features = self.kernel(x, &landmarks);
@@ -404,9 +421,9 @@ impl<'a, T: Real> Sample<'a, T> {
                 }
                 features
             };
-            let (of_q, of_k) = (scaled(&fit_q, &row_weights), scaled(&fit_k, &key_weights));
+            let (of_q, of_k) = (scaled(fit_q, row_weights), scaled(fit_k, key_weights));
             let gram = [of_q.transpose() * &of_q, of_k.transpose() * &of_k];
-            let cross = of_q.transpose() * (&target * &of_k);
+            let cross = of_q.transpose() * (target * &of_k);
             let own = self.kernel(&landmarks, &landmarks);
             let mut tried = 0;
             for (&rank, best) in ranks.iter().zip(&mut best) {
@@ -416,7 +433,8 @@ impl<'a, T: Real> Sample<'a, T> {
                 }
                 tried = r;
                 let head = |x: &Mat<f64>| x.submatrix(0, 0, r, r).to_owned();
-                let mut matrices: Vec<Mat<f64>> = RIDGES.iter().filter_map(|&ridge| inverse(head(&own), ridge)).collect();
+                let mut matrices: Vec<Mat<f64>> =
+                    RIDGES.iter().filter_map(|&ridge| inverse(head(&own), ridge)).collect();
                 for ridge in RIDGES {
                     let inverses = (inverse(head(&gram[0]), ridge), inverse(head(&gram[1]), ridge));
                     if let (Some(q), Some(k)) = inverses {
@@ -442,8 +460,8 @@ impl<'a, T: Real> Sample<'a, T> {
         [part(&rows), part(&keys)].concat()
     }
 
-    /// Points chosen by randomly pivoted Cholesky, up to `most`.
-    fn pivots(&self, x: &Mat<f64>, weights: &[f64], most: usize) -> Vec<usize> {
+    /// Points chosen by randomly pivoted Cholesky, up to `most`; and the root of the part of all weights that they leave.
+    fn pivots(&self, x: &Mat<f64>, weights: &[f64], most: usize) -> (Vec<usize>, f64) {
         let n = x.nrows();
         let squares: Vec<f64> = (0..n).map(|i| square(x.row(i).iter())).collect();
         let mut rest = vec![1.0; n];
@@ -483,7 +501,8 @@ impl<'a, T: Real> Sample<'a, T> {
             factor.push(column);
             pivots.push(pivot);
         }
-        pivots
+        let left: f64 = rest.iter().zip(weights).map(|(rest, w)| rest * w).sum();
+        (pivots, (left / weights.iter().sum::<f64>()).sqrt())
     }
 }
 
@@ -498,8 +517,17 @@ struct Judge<'a, T> {
     values: Vec<T>,
     count: [usize; 2],
     out: Mat<f64>,
-    /// dout and dq.
-    gradients: Option<[Mat<f64>; 2]>,
+    gradients: Option<JudgedGradients<T>>,
+}
+
+/// A random dout, and the exact dq and dk that it gives.
+struct JudgedGradients<T> {
+    dout: Mat<f64>,
+    dq: Mat<f64>,
+    dk: Mat<f64>,
+    /// The queries in rows, and the keys as `(d, count)`: the other way round than the judge has them.
+    query_rows: Vec<T>,
+    key_columns: Vec<T>,
 }
 
 impl<'a, T: Real> Judge<'a, T> {
@@ -542,8 +570,11 @@ impl<'a, T: Real> Judge<'a, T> {
                     ds[(i, j)] = exact[(i, j)] * (ds[(i, j)] - delta) * sample.scale;
                 }
             }
-            let dq = ds * Mat::from_fn(k.nrows(), d, |j, c| keys[j * d + c].to_f64());
-            [dout, dq]
+            let dq = &ds * Mat::from_fn(k.nrows(), d, |j, c| keys[j * d + c].to_f64());
+            let dk = ds.transpose() * Mat::from_fn(q.nrows(), d, |i, c| queries[c * q.nrows() + i].to_f64());
+            let query_rows = (0..q.nrows() * d).map(|at| queries[at % d * q.nrows() + at / d]).collect();
+            let key_columns = (0..k.nrows() * d).map(|at| keys[at % k.nrows() * d + at / k.nrows()]).collect();
+            JudgedGradients { dout, dq, dk, query_rows, key_columns }
         });
         Ok(Self { sample, queries, keys, weights, values, count: [q.nrows(), k.nrows()], out, gradients })
     }
@@ -565,12 +596,7 @@ impl<'a, T: Real> Judge<'a, T> {
         let mut features = vec![T::ZERO; count.max(keys) * r];
         landmarks.key.rows(&self.keys, d, keys, &mut features);
         let mut state = vec![T::ZERO; e * r];
-        product(
-            view_mut(&mut state, e, r),
-            view(&self.values, keys, e).transpose(),
-            view(&features, keys, r),
-            T::ONE,
-        );
+        product(view_mut(&mut state, e, r), view(&self.values, keys, e).transpose(), view(&features, keys, r), T::ONE);
         let sum: Vec<f64> = state.iter().map(|x| x.to_f64()).collect();
         landmarks.query.columns(&self.queries, count, &mut features);
         for matrix in matrices {
@@ -583,29 +609,72 @@ impl<'a, T: Real> Judge<'a, T> {
             }
             let got = Mat::from_fn(count, e - 1, |i, c| (out[c * count + i] / denominators[i]).to_f64());
             let error = relative(&got, &self.out);
-            let dq = self.gradients.as_ref().map(|[dout, dq]| {
-                let mut values = vec![T::ZERO; e * count];
-                for i in 0..count {
-                    let by = 1.0 / denominators[i].to_f64();
-                    let delta: f64 = (0..e - 1).map(|c| dout[(i, c)] * got[(i, c)]).sum();
-                    for c in 0..e {
-                        values[c * count + i] = T::of(by * if c < e - 1 { dout[(i, c)] } else { -delta });
-                    }
-                }
-                let mut df = vec![T::ZERO; r * count];
-                let of_features = view(&state, e, r).transpose();
-                product(view_mut(&mut df, r, count), of_features, view(&values, e, count), T::ONE);
-                let (mut again, mut dx) = (vec![T::ZERO; r * count], vec![T::ZERO; d * count]);
-                landmarks.query.pullback(&self.queries, count, &mut again, &mut df, &mut dx);
-                relative(&Mat::from_fn(count, d, |i, c| dx[c * count + i].to_f64()), dq)
+            let gradients = self.gradients.as_ref().map(|gradients| {
+                gradients.error(self, &landmarks, &matrix, &state, &got, denominators, &mut features.clone())
             });
-            let of = |out: f64, dq: Option<f64>| dq.map_or(out, |dq| dq.max(out));
-            let before = best.as_ref().map_or(f64::INFINITY, |best| of(best.out, best.dq));
-            if of(error, dq) < before {
+            let candidate = |constants| Candidate { constants, out: error, gradients };
+            let before = best.as_ref().map_or(f64::INFINITY, Candidate::worst);
+            if gradients.map_or(error, |gradients| gradients.max(error)) < before {
                 given.matrix = data(matrix.as_ref());
-                *best = Some(Candidate { constants: given.clone(), out: error, dq });
+                *best = Some(candidate(given.clone()));
             }
         }
+    }
+}
+
+impl<T: Real> JudgedGradients<T> {
+    /// The larger of the errors of dq and dk, for the weighted state of the keys and what it gave. `buffer` has room for the
+    /// features of all tokens.
+    fn error(
+        &self,
+        judge: &Judge<'_, T>,
+        landmarks: &Landmarks<T>,
+        matrix: &Mat<f64>,
+        state: &[T],
+        out: &Mat<f64>,
+        denominators: &[T],
+        buffer: &mut [T],
+    ) -> f64 {
+        let ([count, keys], d, r) = (judge.count, self.dq.ncols(), landmarks.rank());
+        let e = judge.values.len() / keys;
+        // [dout_i, -delta_i] / D_i, in rows.
+        let mut upstream = vec![T::ZERO; count * e];
+        for (i, row) in upstream.chunks_exact_mut(e).enumerate() {
+            let by = 1.0 / denominators[i].to_f64();
+            let delta: f64 = (0..e - 1).map(|c| self.dout[(i, c)] * out[(i, c)]).sum();
+            for (c, x) in row.iter_mut().enumerate() {
+                *x = T::of(by * if c < e - 1 { self.dout[(i, c)] } else { -delta });
+            }
+        }
+        let most = count.max(keys);
+        let (mut df, mut dx) = (vec![T::ZERO; r * most], vec![T::ZERO; d * most]);
+        let (upstream, values) = (view(&upstream, count, e), view(&judge.values, keys, e));
+        product(view_mut(&mut df, r, count), view(state, e, r).transpose(), upstream.transpose(), T::ONE);
+        landmarks.query.pullback(&judge.queries, count, buffer, &mut df, &mut dx);
+        let dq = relative(&Mat::from_fn(count, d, |i, c| dx[c * count + i].to_f64()), &self.dq);
+
+        landmarks.query.rows(&self.query_rows, d, count, buffer);
+        let mut sum = vec![T::ZERO; e * r];
+        product(view_mut(&mut sum, e, r), upstream.transpose(), view(buffer, count, r), T::ONE);
+        let sum: Vec<f64> = sum.iter().map(|x| x.to_f64()).collect();
+        let of_keys: Vec<T> = Weighting::Matrix(matrix.as_ref()).weigh(&sum, r);
+        product(view_mut(&mut df, r, keys), view(&of_keys, e, r).transpose(), values.transpose(), T::ONE);
+        let mut dk = Mat::zeros(keys, d);
+        // A tile of keys at a time, as a feature map takes them.
+        for start in (0..keys).step_by(LONGEST_TILE) {
+            let len = LONGEST_TILE.min(keys - start);
+            let part = |x: &[T], rows: usize| -> Vec<T> {
+                (0..rows * len).map(|at| x[at / len * keys + start + at % len]).collect()
+            };
+            let (x, mut df) = (part(&self.key_columns, d), part(&df, r));
+            landmarks.key.pullback(&x, len, buffer, &mut df, &mut dx);
+            for j in 0..len {
+                for c in 0..d {
+                    dk[(start + j, c)] = dx[c * len + j].to_f64();
+                }
+            }
+        }
+        dq.max(relative(&dk, &self.dk))
     }
 }
 

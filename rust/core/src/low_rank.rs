@@ -303,7 +303,14 @@ impl<'a, T: Real> Pass<'a, T> {
         let mut floors = Vec::with_capacity(count);
         for c in 0..count {
             for j in keys(c).filter(|&j| self.bias(j) > f64::NEG_INFINITY) {
-                let k = || self.head.k.row(j).iter().enumerate().map(|(c, k)| k.to_f64() - beta.get(c).map_or(0.0, |b| b.to_f64()));
+                let k = || {
+                    self.head
+                        .k
+                        .row(j)
+                        .iter()
+                        .enumerate()
+                        .map(|(c, k)| k.to_f64() - beta.get(c).map_or(0.0, |b| b.to_f64()))
+                };
                 let own = self.bias(j) - landmarks.key.half * k().map(|k| k * k).sum::<f64>();
                 if own > level {
                     let by = (level - own).exp();
@@ -848,7 +855,21 @@ fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Opti
 
 /// The mean row.
 pub(crate) fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
-    x.col_iter().map(|c| T::of(c.iter().map(|x| x.to_f64()).sum::<f64>() / x.nrows() as f64)).collect()
+    let count = x.nrows() as f64;
+    sums_and_square(x).0.into_iter().map(|sum| T::of(sum / count)).collect()
+}
+
+/// The sum of each column, and the sum of all squares, row after row as they lie.
+pub(crate) fn sums_and_square<T: Real>(x: MatRef<'_, T>) -> (Vec<f64>, f64) {
+    let (mut sums, mut square) = (vec![0.0; x.ncols()], 0.0);
+    for row in x.row_iter() {
+        for (sum, x) in sums.iter_mut().zip(row.iter()) {
+            let x = x.to_f64();
+            *sum += x;
+            square += x * x;
+        }
+    }
+    (sums, square)
 }
 
 fn column_sums<T: Real>(x: &[T], width: usize) -> Vec<f64> {

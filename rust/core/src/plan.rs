@@ -24,7 +24,7 @@ use crate::context::Context;
 use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
 use crate::error::{Error, Result};
 use crate::landmark;
-use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, mean};
+use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, sums_and_square};
 use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened};
 use crate::monomials;
 use crate::polynomial;
@@ -33,7 +33,7 @@ use crate::sample::uniform;
 use crate::tile::{product, view, view_mut};
 
 /// Rows that a plan is made from.
-const ROWS: usize = 48;
+const ROWS: usize = 40;
 /// Degrees of polynomials, and landmarks, that are considered.
 const DEGREES: usize = 6;
 const RANKS: [usize; 4] = [32, 64, 128, 256];
@@ -54,6 +54,10 @@ const ROOM: f64 = 0.4;
 const ROUNDING: f64 = 32.0;
 /// Means below this part of the root mean square are left where they are.
 const SMALL_MEAN: f64 = 0.05;
+/// Sampled weights that err so many times more than the tolerance are not looked at further, but where the spread of the
+/// values is below this.
+const HOPELESS: f64 = 8.0;
+const SPREAD: f64 = 0.5;
 /// Beyond this bound of the scores no polynomial is considered.
 const LARGEST_BOUND: f64 = 300.0;
 
@@ -304,8 +308,8 @@ pub(crate) fn plan_head<T: Real>(
 /// The means, where subtracting them makes scores smaller.
 fn shift<T: Real>(head: &Head<'_, T>) -> Option<[Vec<f64>; 2]> {
     let large = |x: faer::MatRef<'_, T>| {
-        let by: Vec<f64> = mean(x).into_iter().map(Real::to_f64).collect();
-        let square: f64 = x.col_iter().map(|c| c.iter().map(|x| x.to_f64().powi(2)).sum::<f64>()).sum();
+        let (mut by, square) = sums_and_square(x);
+        by.iter_mut().for_each(|sum| *sum /= x.nrows() as f64);
         let of_mean: f64 = by.iter().map(|b| b * b).sum();
         (of_mean > SMALL_MEAN * SMALL_MEAN * square / x.nrows() as f64, by)
     };
@@ -335,33 +339,44 @@ fn best_polynomial<T: Real>(
     }
     let given = shift.map_or(Shift::None, |[query, key]| Shift::Given { query: query.clone(), key: key.clone() });
     let shifts = polynomial::shifts(head, &given)?;
-    let draw = Draw::of_rows(head.q, ROWS, auto.seed ^ 0x9A);
-    let dv = head.v.ncols();
-    let dout = auto.gradients.then(|| {
-        Mat::from_fn(draw.rows.len(), dv, |i, c| 2.0 * uniform(auto.seed ^ 0x1D, (i * dv + c) as u64) - 1.0)
-    });
-    let settings = polynomial::settings(&engine(1));
-    let options = (attention.causal, attention.scale);
-    let Some(moments) = Moments::new(ctx, head, options, &draw.rows, &shifts, &settings, degrees, dout.as_ref())? else {
-        return Ok((none("scores too large for any polynomial".into()), None));
-    };
-    let (out, dq) = moments.exact();
-    if let Some(dq) = &dq {
-        // Rounding is all that such a gradient has: no engine but the exact one errs as that does.
-        let longest = |x| longest_row(x, |_| 0.0);
-        let natural = attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
-        if dq.norm_l2() <= ROUNDING * epsilon::<T>() * natural {
-            return Ok((none("the gradients of queries vanish".into()), None));
-        }
-    }
-    let mut tried = Vec::new();
-    let mut best = None;
     let strict = engine(1).coefficients == Coefficients::Fitted;
     let sample = match polynomial::fit_sample(head, attention, &shifts, strict) {
         Ok(sample) => sample,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
         Err(_) => return Ok((none("scores too large for any polynomial".into()), None)),
     };
+    // A first look, at sampled scores alone: weights that far off give no gradient that is near, and no output either
+    // but for values that hardly differ.
+    let error = match sample.fit(degrees) {
+        Ok(a) => sample.error(&a),
+        Err(_) => f64::INFINITY,
+    };
+    if !(error <= HOPELESS * auto.tol) && (auto.gradients || spread(head.v) >= SPREAD) {
+        return Ok((none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")), None));
+    }
+    let draw = Draw::of_rows(head.q, ROWS, auto.seed ^ 0x9A);
+    let dv = head.v.ncols();
+    let dout = auto
+        .gradients
+        .then(|| Mat::from_fn(draw.rows.len(), dv, |i, c| 2.0 * uniform(auto.seed ^ 0x1D, (i * dv + c) as u64) - 1.0));
+    let settings = polynomial::settings(&engine(1));
+    let options = (attention.causal, attention.scale);
+    let Some(moments) = Moments::new(ctx, head, options, &draw.rows, &shifts, &settings, degrees, dout.as_ref())?
+    else {
+        return Ok((none("scores too large for any polynomial".into()), None));
+    };
+    let (out, dq) = moments.exact();
+    if let Some(dq) = &dq {
+        // Rounding is all that such a gradient has: no engine but the exact one errs as that does.
+        let longest = |x| longest_row(x, |_| 0.0);
+        let natural =
+            attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
+        if dq.norm_l2() <= ROUNDING * epsilon::<T>() * natural {
+            return Ok((none("the gradients of queries vanish".into()), None));
+        }
+    }
+    let mut tried = Vec::new();
+    let mut best = None;
     for degree in 1..=degrees {
         let mut candidate = Polynomial { shift: given.clone(), ..engine(degree) };
         let Ok(coefficients) = sample.fit(degree) else { continue };
@@ -389,6 +404,13 @@ fn best_polynomial<T: Real>(
     Ok((BestPolynomial { best, reason }, Some(Probed { draw, out })))
 }
 
+/// The size of values less their mean, relative to their size.
+fn spread<T: Real>(v: faer::MatRef<'_, T>) -> f64 {
+    let (sums, square) = sums_and_square(v);
+    let of_mean = sums.iter().map(|sum| sum * sum).sum::<f64>() / v.nrows() as f64;
+    ((square - of_mean).max(0.0) / square).sqrt()
+}
+
 /// The least of `ranks` whose landmarks are well within the tolerance on a sample, or what was found instead.
 fn landmarks<T: Real>(
     ctx: &Context,
@@ -400,7 +422,7 @@ fn landmarks<T: Real>(
 ) -> Result<std::result::Result<(Landmark, f64), String>> {
     let most = ranks.iter().copied().max().unwrap_or(1);
     let candidates = landmark::Sample::new(head, attention.scale, strict, most, auto.seed)
-        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients));
+        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, HOPELESS * auto.tol));
     let candidates = match candidates {
         Ok(candidates) => candidates,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
@@ -408,7 +430,7 @@ fn landmarks<T: Real>(
     };
     let mut least = f64::INFINITY;
     for candidate in candidates {
-        let error = candidate.dq.map_or(candidate.out, |dq| dq.max(candidate.out));
+        let error = candidate.worst();
         least = least.min(error);
         if error <= LANDMARK_MARGIN * auto.tol {
             let rank = candidate.constants.rank();
@@ -663,7 +685,8 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
             }
             // c α.k'_j
             let own = dot(self.head.k.row(j), &self.shifts.query)
-                - self.scale * self.shifts.query.iter().zip(&self.shifts.key).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>();
+                - self.scale
+                    * self.shifts.query.iter().zip(&self.shifts.key).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>();
             let s = *score - row - own;
             let bias = self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
             let w = (bias + own + row - self.log_sums[i]).exp();

@@ -13,8 +13,8 @@ use crate::engine::{Auto, Engine};
 use crate::error::{Error, Result};
 use crate::exact;
 use crate::low_rank;
-use crate::monomials::Monomials;
 use crate::measure::{Draw, ErrorEstimate, KeyGradients, Queries, Weights, exact_rows, gather, key_gradients};
+use crate::monomials::Monomials;
 use crate::plan::{HeadPlan, Moments, PolynomialWeights, compare, error_bound, plan_head};
 use crate::polynomial;
 use crate::real::Real;
@@ -199,7 +199,8 @@ impl GroupErrors {
     /// The worst error, and of what.
     fn worst(&self, biased: bool) -> (f64, &'static str) {
         let dq = self.dq.iter().flatten().map(|e| (e.high, "dq"));
-        let others = [(self.dk.high, "dk"), (self.dv.high, "dv"), (if biased { self.db.high } else { 0.0 }, "dkey_bias")];
+        let others =
+            [(self.dk.high, "dk"), (self.dv.high, "dv"), (if biased { self.db.high } else { 0.0 }, "dkey_bias")];
         dq.chain(others).fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
     }
 }
@@ -358,7 +359,9 @@ impl Check {
             let draw = Draw::of_rows(head.q, samples, seed ^ 1);
             let dout = gather(of.dout[i], &draw.rows);
             let by_definition = match (constants, of.saved.engine(i, of.attention)) {
-                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => Some((constants, engine)),
+                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => {
+                    Some((constants, engine))
+                }
                 _ => None,
             };
             let moments = match by_definition {
@@ -378,8 +381,8 @@ impl Check {
                 }
             };
             queries.push(dq.map(|dq| QueryCheck { draw, out, dq, own: own_dq }));
-            let weights = by_definition
-                .map(|(own, engine)| PolynomialWeights::new(&head, of.attention, engine, own, &log_sums));
+            let weights =
+                by_definition.map(|(own, engine)| PolynomialWeights::new(&head, of.attention, engine, own, &log_sums));
             let weights = weights.as_ref().map(|weights| weights as &dyn Weights);
             let (exact, mut own) = key_gradients(ctx, &head, options, &keys.rows, up, weights)?;
             if matches!(constants, Constants::Exact) {
@@ -422,13 +425,10 @@ impl Check {
     fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> GroupErrors {
         let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
         let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
-            .map(|(query, dq)| {
-                query.as_ref().map(|query| query.draw.compare(&query.dq, |i, c| dq[i * d + c].to_f64()))
-            })
+            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, |i, c| dq[i * d + c].to_f64())))
             .collect();
-        let keys = |exact: &Mat<f64>, got: &[T], width: usize| {
-            self.keys.compare(exact, |j, c| got[j * width + c].to_f64())
-        };
+        let keys =
+            |exact: &Mat<f64>, got: &[T], width: usize| self.keys.compare(exact, |j, c| got[j * width + c].to_f64());
         GroupErrors {
             dq,
             dk: keys(&self.exact.dk, grads.dk, d),

@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
-use faer::{ColRef, Mat};
 use faer::prelude::Solve;
-use lingrad_core::engine::{
-    Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift,
-};
+use faer::{ColRef, Mat};
+use lingrad_core::engine::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
 use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};

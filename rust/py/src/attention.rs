@@ -122,10 +122,8 @@ pub fn attention_forward<'py>(
 
 /// `(dq, dk, dv, dkey_bias)`, the last `None` where there is no `key_bias`; and what is known of each head, where there
 /// is a tolerance.
-type Gradients<'py> = (
-    (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>),
-    Vec<Bound<'py, PyDict>>,
-);
+type Gradients<'py> =
+    ((Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>), Vec<Bound<'py, PyDict>>);
 
 /// The gradients, from the inputs and the state of their forward pass; without a tolerance and with `samples > 0` their
 /// errors are measured on so many queries and keys of each head.

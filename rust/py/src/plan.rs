@@ -78,13 +78,8 @@ fn report_dict<'py>(py: Python<'py>, report: &HeadReport) -> Result<Bound<'py, P
     dict.set_item("whole_sequence", plan.whole_sequence.iter().map(AsRef::as_ref).collect::<Vec<&str>>())?;
     dict.set_item("reason", &plan.reason)?;
     dict.set_item("missed", missed)?;
-    let measured = [
-        ("out", errors.out),
-        ("dq", errors.dq),
-        ("dk", errors.dk),
-        ("dv", errors.dv),
-        ("dkey_bias", errors.dkey_bias),
-    ];
+    let measured =
+        [("out", errors.out), ("dq", errors.dq), ("dk", errors.dk), ("dv", errors.dv), ("dkey_bias", errors.dkey_bias)];
     let measured = measured.into_iter().filter_map(|(name, e)| Some((name, estimate(e?))));
     dict.set_item("errors", measured.collect::<Vec<_>>())?;
     Ok(dict)
