@@ -1,7 +1,7 @@
 """What a tolerance costs and keeps, beside exact attention, over the distributions of the tests.
 
-Two cases where low rank pays, with planning and with a plan that is used again; then every distribution: the engine that
-was chosen, the largest error, and the time over that of the exact engine. Calls take turns within every round, and
+Two cases where low rank pays, with planning and with a plan that is used again; then every distribution: the engine
+that was chosen, the largest error, and the time over that of the exact engine. Calls take turns within every round, and
 medians are printed. Errors are relative to exact attention in float64.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +21,37 @@ from lingrad_rs import _bench
 from lingrad_rs._bench import interleaved, relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from distributions import DISTRIBUTIONS  # noqa: E402 (from the tests)
+from distributions import DISTRIBUTIONS
 
-Array = NDArray[np.float32]
-SAMPLED = 256
+Array = NDArray[Any]
+Results = tuple[Array, ...]
 PAYS = {"near a curve, d 64, score std 1": False, "isotropic, d 16, score std 0.3": True}
 
 
-def drawn(name: str, n: int) -> tuple[Array, Array, Array, Array]:
+def drawn(name: str, n: int) -> tuple[Array, ...]:
     rng = np.random.default_rng(1)
     q, k, v = DISTRIBUTIONS[name](rng, n)
-    return tuple(x.astype(np.float32) for x in (q, k, v, rng.standard_normal(v.shape)))  # type: ignore[return-value]
+    return tuple(x.astype(np.float32) for x in (q, k, v, rng.standard_normal(v.shape)))
 
 
-def call(attend: Callable[[], object], dout: Array, gradients: bool) -> Callable[[], object]:
-    """The results of a call, and of its pullback where there are gradients."""
+def call(
+    attend: Callable[..., object], arrays: tuple[Array, ...], gradients: bool, **options: object
+) -> Callable[[], Results]:
+    """The results of ``attend(q, k, v, **options)``, and of its pullback where there are gradients."""
+    *inputs, dout = arrays
 
-    def run() -> object:
+    def run() -> Results:
+        result = attend(*inputs, **options)
         if not gradients:
-            return (attend(),)
-        out, vjp = attend()  # type: ignore[misc]
+            return (result,)
+        out, vjp = result
         return (out, *vjp(dout))
 
     return run
+
+
+def worst(got: Results, exact: Results) -> float:
+    return max(relative_error(x, y) or 0.0 for x, y in zip(got, exact, strict=True))
 
 
 def pays(n: int, tol: float, rounds: int) -> None:
@@ -51,18 +60,17 @@ def pays(n: int, tol: float, rounds: int) -> None:
     print("| distribution | results | engine | exact | with planning | plan used again | error |")
     print("|---|---|---|---|---|---|---|")
     for name, gradients in PAYS.items():
-        q, k, v, dout = drawn(name, n)
+        arrays = drawn(name, n)
         attend = lg.attention_vjp if gradients else lg.attention
-        plan = lg.plan_attention(q, k, v, tol=tol, gradients=gradients)
+        plan = lg.plan_attention(*arrays[:3], tol=tol, gradients=gradients)
         again = plan.attention_vjp if gradients else plan.attention
         calls = {
-            "exact": call(lambda: attend(q, k, v, engine=lg.Exact()), dout, gradients),
-            "planned": call(lambda: attend(q, k, v, tol=tol), dout, gradients),
-            "again": call(lambda: again(q, k, v), dout, gradients),
+            "exact": call(attend, arrays, gradients, engine=lg.Exact()),
+            "planned": call(attend, arrays, gradients, tol=tol),
+            "again": call(again, arrays, gradients),
         }
         times = {name: t.median for name, t in interleaved(calls, rounds).items()}
-        exact, got = calls["exact"](), calls["again"]()
-        error = max(relative_error(x, y) or 0.0 for x, y in zip(got, exact, strict=True))  # type: ignore[call-overload]
+        error = worst(calls["again"](), calls["exact"]())
         ratio = {name: f"{1e3 * t:,.0f} ms, {times['exact'] / t:.1f} times as fast" for name, t in times.items()}
         print(
             f"| {name} | {'out, dq, dk, dv' if gradients else 'out'} | {plan.heads[0].engine_name} "
@@ -77,27 +85,25 @@ def sweep(n: int, tol: float, rounds: int) -> None:
     print(f"n = {n:,}, tolerance {tol:g} for out, dq, dk and dv:\n")
     print("| distribution | mask | engine | time over exact | largest error |")
     print("|---|---|---|---|---|")
-    worst = (0.0, "")
+    slowest = (0.0, "")
     for name in DISTRIBUTIONS:
-        q, k, v, dout = drawn(name, n)
+        arrays = drawn(name, n)
         for causal in (False, True):
-            options = {"causal": causal}
             calls = {
-                "exact": call(lambda o=options: lg.attention_vjp(q, k, v, engine=lg.Exact(), **o), dout, True),
-                "tol": call(lambda o=options: lg.attention_vjp(q, k, v, tol=tol, **o), dout, True),
+                "exact": call(lg.attention_vjp, arrays, True, engine=lg.Exact(), causal=causal),
+                "tol": call(lg.attention_vjp, arrays, True, tol=tol, causal=causal),
             }
             times = interleaved(calls, rounds)
             ratio = times["tol"].median / times["exact"].median
-            wide = [x.astype(np.float64) for x in (q, k, v, dout)]
-            want = call(lambda o=options: lg.attention_vjp(*wide[:3], engine=lg.Exact(), **o), wide[3], True)()
-            out, vjp = lg.attention_vjp(q, k, v, tol=tol, causal=causal)
-            got = (out, *vjp(dout))
+            wide = tuple(x.astype(np.float64) for x in arrays)
+            exact = call(lg.attention_vjp, wide, True, engine=lg.Exact(), causal=causal)()
+            out, vjp = lg.attention_vjp(*arrays[:3], tol=tol, causal=causal)
+            error = worst((out, *vjp(arrays[3])), exact)
             head = vjp.heads[0]
-            error = max(relative_error(x, y) or 0.0 for x, y in zip(got, want, strict=True))  # type: ignore[call-overload]
             mask = "causal" if causal else "full"
             print(f"| {name} | {mask} | {head.engine_name} | {ratio:.2f} | {error:.1e} |", flush=True)
-            worst = max(worst, (ratio, f"{name}, {mask}"))
-    print(f"\nThe most time over exact: {worst[0]:.2f} ({worst[1]}).")
+            slowest = max(slowest, (ratio, f"{name}, {mask}"))
+    print(f"\nThe most time over exact: {slowest[0]:.2f} ({slowest[1]}).")
 
 
 def main() -> None:

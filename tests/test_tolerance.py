@@ -215,7 +215,7 @@ def test_a_transformer_within_a_tolerance_reports_every_head(rng):
     assert all(e.high <= 5e-2 for head in heads for e in head.errors.values())
 
 
-@pytest.mark.parametrize("dtype_name, floor", [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(("dtype_name", "floor"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_a_tolerance_below_the_floor_names_it(dtype_name, floor, backend):
     x = backend.array(np.ones((4, 2), dtype_name))
     with pytest.raises(lg.ToleranceError, match="expected at least 1e-"):

@@ -29,7 +29,8 @@ class Pullback:
     ----------
     heads : tuple of HeadPlan
         With a tolerance: the engine of each head (leading axes flattened) and its measured errors, those of gradients
-        after a call; of the last call, if there were many. Without one, empty, or what a call with ``samples`` measured.
+        after a call; of the last call, if there were many. Without one, empty, or what a call with ``samples``
+        measured.
     """
 
     def __init__(
@@ -43,9 +44,9 @@ class Pullback:
     def __call__(self, dout: NDArray[Any], *, samples: int = 0) -> tuple[NDArray[Any], ...]:
         """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given.
 
-        With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are also
-        computed exactly, the keys given the row sums of the forward pass, and `heads` tell the errors of out, dq, dk and
-        dv.
+        With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are
+        also computed exactly, the keys given the row sums of the forward pass, and `heads` tell the errors of out, dq,
+        dk and dv.
         """
         grads, heads = self._call(dout, _check.integer("samples", samples, 0))
         self.heads = heads or self.heads

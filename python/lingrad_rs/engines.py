@@ -147,8 +147,8 @@ class Landmark:
 
     With queries and keys shifted to their means and balanced, ``exp(scale q.k) ~ phi(q)^T M phi(k)`` with the Gaussian
     features ``phi_l(x) = exp(-scale |x - x_l|^2 / 2)`` of ``rank`` landmarks ``x_l``, taken from a sample by randomly
-    pivoted Cholesky; ``M`` is their inverse kernel or a regularised fit, whichever errs less on another sample. It needs
-    far fewer terms than `Polynomial` where the points lie near a low-dimensional set (time series, images, smooth
+    pivoted Cholesky; ``M`` is their inverse kernel or a regularised fit, whichever errs less on another sample. It
+    needs far fewer terms than `Polynomial` where the points lie near a low-dimensional set (time series, images, smooth
     sequences), and can fail anywhere else: measure its error (`lingrad_rs.measure_error`), or let ``tol=`` choose. Each
     row's denominator is held against Jensen's lower bound.
 

@@ -104,11 +104,10 @@ def _head_plan(report: dict[str, Any]) -> HeadPlan:
 
 
 def _engine(description: Mapping[str, Any]) -> Engine:
-    options = dict(description)
+    options: dict[str, Any] = dict(description)
     kind = options.pop("kind")
     if kind == "Polynomial":
-        shift = options["shift"]
-        return Polynomial(**(options | {"shift": shift if isinstance(shift, str) else tuple(map(tuple, shift))}))
+        return Polynomial(**options)
     if kind == "Landmark":
         constants = options.pop("constants", None)
         return Landmark(**options, constants=None if constants is None else LandmarkConstants(**constants))

@@ -66,7 +66,7 @@ impl Sample {
             let seen = if causal { columns.partition_point(|&j| j <= row) } else { columns.len() };
             s.extend(scores.col(i).iter().take(seen));
             let largest = s[start..].iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
-            if !(largest <= LARGEST_SCORE) {
+            if largest > LARGEST_SCORE || largest.is_nan() {
                 return Err(Error::Denominator(format!(
                     "coefficients=\"fitted\": sampled scores reach {largest:.3e}, far outside what a polynomial can \
                      follow; use Exact()"

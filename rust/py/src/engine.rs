@@ -19,8 +19,8 @@ impl<'py> FromPyObject<'_, 'py> for AnyEngine {
         Ok(Self(match object.get_type().name()?.to_str()? {
             "Exact" => Engine::Exact,
             "Polynomial" => object.extract::<Polynomial>()?.engine()?,
-            "Auto" => Engine::Auto(object.extract::<AutoFields>().map_err(PyErr::from)?.into()),
-            "Plan" => object.extract::<PlanFields>().map_err(PyErr::from)?.into(),
+            "Auto" => Engine::Auto(object.extract::<AutoFields>()?.into()),
+            "Plan" => object.extract::<PlanFields>()?.into(),
             "Landmark" => object.extract::<Landmark>()?.engine(),
             name => {
                 return Err(Error::Argument(format!("engine is a {name}; expected an engine")).into());

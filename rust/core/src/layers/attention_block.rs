@@ -74,6 +74,9 @@ pub struct SelfAttention<'a, T> {
     pub attention: Attention,
 }
 
+/// Gradients of the weights by name.
+type Grads<T> = BTreeMap<&'static str, Vec<T>>;
+
 /// Widths: of the result, and of heads.
 #[derive(Debug, Clone, Copy)]
 struct Widths {
@@ -127,13 +130,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
     ///
     /// Computes [`forward`](Self::forward) again. Memory beyond the results: q, k, v, the heads' outputs and the
     /// gradients of the four.
-    pub fn backward(
-        &self,
-        ctx: &Context,
-        x: &Rows<'_, T>,
-        dy: &Rows<'_, T>,
-        dx: &mut [T],
-    ) -> Result<BTreeMap<&'static str, Vec<T>>> {
+    pub fn backward(&self, ctx: &Context, x: &Rows<'_, T>, dy: &Rows<'_, T>, dx: &mut [T]) -> Result<Grads<T>> {
         let inside = self.inside(ctx, x)?;
         Ok(self.pull_back(ctx, x, &inside, dy, 0, dx)?.0)
     }
@@ -190,7 +187,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         dy: &Rows<'_, T>,
         samples: usize,
         dx: &mut [T],
-    ) -> Result<(BTreeMap<&'static str, Vec<T>>, Vec<HeadReport>)> {
+    ) -> Result<(Grads<T>, Vec<HeadReport>)> {
         let Widths { h, h_kv, d, dv, e } = self.widths(x.d())?;
         let (batch, n) = (x.batch(), x.n());
         let rows = batch * n;
@@ -222,7 +219,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
             Part { w: w_k, rows: k, rope, gradient: &dk },
             Part { w: Some(w_v), rows: &inside.v, rope: None, gradient: &dv },
         ];
-        let mut grads: BTreeMap<_, _> = names.into_iter().zip(unproject(ctx, x, parts, dx)?).collect();
+        let mut grads: Grads<T> = names.into_iter().zip(unproject(ctx, x, parts, dx)?).collect();
         match self.weights {
             Weights::Combined { .. } => {
                 grads.remove("");
