@@ -114,8 +114,8 @@ STEPS_BESIDE_A_CALL = 20
 # By then the command has imported NumPy, typer and rich and is well inside a computation of a minute.
 SECONDS_UNTIL_THE_COMMAND_COMPUTES = 3.0
 
-# The engine of a plan is within its tolerance as measured on sampled rows, at the upper end of a 95% interval. The whole
-# may lie beyond that in one of 40 cases that are just within; none by more than a tenth.
+# The engine of a plan is within its tolerance as measured on sampled rows, at the upper end of a 95% interval. The
+# whole may lie beyond that in one of 40 cases that are just within; none by more than a tenth.
 OVER_BY = 1.1
 # ... and few, as most engines are well within.
 OVER_AT_ALL = 0.005

@@ -275,7 +275,7 @@ class SelfAttention:
     score_bound : float, optional
         Queries and keys are normalised to length 1 and the scale is this number, so that no score exceeds it. A row of
         zeros stays zero, and so does its gradient.
-    engine : Exact or Polynomial
+    engine : Exact, Polynomial, Landmark or Auto
         As for `lingrad_rs.attention`.
     causal : bool
         Whether a token sees only itself and those before it.

@@ -174,10 +174,9 @@ class Plan:
     def __str__(self) -> str:
         what = "out and gradients" if self.auto.gradients else "out"
         mask = "causal" if self.causal else "full"
-        lines = [
-            f"plan within {self.auto.tol:g} for {what}, {mask}, {self.dtype}, q {self.shapes[0]}, k {self.shapes[1]}"
-        ]
-        return "\n".join([*lines, *table(self.heads)])
+        q, k, _ = self.shapes
+        title = f"plan within {self.auto.tol:g} for {what}, {mask}, {self.dtype}, q {q}, k {k}"
+        return "\n".join([title, *table(self.heads)])
 
     def to_json(self) -> str:
         """The plan as JSON, with every number to the last bit."""

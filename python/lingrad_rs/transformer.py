@@ -55,7 +55,7 @@ class TransformerConfig:
         it the scale is ``1/sqrt(d_model / n_heads)``.
     n_kv_heads : int, optional
         Key heads, a divisor of ``n_heads``; as many unless given.
-    engine : Exact or Polynomial
+    engine : Exact, Polynomial, Landmark or Auto
         How attention is computed.
 
     Raises
