@@ -381,7 +381,8 @@ impl<'a, T: Real> Sample<'a, T> {
     }
 
     /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample. Fewer where the sample is
-    /// resolved by fewer; none where the points leave more than `hopeless` of their weight to others.
+    /// resolved by fewer; none where the root of what they leave of the points' weight is more than
+    /// `hopeless`.
     pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopeless: f64) -> Result<Vec<Candidate>> {
         let most = ranks.iter().copied().max().unwrap_or(0);
         let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1);

