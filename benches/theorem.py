@@ -161,7 +161,7 @@ def main() -> None:
     """Prints a table over n = 2^10, 2^11, ..., and draws it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--most", type=int, default=20, help="log2 of the greatest length (default: %(default)s)")
-    parser.add_argument("--score-bound", type=float, default=0.05, help="no score is greater (default: %(default)s)")
+    parser.add_argument("--score-bound", type=float, default=0.0125, help="no score is greater (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="draw it there (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args()
