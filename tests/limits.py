@@ -124,3 +124,9 @@ OVER_AT_ALL = 0.005
 AS_EXACT = 4.0
 # Scores four times as large: degree 3, within 1% at a standard deviation of 0.3, is far off at 1.2.
 STALE_SCORES = 4
+
+# A sum of positive terms, some tens of roundings in float64, against the same with 120 digits; by as much are errors
+# moved to either side of what a degree gives.
+BOUND = 1e-13
+# The error of a polynomial of outputs of size 1 is a number of its own where it is above this.
+ROUNDING = 1e-14

@@ -15,6 +15,9 @@ from .errors import ArgumentError, NonFiniteError
 
 __all__ = ["Auto", "Engine", "Exact", "Landmark", "LandmarkConstants", "Polynomial"]
 
+# Of a Taylor polynomial by its bound. Beyond it, scores are too large for the rank of any to pay.
+_HIGHEST_DEGREE = 64
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -82,6 +85,81 @@ class Polynomial:
         object.__setattr__(self, "shift", _shift(self.shift))
         _check.choice("diagonal", self.diagonal, ("exact", "polynomial"))
         object.__setattr__(self, "window", _check.integer("window", self.window, 0))
+
+    @classmethod
+    def from_bound(cls, error: float, score_bound: float, **options: Any) -> Polynomial:
+        """The Taylor polynomial of the smallest degree with a proven error, for scores that are known to be bounded.
+
+        With ``eps = max |p(s) exp(-s) - 1|`` over ``|s| <= score_bound``, each ``exp(s)`` errs by at most ``eps`` of
+        itself, and ``|out - exact| <= 2 eps / (1 - eps) max |v|`` entry by entry. The degree is the smallest at which
+        that factor is at most ``error``. Every denominator is positive then, whether the degree is even or odd.
+
+        Parameters
+        ----------
+        error : float
+            In (0, 1). Rounding comes on top.
+        score_bound : float
+            Above 0: no ``|scale q.k|``, once the shift is subtracted and without the key bias, is greater. That is for
+            the caller to see to: norms of queries and keys whose product is at most ``score_bound / scale`` will do.
+        **options
+            `gradient`, `shift`, `diagonal` and `window`, as for `Polynomial`.
+
+        Returns
+        -------
+        Polynomial
+            With ``coefficients="taylor"``.
+
+        Raises
+        ------
+        ToleranceError, ArgumentError, NonFiniteError
+            ``error`` is not in (0, 1); ``score_bound`` is not above 0; no degree up to 64 is enough; an option has a
+            value that it may not have, or is the degree or the coefficients.
+
+        Notes
+        -----
+        Cost: O(degree) time, for at most 64 degrees. Source: arXiv 2408.13233, where scores are bounded, the width is
+        O(log n) and the error is ``1/poly(n)``.
+
+        Examples
+        --------
+        >>> Polynomial.from_bound(1e-3, 0.5).degree
+        4
+        """
+        error = _check.tolerance("error", error)
+        score_bound = _check.positive("score_bound", score_bound)
+        for name in ("degree", "coefficients"):
+            if name in options:
+                raise ArgumentError(f"{name} is {options[name]!r}; expected none, as from_bound chooses it")
+        for degree in range(1, _HIGHEST_DEGREE + 1):
+            eps = taylor_error(degree, score_bound)
+            if eps < 1 and 2 * eps / (1 - eps) <= error:
+                return cls(degree=degree, **options)
+        raise ArgumentError(
+            f"score_bound is {score_bound} and error is {error}; "
+            f"expected what a degree of at most {_HIGHEST_DEGREE} meets"
+        )
+
+
+def taylor_error(degree: int, score_bound: float) -> float:
+    """``max |p(s) exp(-s) - 1|`` over ``|s| <= score_bound`` for Taylor's ``p``; infinity where it is not below 1."""
+    # With h(s) = p(s) e^-s - 1: p - p' = s^g/g!, so h' = -e^-s s^g/g! has one sign on either side of 0, and h(0) = 0.
+    # |h| grows towards both ends of [-R, R]. It is the integral of e^-t t^g/g! over [0, R] at R, and that of e^t t^g/g!
+    # at -R, which is greater. The series of the latter, sum_i R^(g+1+i) / (g! i! (g+1+i)), has positive terms only: no
+    # digit is lost, however small R is.
+    power = 1.0  # R^(g+1+i) / (g! i!), with i = 0 at first
+    for j in range(1, degree + 1):
+        power *= score_bound / j
+    power *= score_bound
+    total, i = 0.0, 0
+    while True:
+        term = power / (degree + 1 + i)
+        total += term
+        if total >= 1:  # a huge R, whose terms would grow for long, ends here at once
+            return math.inf
+        if term <= 2**-54 * total and i >= score_bound:  # those that follow are smaller, and soon by half each
+            return total
+        i += 1
+        power *= score_bound / i
 
 
 @dataclass(frozen=True, eq=False)
