@@ -120,8 +120,8 @@ def _engine(description: Mapping[str, Any]) -> Engine:
 class Plan:
     """An engine for each head, chosen within a tolerance by `lingrad_rs.plan_attention`; to be used again.
 
-    Each use is verified like a call with ``tol=``: what misses the tolerance is computed exactly, and ``vjp.heads`` says
-    that the plan is stale.
+    Each use is verified like a call with ``tol=``: what misses the tolerance is computed exactly, and ``vjp.heads``
+    says that the plan is stale.
 
     Attributes
     ----------

@@ -56,7 +56,7 @@ const ROUNDING: f64 = 32.0;
 const SMALL_MEAN: f64 = 0.05;
 /// Sampled weights that err so many times more than the tolerance are not looked at further, but where the spread of the
 /// values is below this.
-const HOPELESS: f64 = 8.0;
+const HOPELESS: f64 = 4.0;
 const SPREAD: f64 = 0.5;
 /// Landmarks that leave more of the points unresolved than this times the fourth root of the tolerance (as the tests'
 /// distributions have it) are not looked at further.
