@@ -395,7 +395,7 @@ def _table_of_trials(survey: _survey.Survey, gradients: bool, *, ends: bool) -> 
         times = (f"{1e3 * trial.seconds:.2f}", f"{trial.relative_time:.2f}")
         errors = (_error_text(trial.errors.get(x), ends=ends) for x in results)
         rows.append((trial.engine, *times, *errors, f"{min(trial.meets):g}" if trial.meets else ""))
-    return _table(("engine", "ms", "of exact", *results, "within"), rows)
+    return _table(("engine", "ms", "of exact", *results, "within"), rows, whole=ends)
 
 
 def _table_of_choices(survey: _survey.Survey) -> Table:
@@ -405,7 +405,7 @@ def _table_of_choices(survey: _survey.Survey) -> Table:
         measured = _error_text(_survey.worst(choice.errors.values()), ends=True)
         why = _short(choice.missed or choice.reason, 100)
         rows.append((f"{choice.tol:g}", choice.engine, predicted, measured, f"{choice.cost:.2f}", why))
-    return _table(("tolerance", "choice", "predicted", "worst measured", "cost of exact", "why"), rows)
+    return _table(("tolerance", "choice", "predicted", "worst measured", "cost of exact", "why"), rows, whole=False)
 
 
 @contextmanager
@@ -635,19 +635,17 @@ def _table_of_heads(report: GradientReport, *, ends: bool) -> Table:
             rows.append((str(i), str(j), head.engine_name, *errors, bound, *why))
     headers = ("layer", "head", "engine", *_RESULTS, "bound", *(("why",) if planned else ()))
     title = "errors of each head" + (" (upper ends of 95% intervals)" if ends else "")
-    return _table(headers, rows, title)
+    return _table(headers, rows, title, whole=ends)
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """Texts to the left and numbers to the right; only the reasons wrap."""
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, whole: bool) -> Table:
+    """Words to the left and numbers to the right, with every cell but the reasons in one line where they are whole."""
     table = Table(title=title, title_justify="left")
     for i, header in enumerate(headers):
-        if header == "why":
-            table.add_column(header, min_width=20)
-        else:
-            width = max((len(row[i]) for row in rows), default=0)
-            justify = "left" if header in ("engine", "choice") else "right"
-            table.add_column(header, justify=justify, no_wrap=True, min_width=max(width, len(header)))
+        justify = "left" if header in ("engine", "choice", "why") else "right"
+        fixed = whole and header != "why"
+        width = max(len(text) for text in (header, *(row[i] for row in rows))) if fixed else None
+        table.add_column(header, justify=justify, no_wrap=fixed, min_width=width)
     for row in rows:
         table.add_row(*row)
     return table
