@@ -126,6 +126,7 @@ AS_EXACT = 4.0
 STALE_SCORES = 4
 
 # The standard deviation of the scores of 256 queries with all keys: that of one query's scores scatters with its
-# length, for 16 numbers by 1 / sqrt(2 * 16) of itself, and that of all by a sixteenth of this, 1.1%. Large means add one
-# number a query, which scatters as much as the standard deviation itself: a sixteenth, over sqrt(2), 4.4%; and half more.
+# length, for 16 numbers by 1 / sqrt(2 * 16) of itself, and that of all by a sixteenth of this, 1.1%. Large means add
+# one number a query, which scatters as much as the standard deviation itself: a sixteenth, over sqrt(2), 4.4%; and half
+# more.
 SAMPLED_STD = 0.07

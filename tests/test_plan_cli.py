@@ -127,11 +127,16 @@ def test_safetensors_hold_layers_and_grouped_heads_of_which_some_are_picked(tmp_
 
 
 def test_an_engine_that_fails_says_why(tmp_path):
-    np.savez(tmp_path / "heads.npz", **arrays("large means, centred score std 1"))
+    drawn = arrays(SMALL_SCORES)
+    drawn["k"][..., 0] += 1
+    drawn["q"][:, 3000] = -100 * np.eye(D)[0]  # its scores are about -25, where a line through small scores is negative
+    np.savez(tmp_path / "heads.npz", **drawn)
     done = plan(tmp_path / "heads.npz", *FORWARD)
     assert done.returncode == 0, done.stderr
-    assert "degree 1 fails: row" in done.stdout
-    assert "denominator" in done.stdout
+    assert "degree 1 fails: row 3000 of head 0 has the denominator" in done.stdout
+    trials = {trial["engine"]: trial for trial in result(tmp_path / "heads.npz", *FORWARD)["heads"][0]["trials"]}
+    assert "denominator" in trials["degree 1"]["failure"]
+    assert trials["exact"]["failure"] is None
 
 
 def test_the_tables_name_engines_errors_and_choices(two_heads):
