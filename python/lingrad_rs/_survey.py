@@ -82,7 +82,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen within a tolerance; ``cost`` is the expected time over the exact engine's."""
+    """What was chosen within a tolerance.
+
+    ``cost`` is the expected time over the exact engine's, without that of an engine that ``missed``.
+    """
 
     tol: float
     engine: str
@@ -282,12 +285,13 @@ def _measured(head: Head, task: Task, engine: Engine, dout: Array) -> dict[str, 
 
 def _choice(head: Head, task: Task, tol: float, dout: Array) -> Choice:
     plan = _plan(head, task, tol, dout)
+    exact = isinstance(plan.engine, Exact)  # cost and prediction are those of the engine that missed, if one did
     return Choice(
         tol=tol,
         engine=plan.engine_name,
-        predicted_error=plan.predicted_error,
+        predicted_error=None if exact else plan.predicted_error,
         errors=dict(plan.errors),
-        cost=plan.cost / plan.exact_cost,
+        cost=1.0 if exact else plan.cost / plan.exact_cost,
         reason=plan.reason,
         missed=plan.missed,
         whole_sequence=plan.whole_sequence,
