@@ -47,7 +47,7 @@ def two_heads(tmp_path):
 
 
 def test_gradients_of_every_head_are_timed_and_measured(two_heads):
-    found = result(two_heads, *QUICK, "--tol", "1e-1", "--tol", "1e-3")
+    found = result(two_heads, *QUICK, "--tol", "3e-1", "--tol", "1e-3")
     assert found["causal"]
     assert found["gradients"]
     heads = found["heads"]
@@ -73,8 +73,8 @@ def test_gradients_of_every_head_are_timed_and_measured(two_heads):
                 assert highest <= FLOAT32_MODEL
             else:
                 assert highest >= NOT_EXACT
-            assert trial["meets"] == [tol for tol in (1e-1, 1e-3) if highest <= tol]
-        for choice, tol in zip(head["choices"], (1e-1, 1e-3), strict=True):
+            assert trial["meets"] == [tol for tol in (3e-1, 1e-3) if highest <= tol]
+        for choice, tol in zip(head["choices"], (3e-1, 1e-3), strict=True):
             assert choice["tol"] == tol
             assert choice["reason"]
             if choice["engine"] == "exact":
