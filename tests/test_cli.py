@@ -32,6 +32,7 @@ SMALL = ("--tokens", str(TOKENS), "--layers", "2", "--d-model", "32", "--heads",
 ENGINE = lg.Polynomial(coefficients="fitted")  # unless asked for another
 CONFIG = lg.TransformerConfig(n_layers=2, d_model=32, n_heads=2, d_ff=128, vocab_size=256, engine=ENGINE)
 KEYS = {"loss", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "layers", "compare"}
+HEAD_KEYS = {"engine", "errors", "error_bound", "reason", "missed", "whole_sequence"}
 COMMAND = [Path(sys.executable).with_name("lingrad" + (".exe" if sys.platform == "win32" else ""))]
 
 
@@ -74,8 +75,14 @@ def test_json_holds_every_key_and_its_comparison_is_close(tmp_path):
     assert result["peak_memory_bytes"] >= PEAK_MEMORY
     assert len(result["layers"]) == 2
     for layer in result["layers"]:
-        assert layer.keys() == {"engine", "measured_error", "grad_norm"}
+        assert layer.keys() == {"engine", "measured_error", "grad_norm", "heads"}
         assert layer["engine"] == "polynomial"
+        assert [head["engine"] for head in layer["heads"]] == ["polynomial, degree 2"] * 2
+        for head in layer["heads"]:
+            assert head.keys() == HEAD_KEYS
+            assert head["errors"].keys() == {"out", "dq", "dk", "dv"}
+            assert min(head["errors"].values()) >= NOT_EXACT
+            assert max(head["errors"].values()) <= CLI_COMPARE
         assert NOT_EXACT <= layer["measured_error"] <= CLI_COMPARE
         assert layer["grad_norm"] > 0
     compare = result["compare"]
@@ -116,6 +123,75 @@ def test_exact_engine_has_no_error():
     assert set(result["compare"]["relative_error"].values()) == {0}
     assert {layer["engine"] for layer in result["layers"]} == {"exact"}
     assert max(layer["measured_error"] for layer in result["layers"]) <= FLOAT32_MODEL
+
+
+# So many tokens that some engines pay.
+PLANNED = ("--tokens", "4096", "--layers", "2", "--d-model", "32", "--heads", "2")
+
+
+def test_within_a_tolerance_every_head_is_within_it_or_exact():
+    tol = 1e-1
+    heads = [head for layer in grad(*PLANNED, "--tol", str(tol))["layers"] for head in layer["heads"]]
+    assert len(heads) == 4
+    approximate = [head for head in heads if head["engine"] != "exact"]
+    assert approximate
+    for head in heads:
+        assert head.keys() == HEAD_KEYS
+        assert head["reason"]
+        assert head["errors"].keys() == {"out", "dq", "dk", "dv"}
+        if head in approximate:
+            assert min(head["errors"].values()) >= NOT_EXACT
+            assert max(head["errors"].values()) <= tol
+        else:
+            assert set(head["errors"].values()) == {None}
+
+
+def test_auto_is_a_tolerance_of_a_hundredth():
+    given, default = grad(*PLANNED, "--tol", "1e-2"), grad(*PLANNED, "--engine", "auto")
+    assert given["layers"] == default["layers"]
+    assert given["loss"] == default["loss"]
+    assert {layer["engine"] for layer in given["layers"]} == {"auto"}
+
+
+def constants_of_later_tokens(*options):
+    layers = grad(*PLANNED, "--tol", "3e-1", *options)["layers"]
+    return {name for layer in layers for head in layer["heads"] for name in head["whole_sequence"]}
+
+
+def test_strictly_causal_engines_have_no_constants_of_later_tokens():
+    assert "coefficients" in constants_of_later_tokens()
+    assert constants_of_later_tokens("--strict-causal") == set()
+
+
+def test_landmarks_are_as_many_as_were_asked_for():
+    layers = grad(*SMALL, "--engine", "landmark", "--rank", "24")["layers"]
+    assert {layer["engine"] for layer in layers} == {"landmark"}
+    assert {head["engine"] for layer in layers for head in layer["heads"]} == {"24 landmarks"}
+
+
+@pytest.mark.parametrize("engine", [lg.Landmark(24, seed=3), lg.Auto(0.25, strict_causal=True, seed=2)])
+def test_a_stored_model_keeps_its_engine(engine, tmp_path):
+    config = small_config(vocab_size=256, engine=engine)
+    lg.save(tmp_path / "model", lg.Transformer(config))
+    loaded = lg.load(tmp_path / "model")
+    assert loaded.config == config
+    layers = grad("--params", tmp_path / "model", "--tokens", "300")["layers"]
+    assert {layer["engine"] for layer in layers} == {type(engine).__name__.lower()}
+
+
+def test_a_model_with_constants_of_landmarks_is_not_saved(tmp_path):
+    constants = lg.LandmarkConstants(1.0, np.zeros(4), np.zeros(4), 1.0, np.zeros((2, 4)), np.eye(2))
+    model = lg.Transformer(small_config(engine=lg.Landmark(2, constants=constants)))
+    with pytest.raises(lg.ArgumentError, match="expected one without constants"):
+        lg.save(tmp_path / "model", model)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tolerance_shows_the_engine_of_each_head_and_why():
+    done = lingrad("grad", *PLANNED, "--tol", "1e-1")
+    assert done.returncode == 0, done.stderr
+    for words in ("errors of each head", "why", "dq", "dk", "dv", "the cheapest within 1.0e-1"):
+        assert words in done.stdout
 
 
 def test_a_text_of_one_s_own_is_read_as_bytes(tmp_path):
@@ -159,7 +235,7 @@ def test_without_json_a_person_can_read_it():
     assert all(name in done.stdout for name in CONFIG.param_shapes())
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
-    assert sum("polynomial, degree 2" in line for line in lines) == 2  # one a layer
+    assert sum("polynomial, degree 2" in line for line in lines) == 2 + 4  # one a layer, and one a head
 
 
 def test_help_tells_every_option():
@@ -176,6 +252,9 @@ def test_help_tells_every_option():
         "engine",
         "degree",
         "coefficients",
+        "rank",
+        "tol",
+        "strict-causal",
         "compare",
         "threads",
         "json",
@@ -211,6 +290,18 @@ BAD = {
         ["--engine", "exact", "--coefficients", "taylor"],
         "--coefficients needs --engine polynomial",
     ),
+    "a tolerance of the exact engine": (["--engine", "exact", "--tol", "0.1"], "--tol needs --engine auto; got exact"),
+    "degree under a tolerance": (["--tol", "0.1", "--degree", "2"], "--degree needs --engine polynomial; got auto"),
+    "coefficients under a tolerance": (
+        ["--engine", "auto", "--coefficients", "fitted"],
+        "--coefficients needs --engine polynomial; got auto",
+    ),
+    "rank under a tolerance": (["--tol", "0.1", "--rank", "9"], "--rank needs --engine landmark; got auto"),
+    "rank of a polynomial": (["--rank", "9"], "--rank needs --engine landmark; got polynomial"),
+    "a strictly causal polynomial": (["--strict-causal"], "--strict-causal needs --engine auto; got polynomial"),
+    "a tolerance of 2": (["--tol", "2"], "tol is 2"),
+    "a tolerance below rounding": (["--tol", "1e-9"], "tol is 1e-9; expected at least 1e-5"),
+    "no landmarks": (["--engine", "landmark", "--rank", "0"], "rank is 0; expected"),
     "unknown coefficients": (["--coefficients", "magic"], "--coefficients"),
     "unknown engine": (["--engine", "magic"], "--engine"),
     "unknown comparison": (["--compare", "magic"], "--compare"),

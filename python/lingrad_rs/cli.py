@@ -1,15 +1,22 @@
-"""The command ``lingrad``: the gradient of every weight of a small transformer on a long text, and times of engines."""
+"""The command ``lingrad``.
+
+It computes the gradient of every weight of a small transformer on a long text, times engines, and tells which of them
+fit heads of one's own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 import sysconfig
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,15 +25,17 @@ from typing import Annotated, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, _bench
-from .engines import Engine, Exact, Polynomial
+from . import __version__, _bench, _survey
+from .engines import Auto, Engine, Exact, Landmark, Polynomial
 from .errors import ArgumentError, LingradError
+from .plan import ErrorEstimate, HeadPlan
 from .threads import set_num_threads
 from .transformer import GradientReport, Transformer, TransformerConfig, load, save
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as missing:
@@ -35,6 +44,17 @@ except ImportError as missing:
 __all__ = ["main"]
 
 _DEFAULT_ENGINE = Polynomial(coefficients="fitted")
+# The engines by name, with the options that they have unless others are given.
+_ENGINES: dict[str, Engine] = {
+    "polynomial": _DEFAULT_ENGINE,
+    "exact": Exact(),
+    "landmark": Landmark(),
+    "auto": Auto(1e-2),
+}
+# The options of an engine, and whose they are.
+_OPTIONS = {"degree": "polynomial", "coefficients": "polynomial", "rank": "landmark", "tol": "auto"}
+_OPTIONS["strict_causal"] = "auto"
+_RESULTS = ("out", "dq", "dk", "dv")
 _BYTES = 256  # the vocabulary: a token is a byte
 _SAMPLES = 256  # rows of each layer's attention whose error is measured
 
@@ -46,6 +66,8 @@ class EngineName(str, Enum):
 
     polynomial = "polynomial"
     exact = "exact"
+    landmark = "landmark"
+    auto = "auto"
 
 
 class CoefficientsName(str, Enum):
@@ -111,6 +133,14 @@ def grad(
     coefficients: Annotated[
         CoefficientsName | None, typer.Option(help="Its coefficients.", show_default="fitted")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="Landmarks.", show_default="256")] = None,
+    tol: Annotated[
+        float | None,
+        typer.Option(help="Choose for each head within this error: the engine is auto.", show_default="1e-2 with auto"),
+    ] = None,
+    strict_causal: Annotated[
+        bool, typer.Option("--strict-causal", help="With auto, use no constants taken from later tokens.")
+    ] = False,
     compare: Annotated[
         Reference | None, typer.Option(help="Also compute exactly: errors of all gradients, and the speed-up.")
     ] = None,
@@ -128,7 +158,15 @@ def grad(
         if out is not None and not out.absolute().parent.is_dir():
             raise ArgumentError(f"--out {out}: there is no directory {out.absolute().parent}")
         sizes = {"n_layers": layers, "d_model": d_model, "n_heads": heads, "d_ff": d_ff}
-        chosen = functools.partial(_engine, engine, degree, coefficients)
+        options = {
+            "degree": degree,
+            "coefficients": None if coefficients is None else coefficients.value,
+            "rank": rank,
+            "tol": tol,
+            "strict_causal": strict_causal or None,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = functools.partial(_engine, None if engine is None else engine.value, given)
         if params is None:
             model = _new_model(sizes, chosen(_DEFAULT_ENGINE), seed, "float32" if dtype is None else dtype.value)
         else:
@@ -145,7 +183,7 @@ def grad(
         if out is not None:
             save(out, report.grads)
         if json_:
-            typer.echo(json.dumps(_summary(report, tokens, seconds, peak, comparison), allow_nan=False))
+            _print_json(_summary(report, tokens, seconds, peak, comparison))
         else:
             _print(report, tokens, seconds, peak, comparison)
 
@@ -201,13 +239,30 @@ def bench(
             _bench.plot(rows, plot, f"{title}\n{_bench.machine()}")
         if json_:
             result = {"machine": _bench.machine(), "rows": [dataclasses.asdict(row) for row in rows]}
-            typer.echo(json.dumps(result, allow_nan=False))
+            _print_json(result)
         else:
             _print_bench(rows, title, limit, peer is None)
 
 
+def _print_json(value: object) -> None:
+    """As one line; null in place of NaN and infinity, which JSON does not have."""
+
+    def finite(x: object) -> object:
+        if isinstance(x, Mapping):
+            return {name: finite(part) for name, part in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(part) for part in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    typer.echo(json.dumps(finite(value), allow_nan=False))
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = _console()
     console.print(_bench.machine())
     table = Table(title=title)
     for header in (
@@ -239,6 +294,120 @@ def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool
         console.print("PyTorch is not installed; with it, its fused kernel takes part.")
 
 
+@app.command()
+def plan(
+    file: Annotated[
+        Path,
+        typer.Argument(help="Arrays q, k, v (.npz or .safetensors): (n, d), (heads, n, d) or (layers, heads, n, d)."),
+    ],
+    causal: Annotated[bool, typer.Option("--causal/--full", help="With or without a causal mask.")] = True,
+    scale: Annotated[float | None, typer.Option(help="Factor of the scores.", show_default="1/sqrt(d)")] = None,
+    tol: Annotated[
+        list[float] | None, typer.Option(help="Tolerances of relative errors.", show_default="1e-1 1e-2 1e-3")
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients/--forward-only", help="Forward and backward, or forward alone.")
+    ] = True,
+    layer: Annotated[list[int] | None, typer.Option(help="Only these layers.", show_default="all")] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Only these heads.", show_default="all")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens.", show_default="all")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Tell what every engine costs and misses on heads of your own, and what is chosen within tolerances.
+
+    Errors are measured on sampled rows and keys that are computed exactly. Engines take turns within every round.
+    """
+    with _clean_exit():
+        if threads is not None:
+            set_num_threads(threads)
+        if plot is not None:
+            _bench.check_plot(plot)
+        task = _survey.Task(causal, scale, gradients)
+        tolerances = sorted(set(tol or [1e-1, 1e-2, 1e-3]), reverse=True)
+        picked = _survey.heads(_survey.read(file, task, max_tokens), layer or [], head or [])
+        surveys = []
+        with _progress("plan") as progress:
+            for i, one in enumerate(picked):
+                surveys.append(
+                    _survey.survey(
+                        one,
+                        task,
+                        tolerances,
+                        rounds=rounds,
+                        progress=lambda done, i=i: progress((i + done) / len(picked)),
+                    )
+                )
+        first = surveys[0]
+        title = (
+            f"{'causal' if causal else 'full'} attention{', with gradients' if gradients else ', forward alone'}, "
+            f"{first.tokens:,} tokens, d = {first.d}, {first.dtype}"
+        )
+        if plot is not None:
+            _survey.plot(surveys, plot, f"{file.name}: {title}\n{_bench.machine()}")
+        if json_:
+            _print_json(
+                {
+                    "machine": _bench.machine(),
+                    "causal": causal,
+                    "gradients": gradients,
+                    "heads": [dataclasses.asdict(survey) for survey in surveys],
+                }
+            )
+        else:
+            _print_surveys(surveys, title, gradients)
+
+
+def _print_surveys(surveys: Sequence[_survey.Survey], title: str, gradients: bool) -> None:
+    console = _console()
+    console.print(_bench.machine())
+    console.print(title)
+    for survey in surveys:
+        s = survey.scores
+        console.print(
+            f"\nLayer {survey.layer}, head {survey.head}: scores of standard deviation {s.std:.2g}, the largest "
+            f"{s.largest:.2g} in size; with means subtracted {s.centred_std:.2g} and {s.centred_largest:.2g}."
+        )
+        _print_fitting(console, functools.partial(_table_of_trials, survey, gradients))
+        for trial in survey.trials:
+            if trial.failure is not None:
+                console.print(f"{trial.engine} fails: {_short(trial.failure, 90)}")
+        if survey.left_out:
+            console.print(f"Left out, with more features than keys: {', '.join(survey.left_out)}.")
+        console.print(_table_of_choices(survey))
+    console.print(
+        "Medians of times. Errors are relative, of sampled rows, in parentheses the upper ends of 95% intervals; "
+        "within: the least tolerance that all these upper ends are within."
+    )
+
+
+def _table_of_trials(survey: _survey.Survey, gradients: bool, *, ends: bool) -> Table:
+    results = _RESULTS if gradients else ("out",)
+    rows = []
+    for trial in survey.trials:
+        if trial.seconds is None or trial.relative_time is None:
+            rows.append((trial.engine, "fails", *[""] * (len(results) + 2)))
+            continue
+        times = (f"{1e3 * trial.seconds:.2f}", f"{trial.relative_time:.2f}")
+        errors = (_error_text(trial.errors.get(x), ends=ends) for x in results)
+        rows.append((trial.engine, *times, *errors, f"{min(trial.meets):g}" if trial.meets else ""))
+    return _table(("engine", "ms", "of exact", *results, "within"), rows, whole=ends)
+
+
+def _table_of_choices(survey: _survey.Survey) -> Table:
+    rows = []
+    for choice in survey.choices:
+        predicted = "" if choice.predicted_error is None else _number(choice.predicted_error)
+        measured = _error_text(_survey.worst(choice.errors.values()), ends=True)
+        why = _short(choice.missed or choice.reason, 100)
+        rows.append((f"{choice.tol:g}", choice.engine, predicted, measured, f"{choice.cost:.2f}", why))
+    return _table(("tolerance", "choice", "predicted", "worst measured", "cost of exact", "why"), rows, whole=False)
+
+
 @contextmanager
 def _clean_exit() -> Iterator[None]:
     """No traceback for what the user can mend: exit code 2, or 130 after Ctrl-C."""
@@ -257,18 +426,14 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _engine(
-    name: EngineName | None, degree: int | None, coefficients: CoefficientsName | None, default: Engine
-) -> Engine:
+def _engine(name: str | None, options: Mapping[str, Any], default: Engine) -> Engine:
     """The engine that was asked for: the default, with the options that were given in place of its own."""
-    options: dict[str, Any] = {} if degree is None else {"degree": degree}
-    if coefficients is not None:
-        options["coefficients"] = coefficients.value
-    if name is EngineName.exact or (name is None and isinstance(default, Exact)):
-        if options:
-            raise ArgumentError(f"--{next(iter(options))} needs --engine polynomial; got exact")
-        return Exact()
-    return dataclasses.replace(default if isinstance(default, Polynomial) else _DEFAULT_ENGINE, **options)
+    if name is None:
+        name = "auto" if "tol" in options else _engine_name(default)
+    for option in options:
+        if _OPTIONS[option] != name:
+            raise ArgumentError(f"--{option.replace('_', '-')} needs --engine {_OPTIONS[option]}; got {name}")
+    return dataclasses.replace(default if _engine_name(default) == name else _ENGINES[name], **options)
 
 
 def _new_model(sizes: Mapping[str, int | None], engine: Engine, seed: int, dtype: str) -> Transformer:
@@ -390,6 +555,18 @@ def _engine_name(engine: Engine) -> str:
     return type(engine).__name__.lower()
 
 
+def _head(head: HeadPlan) -> dict[str, Any]:
+    errors = {name: head.errors[name].relative if name in head.errors else None for name in _RESULTS}
+    return {
+        "engine": head.engine_name,
+        "errors": errors,
+        "error_bound": head.error_bound,
+        "reason": head.reason,
+        "missed": head.missed,
+        "whole_sequence": list(head.whole_sequence),
+    }
+
+
 def _summary(
     report: GradientReport, tokens: int, seconds: float, peak: int | None, comparison: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -404,6 +581,7 @@ def _summary(
                 "engine": _engine_name(layer.engine),
                 "measured_error": None if layer.measured_error is None else layer.measured_error.relative,
                 "grad_norm": layer.grad_norm,
+                "heads": [_head(head) for head in layer.heads],
             }
             for layer in report.layers
         ],
@@ -414,18 +592,18 @@ def _summary(
 def _print(
     report: GradientReport, tokens: int, seconds: float, peak: int | None, comparison: dict[str, Any] | None
 ) -> None:
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"loss             {report.loss:.6f} nats a byte")
     console.print(f"time             {seconds:.3f} s for {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
     if peak is not None:
         console.print(f"peak memory      {peak / 2**20:,.0f} MiB")
     table = Table("layer", "gradient norm", "engine", "error of attention (95% interval)")
     for i, layer in enumerate(report.layers):
-        degree = f", degree {layer.engine.degree}" if isinstance(layer.engine, Polynomial) else ""
         e = layer.measured_error
         error = "" if e is None else f"{e.relative:.2e} ({e.low:.1e} to {e.high:.1e})"
-        table.add_row(str(i), f"{layer.grad_norm:.4e}", _engine_name(layer.engine) + degree, error)
+        table.add_row(str(i), f"{layer.grad_norm:.4e}", _engines_of(layer.heads), error)
     console.print(table)
+    _print_fitting(console, functools.partial(_table_of_heads, report))
     if comparison is not None:
         errors: dict[str, float | None] = comparison["relative_error"]
         table = Table("gradient of", "error relative to exact")
@@ -435,3 +613,62 @@ def _print(
         worst = max((error for error in errors.values() if error is not None), default=0.0)
         console.print(f"worst error      {worst:.2e}")
         console.print(f"speed-up         {comparison['speedup']:.2f} times as fast as exact")
+
+
+def _engines_of(heads: Sequence[HeadPlan]) -> str:
+    """The engines of heads in a few words, with how many have each where they differ."""
+    counts = Counter(head.engine_name for head in heads)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _table_of_heads(report: GradientReport, *, ends: bool) -> Table:
+    """A line a head, with the upper ends of the errors' intervals where these are asked for."""
+    planned = any(isinstance(layer.engine, Auto) for layer in report.layers)
+    rows = []
+    for i, layer in enumerate(report.layers):
+        for j, head in enumerate(layer.heads):
+            errors = (_error_text(head.errors.get(name), ends=ends) for name in _RESULTS)
+            bound = "" if head.error_bound is None else _number(head.error_bound)
+            why = (_short(head.missed or head.reason),) if planned else ()
+            rows.append((str(i), str(j), head.engine_name, *errors, bound, *why))
+    headers = ("layer", "head", "engine", *_RESULTS, "bound", *(("why",) if planned else ()))
+    title = "errors of each head" + (" (upper ends of 95% intervals)" if ends else "")
+    return _table(headers, rows, title, whole=ends)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, whole: bool) -> Table:
+    """Words to the left and numbers to the right, with every cell but the reasons in one line where they are whole."""
+    table = Table(title=title, title_justify="left")
+    for i, header in enumerate(headers):
+        justify = "left" if header in ("engine", "choice", "why") else "right"
+        fixed = whole and header != "why"
+        width = max(len(text) for text in (header, *(row[i] for row in rows))) if fixed else None
+        table.add_column(header, justify=justify, no_wrap=fixed, min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _print_fitting(console: Console, table: Callable[..., Table]) -> None:
+    """The table with the ends of intervals where there is room for them, else without."""
+    full = table(ends=True)
+    wide = console.options.update(width=10 * console.width)
+    console.print(full if console.measure(full, options=wide).minimum <= console.width else table(ends=False))
+
+
+def _number(x: float) -> str:
+    """Two digits and an exponent, with no zeros in front of it."""
+    return re.sub(r"e([+-])0*(?=\d)", lambda match: "e" + match[1].replace("+", ""), f"{x:.1e}")
+
+
+def _error_text(error: ErrorEstimate | None, *, ends: bool) -> str:
+    if error is None:
+        return ""
+    return _number(error.relative) + (f" ({_number(error.high)})" if ends else "")
+
+
+def _short(text: str, width: int = 56) -> str:
+    """The first words of a text, as they are, with no markup."""
+    return escape(textwrap.shorten(text, width, placeholder=" …"))

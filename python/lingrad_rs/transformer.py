@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _backend, _check
-from .engines import Engine, Exact, Polynomial, check_engine
+from .engines import Auto, Engine, Exact, Landmark, Polynomial, check_engine
 from .errors import ArgumentError, ShapeError
 from .modules import ACTIVATIONS
 from .plan import ErrorEstimate, HeadPlan, head_plans
@@ -378,7 +378,7 @@ def save(path: str | os.PathLike[str], model_or_params: Transformer | Mapping[st
     ImportError
         Without the safetensors library, which ``pip install 'lingrad_rs[cli]'`` brings.
     DtypeError, DeviceError, ArgumentError
-        Something is not an array of float32 or float64.
+        Something is not an array of float32 or float64, or the model's engine holds constants of landmarks.
     OSError
         The file cannot be written.
     """
@@ -434,6 +434,8 @@ def _plain(record: object) -> dict[str, Any]:
 
 
 def _config_to_json(config: TransformerConfig) -> dict[str, Any]:
+    if isinstance(config.engine, Landmark) and config.engine.constants is not None:
+        raise ArgumentError(f"engine is {config.engine!r}; expected one without constants: a file keeps no landmarks")
     engine = {"kind": type(config.engine).__name__} | _plain(config.engine)
     return _plain(config) | {"engine": engine}
 
@@ -442,7 +444,7 @@ def _config_from_json(text: str) -> TransformerConfig:
     try:
         config = dict(json.loads(text))
         engine = dict(config.pop("engine"))
-        kinds: dict[str, type[Exact] | type[Polynomial]] = {"Exact": Exact, "Polynomial": Polynomial}
+        kinds: dict[str, type[Engine]] = {kind.__name__: kind for kind in (Exact, Polynomial, Landmark, Auto)}
         return TransformerConfig(**config, engine=kinds[engine.pop("kind")](**engine))
     except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(f"the configuration in the file cannot be read: {error}") from error

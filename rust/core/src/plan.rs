@@ -431,6 +431,9 @@ fn landmarks<T: Real>(
         Err(Error::Cancelled) => return Err(Error::Cancelled),
         Err(error) => return Ok(Err(error.to_string())),
     };
+    if candidates.is_empty() {
+        return Ok(Err(format!("{most} landmarks leave too many points unresolved")));
+    }
     let mut least = f64::INFINITY;
     for candidate in candidates {
         let error = candidate.worst();

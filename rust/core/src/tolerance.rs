@@ -73,6 +73,8 @@ impl HeadReport {
 
     fn now_exact(&mut self, missed: String) {
         self.plan.engine = Engine::Exact;
+        self.plan.cost = self.plan.exact_cost;
+        self.plan.predicted_error = None;
         self.plan.whole_sequence.clear();
         self.errors = Errors::default();
         self.error_bound = None;
