@@ -125,16 +125,13 @@ AS_EXACT = 4.0
 # Scores four times as large: degree 3, within 1% at a standard deviation of 0.3, is far off at 1.2.
 STALE_SCORES = 4
 
-<<<<<<< HEAD
 # A sum of positive terms, some tens of roundings in float64, against the same with 120 digits; by as much are errors
 # moved to either side of what a degree gives.
 BOUND = 1e-13
 # The error of a polynomial of outputs of size 1 is a number of its own where it is above this.
 ROUNDING = 1e-14
-=======
 # The standard deviation of the scores of 256 queries with all keys: that of one query's scores scatters with its
 # length, for 16 numbers by 1 / sqrt(2 * 16) of itself, and that of all by a sixteenth of this, 1.1%. Large means add
 # one number a query, which scatters as much as the standard deviation itself: a sixteenth, over sqrt(2), 4.4%; and half
 # more.
 SAMPLED_STD = 0.07
->>>>>>> wt-cli
