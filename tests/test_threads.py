@@ -12,7 +12,7 @@ from helpers import assert_same_bits, cast, draw, run_attention, small_config
 from limits import HANG_SECONDS, STEPS_BESIDE_A_CALL
 
 import lingrad_rs as lg
-from lingrad_rs import Exact, Polynomial
+from lingrad_rs import Exact, Landmark, Polynomial
 
 THREADS = (1, 2, 5)
 ENGINES = {
@@ -20,6 +20,7 @@ ENGINES = {
     "polynomial": Polynomial(),
     "consistent": Polynomial(gradient="consistent"),
     "degree 4, fitted": Polynomial(degree=4, coefficients="fitted"),
+    "landmarks": Landmark(rank=300),
 }
 
 

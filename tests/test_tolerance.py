@@ -286,3 +286,37 @@ def test_landmark_constants_are_checked(backend):
     y = backend.array(np.ones((6, 5)))
     with pytest.raises(lg.ShapeError, match="landmarks are of width 4"):
         lg.attention(y, y, y, engine=Landmark(constants=constants))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_modules_take_a_tolerance_and_landmarks(causal, rng):
+    n, d = 4096, 16
+    x = 0.4 * rng.standard_normal((n, d))
+    weights = {name: rng.standard_normal((d, d)) / 4 for name in ("w_q", "w_k", "w_v", "w_o")}
+    dy = rng.standard_normal((n, d))
+
+    def run(engine):
+        module = lg.SelfAttention(**weights, n_heads=2, causal=causal, engine=engine)
+        y, pullback = module.vjp(x)
+        dx, grads = pullback(dy)
+        return {"y": y, "dx": dx, **grads}
+
+    exact = run(Exact())
+    for engine, limit in ((Auto(tol=2e-2), 4e-2), (Landmark(rank=512), 0.5)):
+        got = run(engine)
+        for name in exact:
+            assert relative_error(got[name], exact[name]) <= limit, (engine, name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("restore_threads")
+def test_a_tolerance_gives_the_same_bits_for_any_number_of_threads(causal, backend):
+    inputs = drawn("isotropic, d 16, score std 0.3", n=4096, dtype=np.float32)
+
+    def run(threads):
+        lg.set_num_threads(threads)
+        return run_attention(backend, inputs, tol=5e-2, causal=causal)
+
+    one, many = run(1), run(3)
+    for name in one:
+        assert np.array_equal(one[name], many[name]), name

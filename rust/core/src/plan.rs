@@ -43,7 +43,7 @@ const WORTH_IT: f64 = 0.6;
 const LANDMARKS_WORTH_IT: f64 = 0.1;
 /// What planning may cost, relative to exact attention, in all, and drawing landmarks.
 const PLANNING: f64 = 0.1;
-const DRAWING: f64 = 0.06;
+const DRAWING: f64 = 0.03;
 /// How far below the tolerance landmarks must lie on their sample, which is not the whole head.
 const LANDMARK_MARGIN: f64 = 0.5;
 /// What a polynomial costs, relative to exact attention, where it is cheap, and how far below the tolerance it should
@@ -242,7 +242,6 @@ pub(crate) fn plan_head<T: Real>(
         causal: attention.causal,
         gradients: auto.gradients,
     };
-    let threads = rayon::current_num_threads() as f64;
     let exact_cost = size.exact::<T>();
     let mut plan = HeadPlan {
         engine: Engine::Exact,
@@ -266,7 +265,7 @@ pub(crate) fn plan_head<T: Real>(
         .into_iter()
         .filter(|&rank| {
             size.landmarks::<T>(rank, &landmark::settings(strict)) <= LANDMARKS_WORTH_IT * exact_cost
-                && size.drawing(rank) <= DRAWING * exact_cost / threads
+                && size.drawing(rank) <= DRAWING * exact_cost
         })
         .collect();
     if degrees == 0 && ranks.is_empty() || size.moments(ROWS, degrees) > PLANNING * exact_cost {
