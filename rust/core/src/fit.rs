@@ -109,17 +109,29 @@ impl Sample {
         let count = degree + 1;
         let rms = (s.iter().map(|s| s * s).sum::<f64>() / s.len() as f64).sqrt();
         let mut residuals = self.exponentials.clone();
-        for (e, s) in residuals.iter_mut().zip(s) {
-            *e -= a.iter().rev().fold(0.0, |p, a| p * s + a);
-        }
+        vectorised(
+            #[inline(always)]
+            || {
+                for (e, s) in residuals.iter_mut().zip(s) {
+                    *e -= a.iter().rev().fold(0.0, |p, a| p * s + a);
+                }
+            },
+        );
         let mut powers = self.squares.clone();
         let (mut moments, mut wanted) = (vec![0.0; 2 * count - 1], Mat::<f64>::zeros(count, 1));
         for (k, moment) in moments.iter_mut().enumerate() {
-            *moment = powers.iter().sum();
+            let product = vectorised(
+                #[inline(always)]
+                || {
+                    *moment = sum(&powers, |i| powers[i]);
+                    let product = sum(&powers, |i| powers[i] * residuals[i]);
+                    powers.iter_mut().zip(s).for_each(|(power, s)| *power *= s / rms);
+                    product
+                },
+            );
             if k < count {
-                wanted[(k, 0)] = powers.iter().zip(&residuals).map(|(power, residual)| power * residual).sum();
+                wanted[(k, 0)] = product;
             }
-            powers.iter_mut().zip(s).for_each(|(power, s)| *power *= s / rms);
         }
         let mut gram = Mat::from_fn(count, count, |i, j| moments[i + j]);
         let size: Vec<f64> = (0..count).map(|i| gram[(i, i)].sqrt()).collect();
@@ -142,4 +154,18 @@ impl Sample {
         }
         Ok(a)
     }
+}
+
+/// The sum over all of `like` of what `of` gives, in several partial sums that vectorise.
+#[inline(always)]
+fn sum(like: &[f64], of: impl Fn(usize) -> f64) -> f64 {
+    const SUMS: usize = 16;
+    let mut sums = [0.0; SUMS];
+    let whole = like.len() / SUMS * SUMS;
+    for first in (0..whole).step_by(SUMS) {
+        for (l, sum) in sums.iter_mut().enumerate() {
+            *sum += of(first + l);
+        }
+    }
+    sums.iter().sum::<f64>() + (whole..like.len()).map(of).sum::<f64>()
 }

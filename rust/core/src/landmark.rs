@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use faer::prelude::Solve;
 use faer::{Mat, MatRef, Side as Half};
+use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::causal;
@@ -206,7 +207,7 @@ pub(crate) fn forward<T: Real>(
         Some(given) => given.clone(),
         None => {
             let sample = Sample::new(head, attention.scale, attention.causal, engine.rank, engine.seed)?;
-            let best = sample.candidates(ctx, &[engine.rank], false, f64::INFINITY)?.into_iter().next();
+            let best = sample.candidates(ctx, &[engine.rank], false, Hopes::ALL)?.into_iter().next();
             Arc::new(best.map(|best| best.constants).ok_or_else(|| sample.no_landmarks())?)
         }
     };
@@ -265,7 +266,22 @@ impl<T: Real> Constants<T> {
     }
 }
 
+/// What landmarks must not exceed to be looked at further.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Hopes {
+    /// The root of the part of the points' weight that the most of them leave.
+    pub unresolved: f64,
+    /// The error of the most of them.
+    pub error: f64,
+}
+
+impl Hopes {
+    /// Everything is looked at.
+    pub const ALL: Self = Self { unresolved: f64::INFINITY, error: f64::INFINITY };
+}
+
 /// Landmarks that were tried, and how they did on a sample.
+#[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub constants: LandmarkConstants,
     /// The relative error of outputs.
@@ -380,10 +396,9 @@ impl<'a, T: Real> Sample<'a, T> {
         );
     }
 
-    /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample. Fewer where the sample is
-    /// resolved by fewer; none where the root of what they leave of the points' weight is more than
-    /// `hopeless`.
-    pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopeless: f64) -> Result<Vec<Candidate>> {
+    /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample; fewer landmarks where fewer
+    /// resolve the sample, and fewer candidates where there is no hope of more.
+    pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopes: Hopes) -> Result<Vec<Candidate>> {
         let most = ranks.iter().copied().max().unwrap_or(0);
         let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1);
         let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * most), 2);
@@ -394,59 +409,70 @@ impl<'a, T: Real> Sample<'a, T> {
         let pool = Mat::from_fn(pool_q.nrows() + pool_k.nrows(), pool_q.ncols(), |i, c| {
             if i < pool_q.nrows() { pool_q[(i, c)] } else { pool_k[(i - pool_q.nrows(), c)] }
         });
-        // Made once they are needed: the judge, and w_j g_ij / D_i of the sample.
-        let mut prepared = None;
+        let drawn = [vec![1.0; pool.nrows()], shares]
+            .par_iter()
+            .map(|weights| {
+                ctx.check()?;
+                let (pivots, left) = self.pivots(&pool, weights, most);
+                let points = || Mat::from_fn(pivots.len(), pool.ncols(), |i, c| pool[(pivots[i], c)]);
+                Ok((left <= hopes.unresolved && !pivots.is_empty()).then(points))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let drawn: Vec<Mat<f64>> = drawn.into_iter().flatten().collect();
+        if drawn.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (fit, judge) = (Fit::new(self)?, Judge::new(self, gradients)?);
+        let tried = drawn
+            .par_iter()
+            .map(|landmarks| {
+                ctx.check()?;
+                Ok(self.tried(&fit, &judge, landmarks, ranks, hopes.error))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let best = (0..ranks.len()).filter_map(|i| {
+            let of_rank = tried.iter().filter_map(|tried| tried[i].as_ref());
+            of_rank.reduce(|a, b| if b.worst() < a.worst() { b } else { a }).cloned()
+        });
+        Ok(best.collect())
+    }
+
+    /// The best candidate of each rank among the first of these landmarks. The most come first: where they err more than
+    /// `hopeless`, there are no others.
+    fn tried(
+        &self,
+        fit: &Fit,
+        judge: &Judge<'_, T>,
+        landmarks: &Mat<f64>,
+        ranks: &[usize],
+        hopeless: f64,
+    ) -> Vec<Option<Candidate>> {
+        let scaled = |x: &Mat<f64>, by: &[f64]| {
+            let mut features = self.kernel(x, landmarks);
+            for column in features.col_iter_mut() {
+                column.iter_mut().zip(by).for_each(|(x, by)| *x *= by);
+            }
+            features
+        };
+        let (of_q, of_k) = (scaled(&fit.queries, &fit.row_weights), scaled(&fit.keys, &fit.key_weights));
+        let gram = [of_q.transpose() * &of_q, of_k.transpose() * &of_k];
+        let cross = of_q.transpose() * (&fit.target * &of_k);
+        let own = self.kernel(landmarks, landmarks);
         let mut best: Vec<Option<Candidate>> = ranks.iter().map(|_| None).collect();
-        for weights in [vec![1.0; pool.nrows()], shares] {
-            ctx.check()?;
-            let (pivots, left) = self.pivots(&pool, &weights, most);
-            if left > hopeless {
-                continue;
-            }
-            if prepared.is_none() {
-                let (_, fit_q) = self.points(Side::Queries, self.most, 3);
-                let (rows, fit_k) = self.points(Side::Keys, self.most, 4);
-                if rows.is_empty() {
-                    return Err(self.no_landmarks());
-                }
-                let mut target = self.kernel(&fit_q, &fit_k);
-                let factors = normalise(&mut target, &self.log_weights(&rows, &fit_k));
-                prepared = Some((Judge::new(self, gradients)?, [fit_q, fit_k], target, factors));
-            }
-            let Some((judge, [fit_q, fit_k], target, (row_weights, key_weights))) = &prepared else { continue };
-            let landmarks = Mat::from_fn(pivots.len(), pool.ncols(), |i, c| pool[(pivots[i], c)]);
-            let scaled = |x: &Mat<f64>, by: &[f64]| {
-                let mut features = self.kernel(x, &landmarks);
-                for column in features.col_iter_mut() {
-                    column.iter_mut().zip(by).for_each(|(x, by)| *x *= by);
-                }
-                features
-            };
-            let (of_q, of_k) = (scaled(fit_q, row_weights), scaled(fit_k, key_weights));
-            let gram = [of_q.transpose() * &of_q, of_k.transpose() * &of_k];
-            let cross = of_q.transpose() * (target * &of_k);
-            let own = self.kernel(&landmarks, &landmarks);
-            let mut tried = 0;
-            for (&rank, best) in ranks.iter().zip(&mut best) {
-                let r = rank.min(landmarks.nrows());
-                if r == 0 || r == tried {
-                    continue;
-                }
-                tried = r;
-                let head = |x: &Mat<f64>| x.submatrix(0, 0, r, r).to_owned();
-                let mut matrices: Vec<Mat<f64>> =
-                    RIDGES.iter().filter_map(|&ridge| inverse(head(&own), ridge)).collect();
-                for ridge in RIDGES {
-                    let inverses = (inverse(head(&gram[0]), ridge), inverse(head(&gram[1]), ridge));
-                    if let (Some(q), Some(k)) = inverses {
-                        matrices.push(q * head(&cross) * k);
-                    }
-                }
-                let points = landmarks.subrows(0, r);
-                judge.best(points, matrices, best);
+        for (&rank, best) in ranks.iter().zip(&mut best).rev() {
+            let r = rank.min(landmarks.nrows());
+            let head = |x: &Mat<f64>| x.submatrix(0, 0, r, r).to_owned();
+            let inverses = RIDGES.iter().filter_map(|&ridge| inverse(head(&own), ridge));
+            let fitted = RIDGES.iter().filter_map(|&ridge| {
+                let [q, k] = [inverse(head(&gram[0]), ridge), inverse(head(&gram[1]), ridge)];
+                Some(q? * head(&cross) * k?)
+            });
+            judge.best(landmarks.subrows(0, r), fitted.chain(inverses).collect(), best);
+            if best.as_ref().is_none_or(|best| best.worst() > hopeless) {
+                break;
             }
         }
-        Ok(best.into_iter().flatten().collect())
+        best
     }
 
     /// The square of the largest share that each point may have in a row of attention: `1/D_i` of a query, `w_j` of a key,
@@ -504,6 +530,28 @@ impl<'a, T: Real> Sample<'a, T> {
         }
         let left: f64 = rest.iter().zip(weights).map(|(rest, w)| rest * w).sum();
         (pivots, (left / weights.iter().sum::<f64>()).sqrt())
+    }
+}
+
+/// The sample that matrices are fitted to: its points, and `w_j g_ij / D_i` with the factors `1/D_i` and `w_j`.
+struct Fit {
+    queries: Mat<f64>,
+    keys: Mat<f64>,
+    target: Mat<f64>,
+    row_weights: Vec<f64>,
+    key_weights: Vec<f64>,
+}
+
+impl Fit {
+    fn new<T: Real>(sample: &Sample<'_, T>) -> Result<Self> {
+        let (_, queries) = sample.points(Side::Queries, sample.most, 3);
+        let (rows, keys) = sample.points(Side::Keys, sample.most, 4);
+        if rows.is_empty() {
+            return Err(sample.no_landmarks());
+        }
+        let mut target = sample.kernel(&queries, &keys);
+        let (row_weights, key_weights) = normalise(&mut target, &sample.log_weights(&rows, &keys));
+        Ok(Self { queries, keys, target, row_weights, key_weights })
     }
 }
 

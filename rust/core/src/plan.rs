@@ -33,7 +33,7 @@ use crate::sample::uniform;
 use crate::tile::{product, view, view_mut};
 
 /// Rows that a plan is made from.
-const ROWS: usize = 40;
+const ROWS: usize = 32;
 /// Degrees of polynomials, and landmarks, that are considered.
 const DEGREES: usize = 6;
 const RANKS: [usize; 4] = [32, 64, 128, 256];
@@ -43,7 +43,7 @@ const WORTH_IT: f64 = 0.6;
 const LANDMARKS_WORTH_IT: f64 = 0.1;
 /// What planning may cost, relative to exact attention, in all, and drawing landmarks.
 const PLANNING: f64 = 0.1;
-const DRAWING: f64 = 0.03;
+const DRAWING: f64 = 0.06;
 /// How far below the tolerance landmarks must lie on their sample, which is not the whole head.
 const LANDMARK_MARGIN: f64 = 0.5;
 /// What a polynomial costs, relative to exact attention, where it is cheap, and how far below the tolerance it should
@@ -208,7 +208,8 @@ impl Size {
     fn drawing(&self, rank: usize) -> f64 {
         let (r, s) = (rank as f64, (4 * rank).clamp(512, 2048) as f64);
         let flops = 4.0 * s * s * (self.d as f64 + r) + 12.0 * s * r * r + 20.0 * r * r * r;
-        Self::seconds::<f64>(flops, 3.0 * s * s)
+        // A general product, and gathering, do not reach the rate of the small one.
+        3.0 * Self::seconds::<f64>(flops, 3.0 * s * s)
     }
 
     /// Moments of so many rows up to a degree, in float64.
@@ -216,7 +217,8 @@ impl Size {
         let (d, dv) = (self.d as f64, self.dv as f64);
         let one = 2.0 * (dv + 1.0) + if self.gradients { 4.0 * d } else { 0.0 };
         let flops = 2.0 * (d + dv) + one * (degree + 2) as f64;
-        Self::seconds::<f64>(flops * (rows * self.m) as f64, (rows * self.m) as f64)
+        // Masks and powers cost as much again as the products, and more.
+        2.5 * Self::seconds::<f64>(flops * (rows * self.m) as f64, (rows * self.m) as f64)
     }
 }
 
@@ -423,8 +425,9 @@ fn landmarks<T: Real>(
     ranks: &[usize],
 ) -> Result<std::result::Result<(Landmark, f64), String>> {
     let most = ranks.iter().copied().max().unwrap_or(1);
+    let hopes = landmark::Hopes { unresolved: UNRESOLVED * auto.tol.powf(0.25), error: LANDMARK_MARGIN * auto.tol };
     let candidates = landmark::Sample::new(head, attention.scale, strict, most, auto.seed)
-        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, UNRESOLVED * auto.tol.powf(0.25)));
+        .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, hopes));
     let candidates = match candidates {
         Ok(candidates) => candidates,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
@@ -535,29 +538,36 @@ impl<'a> Moments<'a> {
                         let v = values.subcols(1, dv);
                         product(view_mut(&mut upstream, bk, count), v, dout.transpose(), 1.0);
                     }
-                    for j in 0..bk {
-                        let key = j0 + j;
-                        let w = biases.as_ref().map_or(1.0, |b| (b[key] - level).exp());
-                        let row = j * count..(j + 1) * count;
-                        let (s, power) = (&s[row.clone()], &mut power[row.clone()]);
-                        let (near, exact) = (&mut near[row.clone()], &mut exact[row]);
-                        vectorised(
-                            #[inline(always)]
-                            || {
-                                for i in 0..count {
+                    let weights: Vec<f64> =
+                        (j0..j0 + bk).map(|j| biases.as_ref().map_or(1.0, |b| (b[j] - level).exp())).collect();
+                    vectorised(
+                        #[inline(always)]
+                        || {
+                            for (j, &w) in weights.iter().enumerate() {
+                                for i in j * count..(j + 1) * count {
                                     exact[i] = w * (s[i] - bound).exp_nonpositive();
+                                    power[i] = w;
                                 }
-                            },
-                        );
-                        for i in 0..count {
-                            let seen = !causal || key <= rows[i];
-                            let far = key < starts[i];
-                            power[i] = if seen && far { w } else { 0.0 };
-                            near[i] = if seen && !far { exact[i] } else { 0.0 };
-                            exact[i] = if seen && far { exact[i] } else { 0.0 };
+                            }
+                        },
+                    );
+                    // Of every key, and then of the near ones.
+                    let some_near = causal && starts.iter().any(|&start| start < j0 + bk);
+                    if some_near {
+                        for j in 0..bk {
+                            for i in 0..count {
+                                let (seen, far) = (j0 + j <= rows[i], j0 + j < starts[i]);
+                                let at = j * count + i;
+                                near[at] = if seen && !far { exact[at] } else { 0.0 };
+                                exact[at] = if seen && far { exact[at] } else { 0.0 };
+                                power[at] = if seen && far { power[at] } else { 0.0 };
+                            }
                         }
                     }
                     for (kind, sums) in sums.chunks_exact_mut(width * count).enumerate() {
+                        if kind == 0 && !some_near {
+                            continue;
+                        }
                         let weights = match kind {
                             0 => &mut near,
                             1 => &mut exact,
