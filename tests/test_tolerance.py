@@ -50,7 +50,8 @@ def test_every_result_is_within_the_tolerance_or_as_exact_as_can_be(name, causal
             assert head.errors == {}
         else:
             COUNTS["approximate"] += 1
-            assert all(head.errors[x].high <= tol for x in want)
+            assert head.errors["out"].high <= tol
+            assert head.missed or all(head.errors[x].high <= tol for x in want)
 
 
 def test_few_results_of_the_sweep_are_over_their_tolerance(record_property):
@@ -164,7 +165,8 @@ def test_grouped_heads_with_a_bias_are_within_the_tolerance(causal, backend, rng
     _, vjp = lg.attention_vjp(**arrays, tol=5e-2, causal=causal)
     vjp(backend.array(inputs["dout"]))
     assert any(head.engine != Exact() for head in vjp.heads)
-    assert all(head.errors["dkey_bias"].high <= 5e-2 for head in vjp.heads if head.engine != Exact())
+    assert all(head.errors["dkey_bias"].high <= 5e-2 for head in vjp.heads if "dkey_bias" in head.errors)
+    assert any("dkey_bias" in head.errors for head in vjp.heads)
 
 
 def test_the_bound_of_a_polynomial_holds(backend):
@@ -278,6 +280,8 @@ def test_landmark_constants_are_checked(backend):
         lg.LandmarkConstants(**(good | {"matrix": np.eye(2)}))
     with pytest.raises(lg.NonFiniteError, match="landmarks"):
         lg.LandmarkConstants(**(good | {"landmarks": np.full((3, 4), np.nan)}))
+    with pytest.raises(lg.DtypeError, match="landmarks has dtype float32"):
+        lg.LandmarkConstants(**(good | {"landmarks": np.zeros((3, 4), np.float32)}))
     with pytest.raises(lg.ArgumentError, match="balance"):
         lg.LandmarkConstants(**(good | {"balance": 0.0}))
     constants = lg.LandmarkConstants(**good)
@@ -320,3 +324,39 @@ def test_a_tolerance_gives_the_same_bits_for_any_number_of_threads(causal, backe
     one, many = run(1), run(3)
     for name in one:
         assert np.array_equal(one[name], many[name]), name
+
+
+def test_landmarks_of_values_that_are_all_zero_give_zero(backend, rng):
+    q, k = (backend.array(rng.standard_normal((50, 4))) for _ in range(2))
+    v = backend.array(np.zeros((50, 3)))
+    assert np.array_equal(backend.numpy(lg.attention(q, k, v, engine=Landmark(rank=20))), np.zeros((50, 3)))
+
+
+def test_too_many_landmarks_are_an_error():
+    with pytest.raises(lg.ArgumentError, match="expected an integer of 1 to 8192"):
+        Landmark(rank=8193)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_removed_keys_hold_does_not_matter_to_a_plan(causal, backend):
+    inputs = drawn("isotropic, d 16, score std 0.3", n=8192, dtype=np.float32)
+    bias = np.zeros(8192, np.float32)
+    bias[1::2] = -np.inf
+    q, k, v = (inputs[x] for x in "qkv")
+    outs = []
+    for garbage in (0.0, 1e4):
+        k = k.copy()
+        k[1::2] = garbage
+        out, vjp = lg.attention_vjp(
+            *map(backend.array, (q, k, v)), key_bias=backend.array(bias), tol=1e-1, causal=causal
+        )
+        vjp(backend.array(inputs["dout"]))
+        assert vjp.heads[0].engine != Exact(), vjp.heads
+        outs.append(backend.numpy(out))
+    assert np.array_equal(*outs)
+
+
+def test_a_plan_of_no_queries_can_be_used(backend):
+    q, k = backend.array(np.ones((0, 4))), backend.array(np.ones((6, 4)))
+    plan = lg.plan_attention(q, k, k)
+    assert plan.attention(q, k, k).shape == (0, 4)

@@ -1,4 +1,4 @@
-"""Attention and its gradient, exact or in polynomial low-rank form."""
+"""Attention and its gradient, exact or in low-rank form."""
 
 from __future__ import annotations
 
@@ -274,7 +274,8 @@ def measure_error(
     out : ndarray, shape (..., h, n, dv)
         The output to judge.
     samples : int
-        Rows, spread evenly over batch and heads; at least 1. As many as there are, or more, means all of them.
+        Rows, half of them spread evenly over batch and heads, half drawn by the size of the query; at least 1. As many
+        as there are, or more, means all of them.
     seed : int
         Of the draw.
 

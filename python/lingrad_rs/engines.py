@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
-from .errors import ArgumentError, NonFiniteError
+from .errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
 
 __all__ = ["Auto", "Engine", "Exact", "Landmark", "LandmarkConstants", "Polynomial"]
+
+_LARGEST_RANK = 8192
 
 # Of a Taylor polynomial by its bound. Beyond it, scores are too large for the rank of any to pay.
 _HIGHEST_DEGREE = 64
@@ -177,12 +179,12 @@ class LandmarkConstants:
     landmarks : ndarray, shape (r, d)
         The points.
     matrix : ndarray, shape (r, r)
-        ``M`` of ``exp(scale q.k) ~ phi(q)^T M phi(k)`` for the shifted and balanced queries and keys.
+        ``M`` of ``exp(-|scale| |x - y|^2 / 2) ~ phi(x)^T M phi(y)`` for shifted and balanced queries x and keys y.
 
     Raises
     ------
-    ArgumentError, ShapeError, NonFiniteError
-        Arrays are not float64, do not fit together, or are not finite.
+    ArgumentError, DtypeError, ShapeError, NonFiniteError
+        A number is out of range; arrays are not float64, do not fit together, or are not finite.
     """
 
     scale: float
@@ -197,10 +199,14 @@ class LandmarkConstants:
         object.__setattr__(self, "balance", _check.positive("balance", self.balance))
         shapes: dict[str, tuple[str | int, ...]] = {"landmarks": ("r", "d")}
         for name in ("landmarks", "query_shift", "key_shift", "matrix"):
-            array = np.array(getattr(self, name), dtype=np.float64)
+            array = _check.array(name, getattr(self, name)).copy()
+            if array.dtype != np.float64:
+                raise DtypeError(f"{name} has dtype {array.dtype}; expected float64")
             _check.shape(name, array, shapes.get(name, ()), match="the landmarks")
             if name == "landmarks":
                 r, d = array.shape
+                if r == 0 or d == 0:
+                    raise ShapeError(f"landmarks has shape {array.shape}; expected at least one point")
                 shapes = {"query_shift": (d,), "key_shift": (d,), "matrix": (r, r)}
             if not np.isfinite(array).all():
                 raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
@@ -223,8 +229,9 @@ class LandmarkConstants:
 class Landmark:
     """Attention through the values of ``exp`` at a few points that lie among the queries and keys.
 
-    With queries and keys shifted to their means and balanced, ``exp(scale q.k) ~ phi(q)^T M phi(k)`` with the Gaussian
-    features ``phi_l(x) = exp(-scale |x - x_l|^2 / 2)`` of ``rank`` landmarks ``x_l``, taken from a sample by randomly
+    With queries x and keys y shifted to their means and balanced, ``exp(scale x.y)`` is ``exp(-scale |x - y|^2 / 2)``
+    times a factor of each; and that is about ``phi(x)^T M phi(y)`` with the Gaussian features
+    ``phi_l(x) = exp(-scale |x - x_l|^2 / 2)`` of ``rank`` landmarks ``x_l``, taken from a sample by randomly
     pivoted Cholesky; ``M`` is their inverse kernel or a regularised fit, whichever errs less on another sample. It
     needs far fewer terms than `Polynomial` where the points lie near a low-dimensional set (time series, images, smooth
     sequences), and can fail anywhere else: measure its error (`lingrad_rs.measure_error`), or let ``tol=`` choose. Each
@@ -233,7 +240,7 @@ class Landmark:
     Parameters
     ----------
     rank : int
-        Landmarks, at least 1; fewer are used where fewer resolve the sample.
+        Landmarks, 1 to 8192; fewer are used where fewer resolve the sample. That of ``constants`` where they are given.
     seed : int
         Of the draws.
     constants : LandmarkConstants, optional
@@ -250,7 +257,7 @@ class Landmark:
     -----
     The gradient is the derivative of the approximate output, for fixed landmarks. With ``causal=True`` the last 64
     tokens before each query are exact. Cost a head: O((n + m) r (d + dv)) time, and for the draw O(rank^3 + d rank^2),
-    of a sample of at most 2048 queries and keys; memory as for `Polynomial`.
+    of a sample of some thousand queries and keys; memory as for `Polynomial`.
     """
 
     rank: int = 256
@@ -262,6 +269,10 @@ class Landmark:
         object.__setattr__(self, "seed", _check.integer("seed", self.seed, 0))
         if not isinstance(self.constants, LandmarkConstants | None):
             raise ArgumentError(f"constants is a {type(self.constants).__name__}; expected LandmarkConstants or None")
+        if self.constants is not None:
+            object.__setattr__(self, "rank", len(self.constants.landmarks))
+        if self.rank > _LARGEST_RANK:
+            raise ArgumentError(f"rank is {self.rank}; expected an integer of 1 to {_LARGEST_RANK}")
 
 
 @dataclass(frozen=True)
@@ -272,8 +283,9 @@ class Auto:
     gradient of a key bias): results are within ``tol`` as measured on rows drawn at random (the upper end of a 95%
     interval), or they are exact. Engines that would not be clearly faster are discarded by a cost model; the errors of
     polynomials of every degree are measured on some rows, and those of landmarks on a sample; the cheapest is run, and
-    held against exact rows; gradients are held against exact ones again in the pullback, those of keys given the row
-    sums of the forward pass. What misses is computed exactly.
+    held against exact rows (in a single call the same 16 to 32 that it was chosen by, and 64 others with a plan);
+    gradients are held against exact ones again in the pullback, those of keys given the row sums of the forward pass.
+    What misses is computed exactly. What is chosen depends on how fast the machine multiplies and exponentiates.
 
     Parameters
     ----------
@@ -296,7 +308,7 @@ class Auto:
     Notes
     -----
     Cost: planning takes at most about a tenth of the time of exact attention, or is not done; verification takes that
-    of 64 rows and 64 keys a head. Truly subquadratic work is possible only where scores are small or lie near a
+    of 16 to 64 rows and 64 keys a head. Truly subquadratic work is possible only where scores are small or lie near a
     low-dimensional set: elsewhere the answer is the exact engine.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _check
 from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
 from .errors import ArgumentError
 
@@ -44,7 +46,7 @@ class HeadPlan:
     Attributes
     ----------
     engine : Exact, Polynomial or Landmark
-        With all of its constants.
+        With its constants, but for those that strictly causal calls take from their own first tokens.
     predicted_error : float or None
         The largest relative error that was expected of out, and of dq where gradients are planned for.
     measured_error : ErrorEstimate or None
@@ -53,7 +55,8 @@ class HeadPlan:
         The same, and those of "dq", "dk", "dv" and "dkey_bias" once gradients have been computed; those of keys are of
         all query heads that share them.
     error_bound : float or None
-        The a-priori bound of the relative error of out, for a polynomial whose scores the norms keep small enough.
+        The a-priori bound of the relative error of out, before rounding, for a polynomial whose scores the norms keep
+        small enough.
     cost, exact_cost : float
         The expected time of the engine and of exact attention, in seconds of one thread; for forward and backward where
         gradients are planned for. NaN where the engine was given.
@@ -62,7 +65,8 @@ class HeadPlan:
     reason : str
         Why this engine.
     missed : str or None
-        What was tried before, and why the head was computed exactly then.
+        What was tried and why it was not good enough, so that the head was computed exactly; or its gradients alone,
+        while ``engine`` and the error of out are those of the forward pass.
     """
 
     engine: Engine
@@ -110,7 +114,10 @@ def _engine(description: Mapping[str, Any]) -> Engine:
         return Polynomial(**options)
     if kind == "Landmark":
         constants = options.pop("constants", None)
-        return Landmark(**options, constants=None if constants is None else LandmarkConstants(**constants))
+        if constants is None:
+            return Landmark(**options)
+        numbers = {name: np.array(x, np.float64) if isinstance(x, list) else x for name, x in constants.items()}
+        return Landmark(**options, constants=LandmarkConstants(**numbers))
     if kind == "Exact":
         return Exact()
     raise ArgumentError(f"a plan holds the engine {kind!r}, which is unknown")
@@ -121,7 +128,7 @@ class Plan:
     """An engine for each head, chosen within a tolerance by `lingrad_rs.plan_attention`; to be used again.
 
     Each use is verified like a call with ``tol=``: what misses the tolerance is computed exactly, and ``vjp.heads``
-    says that the plan is stale.
+    says that the plan is stale, or what the gradients missed.
 
     Attributes
     ----------
@@ -142,6 +149,15 @@ class Plan:
     scale: float
     shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     dtype: str
+
+    def __post_init__(self) -> None:
+        _check.flag("causal", self.causal)
+        _check.number("scale", self.scale)
+        heads = math.prod(self.shapes[0][:-2])
+        if len(self.heads) != heads:
+            raise ArgumentError(
+                f"heads has {len(self.heads)} entries; expected {heads} for q of shape {self.shapes[0]}"
+            )
 
     def attention(
         self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None

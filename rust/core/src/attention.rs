@@ -217,7 +217,7 @@ fn rows_are_finite<T: Real>(rows: MatRef<'_, T>) -> bool {
 }
 
 /// 0 x is 0 for finite x and NaN otherwise, so sums tell of all; many of them, so that they vectorise.
-fn all_finite<T: Real>(x: &[T]) -> bool {
+pub(crate) fn all_finite<T: Real>(x: &[T]) -> bool {
     const SUMS: usize = 32;
     vectorised(
         #[inline(always)]
@@ -283,6 +283,9 @@ impl Attention {
             reports: Vec::new(),
         };
         if n == 0 || h == 0 {
+            if self.engine.tolerance().is_some() {
+                saved.reports = vec![HeadReport::of(Engine::Exact); h];
+            }
             return Ok(saved);
         }
         heads.check_finite()?;
@@ -300,11 +303,11 @@ impl Attention {
                     *constants = self.run_forward(ctx, &head, &self.engine, tree.as_ref(), out, max, scale)?;
                     return Ok(None);
                 };
-                let given = match &self.engine {
-                    Engine::Planned(plan) => Some(&plan.heads[i]),
-                    _ => None,
+                let (given, known) = match &self.engine {
+                    Engine::Planned(plan) => (Some(&plan.heads[i]), plan.known.as_ref().map(|known| &known[i])),
+                    _ => (None, None),
                 };
-                let (own, report) = tolerance::forward(ctx, &head, self, auto, given, out, max, scale)?;
+                let (own, report) = tolerance::forward(ctx, &head, self, auto, given, known, out, max, scale)?;
                 *constants = own;
                 Ok(Some(report))
             })
@@ -387,6 +390,10 @@ impl Attention {
         let Sizes { h, h_kv, n, m, d, dv } = sizes;
         expect_len("out", out.len(), h * n * dv)?;
         expect_len("saved", saved.row_max.len(), h * n)?;
+        let reports = if self.engine.tolerance().is_some() { h } else { 0 };
+        if saved.constants.len() != h || saved.reports.len() != reports {
+            return Err(Error::Argument("saved comes from another forward pass".into()));
+        }
         expect_len("dq", grads.dq.len(), h * n * d)?;
         expect_len("dk", grads.dk.len(), h_kv * m * d)?;
         expect_len("dv", grads.dv.len(), h_kv * m * dv)?;
@@ -443,11 +450,11 @@ impl Attention {
 }
 
 impl<T> Saved<T> {
-    /// The engines that were used within a tolerance, to be used again.
+    /// The engines that were used within a tolerance, to be used again on the same data.
     pub fn planned(&self, attention: &Attention) -> Option<Planned> {
         let auto = attention.engine.tolerance()?.clone();
         let heads = self.reports.iter().map(|report| report.plan.clone()).collect();
-        Some(Planned { auto, heads: Arc::new(heads) })
+        Some(Planned { auto, heads: Arc::new(heads), known: Some(Arc::new(self.reports.clone())) })
     }
 
     /// A head's row factors.

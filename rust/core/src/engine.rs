@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::plan::HeadPlan;
+use crate::tolerance::HeadReport;
 
 /// How attention is computed.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,7 +41,12 @@ pub struct Planned {
     pub auto: Auto,
     /// The engines.
     pub heads: Arc<Vec<HeadPlan>>,
+    /// What is known of them already, on the same data: they are not verified again then.
+    pub known: Option<Arc<Vec<HeadReport>>>,
 }
+
+/// Landmarks at the most: their kernel matrix and its inverse are dense.
+const LARGEST_RANK: usize = 8192;
 
 /// The least tolerance that numbers of so many bytes allow.
 pub fn floor(bytes: usize) -> f64 {
@@ -203,8 +209,8 @@ impl Engine {
     pub fn validate(&self, causal: bool) -> Result<()> {
         let p = match self {
             Engine::Exact => return Ok(()),
-            Engine::Landmark(l) if l.rank == 0 => {
-                return Err(Error::Argument("rank is 0; expected an integer >= 1".into()));
+            Engine::Landmark(l) if l.rank == 0 || l.rank > LARGEST_RANK => {
+                return Err(Error::Argument(format!("rank is {}; expected an integer of 1 to {LARGEST_RANK}", l.rank)));
             }
             Engine::Landmark(_) => return Ok(()),
             Engine::Auto(auto) => return auto.validate(),

@@ -143,7 +143,7 @@ impl Sample {
             gram[(i, i)] += RIDGE;
         }
         let Ok(factor) = gram.llt(faer::Side::Lower) else {
-            return Err(Error::Argument(format!(
+            return Err(Error::Denominator(format!(
                 "coefficients=\"fitted\": the sampled scores do not determine a polynomial of degree {degree}; use a \
                  lower degree or coefficients=\"taylor\""
             )));

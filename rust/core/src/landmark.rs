@@ -31,7 +31,7 @@ use crate::causal;
 use crate::context::Context;
 use crate::engine::{self, Diagonal, LandmarkConstants};
 use crate::error::{Error, Result};
-use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, mean};
+use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys};
 use crate::real::{Real, vectorised};
 use crate::sample::{stratified, uniform};
 use crate::state::Weighting;
@@ -304,9 +304,9 @@ pub(crate) struct Sample<'a, T> {
     seed: u64,
     shifts: [Vec<f64>; 2],
     balance: f64,
-    /// Tokens that may be drawn.
+    /// Tokens that may be drawn: the first so many queries, and those keys that no bias removes.
     queries: usize,
-    keys: usize,
+    keys: Vec<usize>,
     most: usize,
 }
 
@@ -314,16 +314,27 @@ impl<'a, T: Real> Sample<'a, T> {
     /// Of the first [`PREFIX`] tokens where `prefix`; for up to `rank` landmarks.
     pub fn new(head: &'a Head<'a, T>, scale: f64, prefix: bool, rank: usize, seed: u64) -> Result<Self> {
         let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-        let (queries, keys) = (seen(head.q.nrows()), seen(head.k.nrows()));
-        let (q, k) = (head.q.subrows(0, queries), head.k.subrows(0, keys));
-        let wide = |x: Vec<T>| x.into_iter().map(Real::to_f64).collect::<Vec<_>>();
-        let shifts = [wide(mean(q)), wide(mean(k))];
-        let size = |x: MatRef<'_, T>, by: &[f64]| {
-            let rows = stratified(x.nrows(), POOL, seed);
+        let (queries, keys) = (seen(head.q.nrows()), live_keys(head, seen(head.k.nrows())));
+        if queries == 0 || keys.is_empty() {
+            return Err(Error::Denominator(format!("head {} has no key to attend to", head.index)));
+        }
+        let means = |x: MatRef<'_, T>, rows: &mut dyn Iterator<Item = usize>| {
+            let (mut sum, mut count) = (vec![0.0; x.ncols()], 0.0);
+            for row in rows {
+                sum.iter_mut().zip(x.row(row).iter()).for_each(|(sum, x)| *sum += x.to_f64());
+                count += 1.0;
+            }
+            // As the pass will have them.
+            sum.into_iter().map(|sum| T::of(sum / count).to_f64()).collect::<Vec<_>>()
+        };
+        let shifts = [means(head.q, &mut (0..queries)), means(head.k, &mut keys.iter().copied())];
+        let size = |x: MatRef<'_, T>, rows: Vec<usize>, by: &[f64]| {
             let square = |&i: &usize| x.row(i).iter().zip(by).map(|(x, by)| (x.to_f64() - by).powi(2)).sum::<f64>();
             (rows.iter().map(square).sum::<f64>() / rows.len() as f64).sqrt()
         };
-        let (of_q, of_k) = (size(q, &shifts[0]), size(k, &shifts[1]));
+        let some = |of: usize| stratified(of, POOL, seed);
+        let of_q = size(head.q, some(queries), &shifts[0]);
+        let of_k = size(head.k, some(keys.len()).into_iter().map(|i| keys[i]).collect(), &shifts[1]);
         let balance = if of_q > 0.0 && of_k > 0.0 { (of_q / of_k).sqrt() } else { 1.0 };
         if !balance.is_finite() || balance == 0.0 {
             return Err(Error::NonFinite(format!("queries or keys of head {} overflow", head.index)));
@@ -339,21 +350,19 @@ impl<'a, T: Real> Sample<'a, T> {
         ))
     }
 
-    /// Sampled rows of one side, shifted and balanced. Only keys that a bias does not remove.
+    /// Sampled rows of one side, shifted and balanced.
     fn points(&self, side: Side, count: usize, salt: u64) -> (Vec<usize>, Mat<f64>) {
         let (x, all, by) = match side {
             Side::Queries => (self.head.q, self.queries, &self.shifts[0]),
-            Side::Keys => (self.head.k, self.keys, &self.shifts[1]),
+            Side::Keys => (self.head.k, self.keys.len(), &self.shifts[1]),
         };
         let factor = match side {
             Side::Queries => self.scale.signum() / self.balance,
             Side::Keys => self.balance,
         };
         let mut rows = stratified(all, count, self.seed.wrapping_add(salt));
-        if side == Side::Keys
-            && let Some(bias) = self.head.key_bias
-        {
-            rows.retain(|&j| bias[j] != T::NEG_INFINITY);
+        if side == Side::Keys {
+            rows.iter_mut().for_each(|i| *i = self.keys[*i]);
         }
         let points = Mat::from_fn(rows.len(), x.ncols(), |i, c| factor * (x[(rows[i], c)].to_f64() - by[c]));
         (rows, points)
@@ -731,9 +740,11 @@ fn square<'a>(x: impl Iterator<Item = &'a f64>) -> f64 {
     x.map(|x| x * x).sum()
 }
 
-/// `‖got - want‖ / ‖want‖`.
+/// `‖got - want‖ / ‖want‖`: 0 where both are, infinite where it is no number.
 fn relative(got: &Mat<f64>, want: &Mat<f64>) -> f64 {
-    (got - want).norm_l2() / want.norm_l2()
+    let (error, size) = ((got - want).norm_l2(), want.norm_l2());
+    let relative = if error == 0.0 { 0.0 } else { error / size };
+    if relative.is_nan() { f64::INFINITY } else { relative }
 }
 
 /// Multiplies column j of a kernel by `w_j` and then each row by `1/D_i`, so that it sums to 1; returns both factors.

@@ -515,7 +515,7 @@ impl<'a, T: Real> Pass<'a, T> {
             return Ok(T::ONE / denominator);
         }
         let head = self.head.index;
-        if denominator == T::ZERO && self.biases.is_some() {
+        if denominator == T::ZERO && self.head.key_bias.is_some() {
             return Err(Error::Denominator(format!(
                 "row {row} of head {head} has no key to attend to: key_bias is -inf, or far below its maximum, for every \
                  key that it may see; {NO_KEY_REMEDY}"
@@ -857,6 +857,11 @@ fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Opti
 pub(crate) fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
     let count = x.nrows() as f64;
     sums_and_square(x).0.into_iter().map(|sum| T::of(sum / count)).collect()
+}
+
+/// Those of the first `count` keys that no bias removes.
+pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Vec<usize> {
+    (0..count).filter(|&j| head.key_bias.is_none_or(|bias| bias[j] != T::NEG_INFINITY)).collect()
 }
 
 /// The sum of each column, and the sum of all squares, row after row as they lie.

@@ -85,9 +85,13 @@ impl Draw {
     /// The estimate from `(e_i, x_i)` of the rows.
     pub fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
         let rows = pairs.len();
+        // Squares of the smallest numbers would be 0.
+        let largest = pairs.iter().fold(0.0, |largest: f64, pair| largest.max(pair.0).max(pair.1));
+        let by = if largest > 0.0 { largest } else { 1.0 };
+        let pairs: Vec<_> = pairs.iter().map(|(e, x)| (e / by, x / by)).collect();
         let weighted = || pairs.iter().zip(&self.weights);
         let (error, size) = weighted().fold((0.0, 0.0), |(e, x), (pair, w)| (e + w * pair.0, x + w * pair.1));
-        if error == 0.0 || size == 0.0 || !error.is_finite() {
+        if error == 0.0 || size == 0.0 || !(error / size).is_finite() {
             let relative = if error == 0.0 { 0.0 } else { f64::INFINITY };
             return ErrorEstimate { relative, low: relative, high: relative, rows };
         }
@@ -102,6 +106,7 @@ impl Draw {
             1 => f64::INFINITY,
             _ => (NORMAL_95 * deviation / r).exp(),
         };
+        let factor = if factor.is_nan() { f64::INFINITY } else { factor };
         ErrorEstimate { relative: r.sqrt(), low: (r / factor).sqrt(), high: (r * factor).sqrt(), rows }
     }
 

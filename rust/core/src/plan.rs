@@ -24,7 +24,7 @@ use crate::context::Context;
 use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
 use crate::error::{Error, Result};
 use crate::landmark;
-use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, sums_and_square};
+use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
 use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened};
 use crate::monomials;
 use crate::polynomial;
@@ -32,8 +32,9 @@ use crate::real::{Real, vectorised};
 use crate::sample::uniform;
 use crate::tile::{product, view, view_mut};
 
-/// Rows that a plan is made from.
-const ROWS: usize = 32;
+/// Rows that a plan is made from: one of so many, within limits.
+const ONE_ROW_OF: usize = 256;
+const ROWS: [usize; 2] = [16, 32];
 /// Degrees of polynomials, and landmarks, that are considered.
 const DEGREES: usize = 6;
 const RANKS: [usize; 4] = [32, 64, 128, 256];
@@ -71,7 +72,7 @@ pub struct HeadPlan {
     pub engine: Engine,
     /// The largest relative error that is expected of out (and, where gradients are planned for, dq).
     pub predicted_error: Option<f64>,
-    /// The expected time of one thread, in seconds, and that of exact attention.
+    /// The expected time of one thread, in seconds.
     pub cost: f64,
     /// That of exact attention.
     pub exact_cost: f64,
@@ -222,6 +223,11 @@ impl Size {
     }
 }
 
+/// Rows that a plan for `n` queries is made from.
+fn rows(n: usize) -> usize {
+    (n / ONE_ROW_OF).clamp(ROWS[0], ROWS[1])
+}
+
 /// The average length of the near keys beyond the window.
 fn near_start_span(settings: &Settings, n: usize) -> f64 {
     let last = n.saturating_sub(1);
@@ -270,7 +276,7 @@ pub(crate) fn plan_head<T: Real>(
                 && size.drawing(rank) <= DRAWING * exact_cost
         })
         .collect();
-    if degrees == 0 && ranks.is_empty() || size.moments(ROWS, degrees) > PLANNING * exact_cost {
+    if degrees == 0 && ranks.is_empty() || size.moments(rows(size.n), degrees) > PLANNING * exact_cost {
         plan.reason = "no low-rank engine is clearly faster at this size".into();
         return Ok((plan, None));
     }
@@ -311,13 +317,22 @@ pub(crate) fn plan_head<T: Real>(
 
 /// The means, where subtracting them makes scores smaller.
 fn shift<T: Real>(head: &Head<'_, T>) -> Option<[Vec<f64>; 2]> {
-    let large = |x: faer::MatRef<'_, T>| {
-        let (mut by, square) = sums_and_square(x);
-        by.iter_mut().for_each(|sum| *sum /= x.nrows() as f64);
+    let large = |(mut by, square): (Vec<f64>, f64), count: usize| {
+        by.iter_mut().for_each(|sum| *sum /= count as f64);
         let of_mean: f64 = by.iter().map(|b| b * b).sum();
-        (of_mean > SMALL_MEAN * SMALL_MEAN * square / x.nrows() as f64, by)
+        (of_mean > SMALL_MEAN * SMALL_MEAN * square / count as f64, by)
     };
-    let ((q, alpha), (k, beta)) = (large(head.q), large(head.k));
+    let keys = live_keys(head, head.k.nrows());
+    let (mut of_keys, mut square) = (vec![0.0; head.k.ncols()], 0.0);
+    for &j in &keys {
+        for (sum, k) in of_keys.iter_mut().zip(head.k.row(j).iter()) {
+            let k = k.to_f64();
+            *sum += k;
+            square += k * k;
+        }
+    }
+    let (q, alpha) = large(sums_and_square(head.q), head.q.nrows());
+    let (k, beta) = large((of_keys, square), keys.len());
     (q || k).then_some([alpha, beta])
 }
 
@@ -358,7 +373,7 @@ fn best_polynomial<T: Real>(
     if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head.v) >= SPREAD) {
         return Ok((none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")), None));
     }
-    let draw = Draw::of_rows(head.q, ROWS, auto.seed ^ 0x9A);
+    let draw = Draw::of_rows(head.q, rows(head.q.nrows()), auto.seed ^ 0x9A);
     let dv = head.v.ncols();
     let dout = auto
         .gradients
@@ -372,7 +387,8 @@ fn best_polynomial<T: Real>(
     let (out, dq) = moments.exact();
     if let Some(dq) = &dq {
         // Rounding is all that such a gradient has: no engine but the exact one errs as that does.
-        let longest = |x| longest_row(x, |_| 0.0);
+        let keys = live_keys(head, head.k.nrows());
+        let longest = |x| longest_of(x, keys.iter().copied(), |_| 0.0);
         let natural =
             attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
         if dq.norm_l2() <= ROUNDING * epsilon::<T>() * natural {
@@ -392,7 +408,8 @@ fn best_polynomial<T: Real>(
         tried.push(format!("{degree}: {high:.1e}"));
         // The gradients of keys are not known yet: where it costs little, they are given room.
         let room = auto.gradients && costs[degree - 1] <= cheap;
-        if high <= auto.tol && (best.is_none() || room) {
+        let better = best.as_ref().is_none_or(|(_, least)| room && high < *least);
+        if high <= auto.tol && better {
             if !strict {
                 candidate.coefficients = Coefficients::Given(coefficients);
             }
@@ -499,7 +516,7 @@ impl<'a> Moments<'a> {
         let norm = |x: faer::RowRef<'_, f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let longest = (0..count).map(|i| norm(q.row(i))).fold(0.0, f64::max);
         let by = |c: usize| shifts.key.get(c).map_or(0.0, |b| b.to_f64());
-        let longest_key = longest_row(head.k, by);
+        let longest_key = longest_of(head.k, live_keys(head, head.k.nrows()).into_iter(), by);
         let bound = scale.abs() * longest * longest_key;
         if bound > LARGEST_BOUND || bound.is_nan() {
             return Ok(None);
@@ -544,6 +561,10 @@ impl<'a> Moments<'a> {
                         #[inline(always)]
                         || {
                             for (j, &w) in weights.iter().enumerate() {
+                                if w == 0.0 {
+                                    // Whatever a removed key holds.
+                                    s[j * count..(j + 1) * count].fill(0.0);
+                                }
                                 for i in j * count..(j + 1) * count {
                                     exact[i] = w * (s[i] - bound).exp_nonpositive();
                                     power[i] = w;
@@ -646,10 +667,9 @@ fn epsilon<T>() -> f64 {
     if size_of::<T>() == 4 { f64::from(f32::EPSILON) } else { f64::EPSILON }
 }
 
-/// The length of the longest row, less `by`.
-fn longest_row<T: Real>(x: faer::MatRef<'_, T>, by: impl Fn(usize) -> f64) -> f64 {
-    x.row_iter()
-        .map(|row| row.iter().enumerate().map(|(c, x)| (x.to_f64() - by(c)).powi(2)).sum::<f64>())
+/// The length of the longest of some rows, less `by`.
+fn longest_of<T: Real>(x: faer::MatRef<'_, T>, rows: impl Iterator<Item = usize>, by: impl Fn(usize) -> f64) -> f64 {
+    rows.map(|i| x.row(i).iter().enumerate().map(|(c, x)| (x.to_f64() - by(c)).powi(2)).sum::<f64>())
         .fold(0.0, f64::max)
         .sqrt()
 }
@@ -723,7 +743,10 @@ pub(crate) fn largest_relative_error(a: &[f64], r: f64) -> f64 {
         (0..a.len()).map(|l| a.get(l + 1).map_or(0.0, |next| (l + 1) as f64 * next) - a[l]).collect();
     let mut points = roots(&difference, r);
     points.extend([-r, r]);
-    points.into_iter().map(|s| (p(s) * (-s).exp() - 1.0).abs()).fold(0.0, f64::max)
+    points
+        .into_iter()
+        .map(|s| (p(s) * (-s).exp() - 1.0).abs())
+        .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
 }
 
 /// The roots of a polynomial in `[-r, r]`: between those of its derivative it is monotone.
@@ -752,7 +775,7 @@ fn roots(a: &[f64], r: f64) -> Vec<f64> {
     found
 }
 
-/// The a-priori bound of the relative Frobenius error of `out`: with `eps = max |p(s) e^-s - 1|` over the scores that
+/// The a-priori bound of the relative Frobenius error of `out`, before rounding: with `eps = max |p(s) e^-s - 1|` over the scores that
 /// norms allow, `|out - exact| <= 2 eps / (1 - eps) max|v|` entrywise. `None` where it says nothing.
 pub(crate) fn error_bound<T: Real>(
     head: &Head<'_, T>,
@@ -761,8 +784,9 @@ pub(crate) fn error_bound<T: Real>(
     out: &[T],
 ) -> Option<f64> {
     let by = |shift: &[T], c: usize| shift.get(c).map_or(0.0, |b| b.to_f64());
-    let longest_query = longest_row(head.q, |c| by(&constants.shifts.query, c));
-    let longest_key = longest_row(head.k, |c| by(&constants.shifts.key, c));
+    let longest_query = longest_of(head.q, 0..head.q.nrows(), |c| by(&constants.shifts.query, c));
+    let keys = live_keys(head, head.k.nrows()).into_iter();
+    let longest_key = longest_of(head.k, keys, |c| by(&constants.shifts.key, c));
     let eps = largest_relative_error(&constants.coefficients, scale.abs() * longest_query * longest_key);
     let largest = head.v.col_iter().flat_map(|c| c.iter()).map(|v| v.to_f64().abs()).fold(0.0, f64::max);
     let absolute = 2.0 * eps / (1.0 - eps) * largest * (out.len() as f64).sqrt();

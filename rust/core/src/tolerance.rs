@@ -7,7 +7,7 @@
 
 use faer::{Mat, MatRef};
 
-use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors, Saved, Upstream};
+use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors, Saved, Upstream, all_finite, delta};
 use crate::context::Context;
 use crate::engine::{Auto, Engine};
 use crate::error::{Error, Result};
@@ -50,7 +50,7 @@ pub struct HeadReport {
     pub error_bound: Option<f64>,
     /// What was measured.
     pub errors: Errors,
-    /// What was tried before, and why it was not good enough.
+    /// What was tried and was not good enough, so that the head, or its gradients alone, were computed exactly.
     pub missed: Option<String>,
 }
 
@@ -91,13 +91,15 @@ fn of_the_engine<R>(result: Result<R>) -> Result<std::result::Result<R, String>>
     }
 }
 
-/// One head's forward pass within a tolerance, by the engine of a plan, or by one that is planned now.
+/// One head's forward pass within a tolerance, by the engine of a plan, or by one that is planned now. What is `known` of
+/// it already is taken as it is.
 pub(crate) fn forward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
     auto: &Auto,
     given: Option<&HeadPlan>,
+    known: Option<&HeadReport>,
     out: &mut [T],
     row_max: &mut [T],
     row_scale: &mut [T],
@@ -106,6 +108,11 @@ pub(crate) fn forward<T: Real>(
         Some(plan) => (plan.clone(), None),
         None => plan_head(ctx, head, attention, auto)?,
     };
+    if let Some(known) = known {
+        // Verified before, on the same data.
+        let constants = attention.run_forward(ctx, head, &plan.engine, None, out, row_max, row_scale)?;
+        return Ok((constants, known.clone()));
+    }
     let stale = if given.is_some() { "the plan is stale: " } else { "" };
     let mut report = HeadReport::new(plan);
     if report.plan.engine != Engine::Exact {
@@ -122,7 +129,7 @@ pub(crate) fn forward<T: Real>(
                 };
                 let dv = head.v.ncols();
                 let error = draw.compare(&exact, |i, c| out[i * dv + c].to_f64());
-                if error.high <= auto.tol {
+                if error.high <= auto.tol && all_finite(out) {
                     report.errors.out = Some(error);
                     if let Constants::Polynomial(constants) = &constants {
                         report.error_bound = error_bound(head, attention.scale, constants, out);
@@ -203,7 +210,9 @@ impl GroupErrors {
         let dq = self.dq.iter().flatten().map(|e| (e.high, "dq"));
         let others =
             [(self.dk.high, "dk"), (self.dv.high, "dv"), (if biased { self.db.high } else { 0.0 }, "dkey_bias")];
-        dq.chain(others).fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
+        // What is no number is the worst of all.
+        let numbers = dq.chain(others).map(|(e, of)| (if e.is_nan() { f64::INFINITY } else { e }, of));
+        numbers.fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
     }
 }
 
@@ -232,6 +241,9 @@ impl<T: Real> Group<'_, '_, T> {
                 Ok(()) => {
                     let errors = check.errors(self, dq, &grads);
                     missed = too_large(&errors, biased, auto.tol);
+                    if !(all_finite(dq) && all_finite(grads.dk) && all_finite(grads.dv)) {
+                        missed = Some("overflow".into());
+                    }
                     if missed.is_none() {
                         for (report, dq) in reports.iter_mut().zip(&errors.dq) {
                             report.set(&errors, *dq, biased);
@@ -245,11 +257,9 @@ impl<T: Real> Group<'_, '_, T> {
         self.backward_exactly(ctx, dq, &mut grads)?;
         for (report, i) in reports.iter_mut().zip(self.indices()) {
             if !matches!(self.saved.constants[i], Constants::Exact) {
-                report.now_exact(format!(
-                    "the gradients of {}: {}",
-                    name(&report.plan.engine),
-                    missed.as_deref().unwrap_or("not usable")
-                ));
+                let why = missed.as_deref().unwrap_or("not usable");
+                report.missed =
+                    Some(format!("the gradients of {}, computed exactly instead: {why}", name(&report.plan.engine)));
             }
         }
         Ok(reports)
@@ -305,7 +315,7 @@ impl<T: Real> Group<'_, '_, T> {
             let mut own = vec![T::ZERO; n * head.v.ncols()];
             let (mut max, mut scale) = (vec![T::ZERO; n], vec![T::ZERO; n]);
             exact::forward(ctx, &head, self.attention, &mut own, &mut max, &mut scale)?;
-            let delta = crate::attention::delta(self.dout[i], &own);
+            let delta = delta(self.dout[i], &own);
             let rows = RowFactors { max: &max, scale: &scale };
             let up = Upstream { dout: self.dout[i], delta: &delta, rows };
             exact::backward(ctx, &head, self.attention, up, reborrow(dq, grads))?;
@@ -355,7 +365,7 @@ impl Check {
             let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
             let (max, scale) = of.saved.rows(i);
             let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
-            let delta = crate::attention::delta(of.dout[i], of.out_of(i));
+            let delta = delta(of.dout[i], of.out_of(i));
             let up = Queries { dout: of.dout[i], delta: &delta, log_sums: &log_sums };
             let draw = Draw::of_rows(head.q, samples, seed ^ 1);
             let dout = gather(of.dout[i], &draw.rows);

@@ -58,7 +58,7 @@ impl From<PlanFields> for Engine {
             whole_sequence: head.whole_sequence.into_iter().map(Into::into).collect(),
             reason: head.reason,
         });
-        Self::Planned(Planned { heads: Arc::new(heads.collect()), auto: plan.auto.into() })
+        Self::Planned(Planned { heads: Arc::new(heads.collect()), auto: plan.auto.into(), known: None })
     }
 }
 
