@@ -51,6 +51,8 @@ const LANDMARK_MARGIN: f64 = 0.5;
 /// then lie for gradients.
 const CHEAP: f64 = 0.1;
 const ROOM: f64 = 0.4;
+/// How far below the tolerance any polynomial lies for gradients.
+const KEYS_ROOM: f64 = 0.8;
 /// A gradient is nothing but rounding below so many units of that, relative to what its factors might give.
 const ROUNDING: f64 = 32.0;
 /// Means below this part of the root mean square are left where they are.
@@ -406,17 +408,18 @@ fn best_polynomial<T: Real>(
             high = high.max(compare(&draw, dq, got).high);
         }
         tried.push(format!("{degree}: {high:.1e}"));
-        // The gradients of keys are not known yet: where it costs little, they are given room.
+        // The gradients of keys are not known yet: they are given some room, and more where that costs little.
+        let within = if auto.gradients { KEYS_ROOM * auto.tol } else { auto.tol };
         let room = auto.gradients && costs[degree - 1] <= cheap;
         let better = best.as_ref().is_none_or(|(_, least)| room && high < *least);
-        if high <= auto.tol && better {
+        if high <= within && better {
             if !strict {
                 candidate.coefficients = Coefficients::Given(coefficients);
             }
             best = Some((candidate, high));
         }
         let next_is_cheap = costs.get(degree).is_some_and(|&cost| cost <= cheap);
-        let enough = if auto.gradients && next_is_cheap { ROOM * auto.tol } else { auto.tol };
+        let enough = if auto.gradients && next_is_cheap { ROOM * auto.tol } else { within };
         if best.as_ref().is_some_and(|best| best.1 <= enough) {
             break;
         }
