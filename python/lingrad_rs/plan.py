@@ -116,7 +116,9 @@ def _engine(description: Mapping[str, Any]) -> Engine:
         constants = options.pop("constants", None)
         if constants is None:
             return Landmark(**options)
-        numbers = {name: np.array(x, np.float64) if isinstance(x, list) else x for name, x in constants.items()}
+        numbers: dict[str, Any] = {
+            name: np.array(x, np.float64) if isinstance(x, list) else x for name, x in constants.items()
+        }
         return Landmark(**options, constants=LandmarkConstants(**numbers))
     if kind == "Exact":
         return Exact()
