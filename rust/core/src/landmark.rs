@@ -31,7 +31,7 @@ use crate::causal;
 use crate::context::Context;
 use crate::engine::{self, Diagonal, LandmarkConstants};
 use crate::error::{Error, Result};
-use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys};
+use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys, sums_and_square};
 use crate::real::{Real, vectorised};
 use crate::sample::{stratified, uniform};
 use crate::state::Weighting;
@@ -52,6 +52,11 @@ const RESOLVED: f64 = 1e-14;
 const RIDGES: [f64; 2] = [1e-8, 1e-13];
 /// The largest part of a tile of tokens.
 const LONGEST_TILE: usize = 128;
+
+/// Queries, and keys, that matrices of up to so many landmarks are fitted to.
+pub(crate) fn fit_size(rank: usize) -> usize {
+    (FIT_A_LANDMARK * rank).clamp(FIT[0], FIT[1])
+}
 
 /// One feature map, `φ_l(x) = e^{points_l.x + offsets_l - half |x|^2}`.
 #[derive(Debug, Clone)]
@@ -318,16 +323,12 @@ impl<'a, T: Real> Sample<'a, T> {
         if queries == 0 || keys.is_empty() {
             return Err(Error::Denominator(format!("head {} has no key to attend to", head.index)));
         }
-        let means = |x: MatRef<'_, T>, rows: &mut dyn Iterator<Item = usize>| {
-            let (mut sum, mut count) = (vec![0.0; x.ncols()], 0.0);
-            for row in rows {
-                sum.iter_mut().zip(x.row(row).iter()).for_each(|(sum, x)| *sum += x.to_f64());
-                count += 1.0;
-            }
-            // As the pass will have them.
-            sum.into_iter().map(|sum| T::of(sum / count).to_f64()).collect::<Vec<_>>()
-        };
-        let shifts = [means(head.q, &mut (0..queries)), means(head.k, &mut keys.iter().copied())];
+        // Rounded, as the pass will have them.
+        let mean = |sums: Vec<f64>, count: usize| sums.iter().map(|sum| T::of(sum / count as f64).to_f64()).collect();
+        let shifts: [Vec<f64>; 2] = [
+            mean(sums_and_square(head.q, 0..queries).0, queries),
+            mean(sums_and_square(head.k, keys.iter().copied()).0, keys.len()),
+        ];
         let size = |x: MatRef<'_, T>, rows: Vec<usize>, by: &[f64]| {
             let square = |&i: &usize| x.row(i).iter().zip(by).map(|(x, by)| (x.to_f64() - by).powi(2)).sum::<f64>();
             (rows.iter().map(square).sum::<f64>() / rows.len() as f64).sqrt()
@@ -339,8 +340,7 @@ impl<'a, T: Real> Sample<'a, T> {
         if !balance.is_finite() || balance == 0.0 {
             return Err(Error::NonFinite(format!("queries or keys of head {} overflow", head.index)));
         }
-        let most = (FIT_A_LANDMARK * rank).clamp(FIT[0], FIT[1]);
-        Ok(Self { head, scale, seed, shifts, balance, queries, keys, most })
+        Ok(Self { head, scale, seed, shifts, balance, queries, keys, most: fit_size(rank) })
     }
 
     fn no_landmarks(&self) -> Error {

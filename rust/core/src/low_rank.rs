@@ -856,7 +856,7 @@ fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Opti
 /// The mean row.
 pub(crate) fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
     let count = x.nrows() as f64;
-    sums_and_square(x).0.into_iter().map(|sum| T::of(sum / count)).collect()
+    sums_and_square(x, 0..x.nrows()).0.into_iter().map(|sum| T::of(sum / count)).collect()
 }
 
 /// Those of the first `count` keys that no bias removes.
@@ -864,11 +864,11 @@ pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Vec<usize>
     (0..count).filter(|&j| head.key_bias.is_none_or(|bias| bias[j] != T::NEG_INFINITY)).collect()
 }
 
-/// The sum of each column, and the sum of all squares, row after row as they lie.
-pub(crate) fn sums_and_square<T: Real>(x: MatRef<'_, T>) -> (Vec<f64>, f64) {
+/// The sum of each column, and the sum of all squares, of some rows, one after the other as they lie.
+pub(crate) fn sums_and_square<T: Real>(x: MatRef<'_, T>, rows: impl Iterator<Item = usize>) -> (Vec<f64>, f64) {
     let (mut sums, mut square) = (vec![0.0; x.ncols()], 0.0);
-    for row in x.row_iter() {
-        for (sum, x) in sums.iter_mut().zip(row.iter()) {
+    for row in rows {
+        for (sum, x) in sums.iter_mut().zip(x.row(row).iter()) {
             let x = x.to_f64();
             *sum += x;
             square += x * x;

@@ -83,7 +83,7 @@ impl Draw {
     }
 
     /// The estimate from `(e_i, x_i)` of the rows.
-    pub fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
+    fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
         let rows = pairs.len();
         // Squares of the smallest numbers would be 0.
         let largest = pairs.iter().fold(0.0, |largest: f64, pair| largest.max(pair.0).max(pair.1));
@@ -112,11 +112,15 @@ impl Draw {
 
     /// The estimate for given rows against exact ones, in the order of [`rows`](Self::rows).
     pub fn compare(&self, exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> ErrorEstimate {
-        let pairs: Vec<_> = (0..exact.nrows())
-            .map(|i| {
-                let row = exact.row(i);
-                let error = row.iter().enumerate().map(|(c, x)| (given(self.rows[i], c) - x).powi(2)).sum();
-                (error, row.iter().map(|x| x * x).sum())
+        self.compare_drawn(exact, &Mat::from_fn(exact.nrows(), exact.ncols(), |i, c| given(self.rows[i], c)))
+    }
+
+    /// The same for rows that are both in the order of [`rows`](Self::rows).
+    pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
+        let pairs: Vec<_> = (exact.row_iter().zip(got.row_iter()))
+            .map(|(exact, got)| {
+                let error = exact.iter().zip(got.iter()).map(|(x, y)| (x - y).powi(2)).sum();
+                (error, exact.iter().map(|x| x * x).sum())
             })
             .collect();
         self.estimate(&pairs)

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use faer::Mat;
+use rayon::prelude::*;
 
 use crate::attention::{Attention, Head};
 use crate::causal::near_start;
@@ -25,12 +26,12 @@ use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, 
 use crate::error::{Error, Result};
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
-use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened};
+use crate::measure::{Draw, Weights, gather, widened};
 use crate::monomials;
 use crate::polynomial;
 use crate::real::{Real, vectorised};
 use crate::sample::uniform;
-use crate::tile::{product, view, view_mut};
+use crate::tile::{add_product, product, view, view_mut};
 
 /// Rows that a plan is made from: one of so many, within limits.
 const ONE_ROW_OF: usize = 256;
@@ -92,13 +93,13 @@ pub(crate) struct Probed {
 
 /// The sizes that times depend on.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Size {
-    pub n: usize,
-    pub m: usize,
-    pub d: usize,
-    pub dv: usize,
-    pub causal: bool,
-    pub gradients: bool,
+struct Size {
+    n: usize,
+    m: usize,
+    d: usize,
+    dv: usize,
+    causal: bool,
+    gradients: bool,
 }
 
 /// What one thread does in a second, measured once and kept.
@@ -209,7 +210,7 @@ impl Size {
 
     /// Drawing landmarks up to some rank, in float64 on one thread.
     fn drawing(&self, rank: usize) -> f64 {
-        let (r, s) = (rank as f64, (4 * rank).clamp(512, 2048) as f64);
+        let (r, s) = (rank as f64, landmark::fit_size(rank) as f64);
         let flops = 4.0 * s * s * (self.d as f64 + r) + 12.0 * s * r * r + 20.0 * r * r * r;
         // A general product, and gathering, do not reach the rate of the small one.
         3.0 * Self::seconds::<f64>(flops, 3.0 * s * s)
@@ -325,16 +326,8 @@ fn shift<T: Real>(head: &Head<'_, T>) -> Option<[Vec<f64>; 2]> {
         (of_mean > SMALL_MEAN * SMALL_MEAN * square / count as f64, by)
     };
     let keys = live_keys(head, head.k.nrows());
-    let (mut of_keys, mut square) = (vec![0.0; head.k.ncols()], 0.0);
-    for &j in &keys {
-        for (sum, k) in of_keys.iter_mut().zip(head.k.row(j).iter()) {
-            let k = k.to_f64();
-            *sum += k;
-            square += k * k;
-        }
-    }
-    let (q, alpha) = large(sums_and_square(head.q), head.q.nrows());
-    let (k, beta) = large((of_keys, square), keys.len());
+    let (q, alpha) = large(sums_and_square(head.q, 0..head.q.nrows()), head.q.nrows());
+    let (k, beta) = large(sums_and_square(head.k, keys.iter().copied()), keys.len());
     (q || k).then_some([alpha, beta])
 }
 
@@ -403,9 +396,9 @@ fn best_polynomial<T: Real>(
         let mut candidate = Polynomial { shift: given.clone(), ..engine(degree) };
         let Ok(coefficients) = sample.fit(degree) else { continue };
         let Some((got, got_dq)) = moments.polynomial(&coefficients, false) else { continue };
-        let mut high = compare(&draw, &out, &got).high;
+        let mut high = draw.compare_drawn(&out, &got).high;
         if let (Some(dq), Some(got)) = (&dq, &got_dq) {
-            high = high.max(compare(&draw, dq, got).high);
+            high = high.max(draw.compare_drawn(dq, got).high);
         }
         tried.push(format!("{degree}: {high:.1e}"));
         // The gradients of keys are not known yet: they are given some room, and more where that costs little.
@@ -430,7 +423,7 @@ fn best_polynomial<T: Real>(
 
 /// The size of values less their mean, relative to their size.
 fn spread<T: Real>(v: faer::MatRef<'_, T>) -> f64 {
-    let (sums, square) = sums_and_square(v);
+    let (sums, square) = sums_and_square(v, 0..v.nrows());
     let of_mean = sums.iter().map(|sum| sum * sum).sum::<f64>() / v.nrows() as f64;
     ((square - of_mean).max(0.0) / square).sqrt()
 }
@@ -467,18 +460,6 @@ fn landmarks<T: Real>(
         }
     }
     Ok(Err(format!("the error of up to {most} landmarks is {least:.1e}")))
-}
-
-/// The estimate for given rows against exact ones, both in the order of the draw.
-pub(crate) fn compare(draw: &Draw, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
-    let pairs: Vec<_> = (0..exact.nrows())
-        .map(|i| {
-            let (exact, got) = (exact.row(i), got.row(i));
-            let error = exact.iter().zip(got.iter()).map(|(x, y)| (x - y).powi(2)).sum();
-            (error, exact.iter().map(|x| x * x).sum())
-        })
-        .collect();
-    draw.estimate(&pairs)
 }
 
 /// Sums over the keys of some queries: see the top of this file. Rows are `[1, v, k', (dout.v) k']`, the last two where a
@@ -530,7 +511,6 @@ impl<'a> Moments<'a> {
         let starts: Vec<usize> =
             rows.iter().map(|&i| if causal { near_start(settings, i) } else { usize::MAX }).collect();
         let end = if causal { rows[count - 1] + 1 } else { head.k.nrows() };
-        use rayon::prelude::*;
         let parts = (0..end.div_ceil(RANGE))
             .into_par_iter()
             .map(|range| {
@@ -602,12 +582,11 @@ impl<'a> Moments<'a> {
                             }
                         };
                         let (plain, scored) = sums.split_at_mut(e * count);
-                        let add = crate::tile::add_product;
-                        add(view_mut(plain, e, count), values.transpose(), view(weights, bk, count), 1.0);
+                        add_product(view_mut(plain, e, count), values.transpose(), view(weights, bk, count), 1.0);
                         if dout.is_some() {
                             let with = weights[..bk * count].iter().zip(&upstream).map(|(w, u)| w * u);
                             let with: Vec<f64> = with.collect();
-                            add(view_mut(scored, d, count), k.transpose(), view(&with, bk, count), 1.0);
+                            add_product(view_mut(scored, d, count), k.transpose(), view(&with, bk, count), 1.0);
                         }
                     }
                 }

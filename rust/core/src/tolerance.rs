@@ -15,7 +15,7 @@ use crate::exact;
 use crate::low_rank;
 use crate::measure::{Draw, ErrorEstimate, KeyGradients, Queries, Weights, exact_rows, gather, key_gradients};
 use crate::monomials::Monomials;
-use crate::plan::{HeadPlan, Moments, PolynomialWeights, compare, error_bound, plan_head};
+use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
 use crate::polynomial;
 use crate::real::Real;
 
@@ -421,9 +421,9 @@ impl Check {
     fn own_errors(&self) -> Option<GroupErrors> {
         let own = self.own.as_ref()?;
         let dq = (self.queries.iter())
-            .map(|query| query.as_ref().and_then(|q| Some(compare(&q.draw, &q.dq, q.own.as_ref()?))))
+            .map(|query| query.as_ref().and_then(|q| Some(q.draw.compare_drawn(&q.dq, q.own.as_ref()?))))
             .collect();
-        let keys = |exact: &Mat<f64>, got: &Mat<f64>| compare(&self.keys, exact, got);
+        let keys = |exact: &Mat<f64>, got: &Mat<f64>| self.keys.compare_drawn(exact, got);
         Some(GroupErrors {
             dq,
             dk: keys(&self.exact.dk, &own.dk),
