@@ -61,6 +61,14 @@ _SAMPLES = 256  # rows of each layer's attention whose error is measured
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+# Options that several commands have.
+PlotOption = Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
+]
+
+
 class EngineName(str, Enum):
     """The engines by name."""
 
@@ -145,10 +153,8 @@ def grad(
         Reference | None, typer.Option(help="Also compute exactly: errors of all gradients, and the speed-up.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights that are drawn.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
     out: Annotated[Path | None, typer.Option(help="Write the gradients there (safetensors).")] = None,
 ) -> None:
     """Compute the gradient of every weight of a transformer that predicts the next byte of a text."""
@@ -201,11 +207,9 @@ def bench(
     dtype: Annotated[FloatName, typer.Option(help="Precision.")] = FloatName.float32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
     limit: Annotated[float, typer.Option(min=0, help="Seconds that one forward and backward pass may take.")] = 3.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    threads: ThreadsOption = None,
+    plot: PlotOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """Time the engines over the number of tokens, beside PyTorch's fused kernel where it is installed.
 
@@ -312,11 +316,9 @@ def plan(
     head: Annotated[list[int] | None, typer.Option(help="Only these heads.", show_default="all")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens.", show_default="all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 3,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads.", show_default="RAYON_NUM_THREADS, or the machine's")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    threads: ThreadsOption = None,
+    plot: PlotOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """Tell what every engine costs and misses on heads of your own, and what is chosen within tolerances.
 
