@@ -1,14 +1,16 @@
-"""Fixtures. A further backend is one more entry of BACKENDS."""
+"""Fixtures. A test that takes `backend` runs on each of BACKENDS; `pytest -m gpu` runs those of a GPU alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import array_api_strict as strict
 import numpy as np
 import pytest
 from hypothesis import settings
 
 import lingrad_rs as lg
+from lingrad_rs import _backend
 
 # The same examples in every run, however slow the machine.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -17,11 +19,16 @@ settings.load_profile("deterministic")
 
 @dataclass(frozen=True)
 class Backend:
-    """Where arrays live: how a NumPy array gets there and back."""
+    """Where arrays live and what computes with them: how a NumPy array gets there and back."""
 
     name: str
     array: Callable[[np.ndarray], Any]
     numpy: Callable[[Any], np.ndarray]
+    kinds: tuple[_backend.Kind, ...] = ()
+
+    @property
+    def is_rust(self) -> bool:
+        return self.name == "rust"
 
 
 def _itself(x: np.ndarray) -> np.ndarray:
@@ -29,11 +36,54 @@ def _itself(x: np.ndarray) -> np.ndarray:
     return x
 
 
-BACKENDS = [Backend("numpy", _itself, _itself)]
+# Not the device where arrays lie unless one says otherwise.
+STRICT_DEVICE = strict.Device("device1")
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request):
+def _to_strict(x: np.ndarray) -> Any:
+    return strict.asarray(x, device=STRICT_DEVICE)
+
+
+def _from_strict(x: Any) -> np.ndarray:
+    assert x.device == STRICT_DEVICE
+    return np.asarray(x.to_device(strict.Device("CPU_DEVICE")))
+
+
+def _cupy() -> Any:
+    """CuPy, if there is a GPU that it can use."""
+    try:
+        import cupy
+
+        return cupy if cupy.cuda.runtime.getDeviceCount() else None
+    except Exception:  # not installed, or no driver
+        return None
+
+
+def _from_cupy(x: Any) -> np.ndarray:
+    assert isinstance(x, _cupy().ndarray)
+    return _cupy().asnumpy(x)
+
+
+RUST = Backend("rust", _itself, _itself)
+GPU_NUMPY = Backend("gpu path under NumPy", _itself, _itself, (_backend.Kind("numpy", "ndarray", "_gpu"),))
+GPU_STRICT = Backend(
+    "gpu path under array-api-strict",
+    _to_strict,
+    _from_strict,
+    (_backend.Kind("array_api_strict._array_object", "Array", "_gpu"),),
+)
+CUPY = Backend("cupy", lambda x: _cupy().asarray(x), _from_cupy)
+BACKENDS = [
+    RUST,
+    GPU_NUMPY,
+    GPU_STRICT,
+    pytest.param(CUPY, marks=[pytest.mark.gpu, pytest.mark.skipif(_cupy() is None, reason="no GPU that CuPy can use")]),
+]
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name.replace(" ", "-"))
+def backend(request, monkeypatch):
+    monkeypatch.setattr(_backend, "KINDS", [*request.param.kinds, *_backend.KINDS])
     return request.param
 
 

@@ -11,71 +11,124 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _backend
 from .errors import ArgumentError, DeviceError, DtypeError, ShapeError, ToleranceError
 
 __all__ = [
     "array",
     "choice",
+    "dtype_name",
     "flag",
     "floats",
     "integer",
+    "is_float",
+    "is_integer",
     "number",
     "positive",
+    "same_device",
     "same_dtype",
     "shape",
     "token_ids",
+    "token_range",
     "tolerance",
 ]
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_FLOATS = ("float32", "float64")
 
 
-def array(name: str, value: object) -> NDArray[Any]:
-    """``value`` as a plain NumPy array: a view of the same memory, never a copy."""
+def array(name: str, value: object) -> Any:
+    """``value`` as a plain array of a library that a backend computes with: the same memory, never a copy."""
     if isinstance(value, np.ma.MaskedArray):
         raise DtypeError(f"{name} is a masked array, whose mask would be ignored; expected a plain NumPy array")
     if isinstance(value, np.ndarray):
         return np.asarray(value)
-    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if _backend.kind(value) is not None:
+        return value
+    kind = _type_name(value)
     if hasattr(value, "__cuda_array_interface__"):
         raise DeviceError(
-            f"{name} is a {kind} on a GPU; this version computes on the CPU only and copies nothing between devices; "
-            "expected a NumPy array"
+            f"{name} is a {kind} on a GPU; expected a CuPy array: lingrad_rs.from_dlpack({name}) is one, of the same "
+            "memory"
         )
-    raise DtypeError(f"{name} is a {kind}; expected a NumPy array")
+    raise DtypeError(f"{name} is a {kind}; expected a NumPy array, or a CuPy array")
 
 
-def floats(**arrays: object) -> list[NDArray[Any]]:
-    """The arrays, once they are known to be float32 or float64, all of the dtype of the first."""
-    checked: list[NDArray[Any]] = []
+def same_device(name: str, x: Any, other: Any, match: str) -> None:
+    """Raise unless both arrays are of one library and on one device."""
+    if _backend.kind(x) != _backend.kind(other):
+        raise DeviceError(
+            f"{name} is a {_type_name(x)} and {match} is a {_type_name(other)}; expected arrays of one library: "
+            "nothing is copied between devices"
+        )
+    if _device(x) != _device(other):
+        raise DeviceError(
+            f"{name} is on {_device(x)} and {match} is on {_device(other)}; expected arrays on one device: nothing is "
+            "copied between devices"
+        )
+
+
+def floats(**arrays: object) -> list[Any]:
+    """The arrays, once they are known to be float32 or float64, all of the dtype and on the device of the first."""
+    checked: list[Any] = []
     first = next(iter(arrays))
     for name, value in arrays.items():
         x = array(name, value)
-        if x.dtype not in _FLOATS:
-            raise DtypeError(f"{name} has dtype {_dtype_name(x.dtype)}; expected float32 or float64")
+        if dtype_name(x) not in _FLOATS:
+            raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected float32 or float64")
         if checked:
+            same_device(name, x, checked[0], match=first)
             same_dtype(name, x, checked[0].dtype, match=first)
-        steps = [step for step, length in zip(x.strides, x.shape, strict=True) if length > 1]
-        if not x.flags.aligned or any(step % x.itemsize for step in steps):
-            raise DtypeError(
-                f"{name} is not aligned to its item size of {x.itemsize} bytes (strides {x.strides}); "
-                "expected an aligned array (a copy is one)"
-            )
+        if isinstance(x, np.ndarray):
+            _aligned(name, x)
         checked.append(x)
     return checked
 
 
-def same_dtype(name: str, x: NDArray[Any], dtype: np.dtype[Any], match: str) -> None:
+def _aligned(name: str, x: NDArray[Any]) -> None:
+    steps = [step for step, length in zip(x.strides, x.shape, strict=True) if length > 1]
+    if not x.flags.aligned or any(step % x.itemsize for step in steps):
+        raise DtypeError(
+            f"{name} is not aligned to its item size of {x.itemsize} bytes (strides {x.strides}); "
+            "expected an aligned array (a copy is one)"
+        )
+
+
+def same_dtype(name: str, x: Any, dtype: Any, match: str) -> None:
     """Raise unless ``x`` is of ``dtype``."""
     if x.dtype != dtype:
-        raise DtypeError(f"{name} has dtype {x.dtype}; expected {dtype} to match {match}")
+        raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected {_plain_name(dtype)} to match {match}")
 
 
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    return str(dtype) if dtype.isnative else f"{dtype} (not in this machine's byte order)"
+def dtype_name(x: Any) -> str:
+    """What the dtype of an array is called, without its library."""
+    if isinstance(x.dtype, np.dtype) and not x.dtype.isnative:
+        return f"{x.dtype} (not in this machine's byte order)"
+    return _plain_name(x.dtype)
 
 
-def shape(name: str, x: NDArray[Any], expected: Sequence[int | str], match: str = "") -> None:
+def _plain_name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def is_integer(x: Any) -> bool:
+    """Whether an array is of an integer dtype."""
+    return dtype_name(x).startswith(("int", "uint"))
+
+
+def is_float(x: Any) -> bool:
+    """Whether an array is float32 or float64."""
+    return dtype_name(x) in _FLOATS
+
+
+def _device(x: Any) -> object:
+    return getattr(x, "device", "cpu")
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def shape(name: str, x: Any, expected: Sequence[int | str], match: str = "") -> None:
     """Raise unless ``x`` has the expected shape: a number must be met, a name stands for any length.
 
     A leading ``"..."`` stands for any number of axes.
@@ -91,18 +144,21 @@ def shape(name: str, x: NDArray[Any], expected: Sequence[int | str], match: str 
         raise ShapeError(f"{name} has shape {x.shape}; expected {text}{match and f' to match {match}'}")
 
 
-def token_ids(name: str, value: object, below: int) -> NDArray[np.uint32]:
-    """Integer tokens ``0 <= t < below`` of any integer dtype, as a new array of contiguous 32-bit ones."""
+def token_ids(name: str, value: object, below: int, like: Any) -> Any:
+    """Tokens ``0 <= t < below`` of any integer dtype, on the device of ``like``: a new array of contiguous integers."""
     x = array(name, value)
-    if x.dtype.kind not in "iu":
-        raise DtypeError(f"{name} has dtype {x.dtype}; expected an integer dtype")
+    if not is_integer(x):
+        raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected an integer dtype")
+    same_device(name, x, like, match="the parameters")
     if x.ndim == 0:
         raise ShapeError(f"{name} has shape (); expected (..., n)")
-    if x.size:
-        low, high = int(x.min()), int(x.max())
-        if low < 0 or high >= below:
-            raise ArgumentError(f"{name} holds {low if low < 0 else high}; expected 0 <= token < {below}")
-    return np.array(x, dtype=np.uint32, order="C")
+    return _backend.of(x).token_ids(name, x, below)
+
+
+def token_range(name: str, low: int, high: int, below: int) -> None:
+    """Raise unless the least and the greatest token are in ``0 <= t < below``."""
+    if low < 0 or high >= below:
+        raise ArgumentError(f"{name} holds {low if low < 0 else high}; expected 0 <= token < {below}")
 
 
 def flag(name: str, value: object) -> bool:

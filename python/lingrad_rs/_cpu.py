@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _check
 from . import _lingrad_rs as core
 from ._lingrad_rs import (
     activation_backward,
@@ -32,8 +33,10 @@ from .engines import Engine
 __all__ = [
     "activation_backward",
     "activation_forward",
+    "add",
     "attention_backward",
     "attention_forward",
+    "copy",
     "embedding_backward",
     "embedding_forward",
     "feed_forward_backward",
@@ -45,6 +48,7 @@ __all__ = [
     "norm_forward",
     "self_attention_backward",
     "self_attention_forward",
+    "token_ids",
     "transformer_backward",
     "transformer_forward",
     "transformer_param_shapes",
@@ -52,6 +56,23 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+
+def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
+    """Integer tokens ``0 <= t < below`` as a new array of contiguous 32-bit ones."""
+    if x.size:
+        _check.token_range(name, int(x.min()), int(x.max()), below)
+    return np.array(x, dtype=np.uint32, order="C")
+
+
+def add(x: Array, y: Array) -> Array:
+    """``x + y``, C-contiguous."""
+    return np.add(x, y, order="C")
+
+
+def copy(x: Array) -> Array:
+    """A new array of the same layout."""
+    return x.copy()
 
 
 def attention_forward(

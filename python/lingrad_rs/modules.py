@@ -242,7 +242,7 @@ class Embedding:
 
     def vjp(self, tokens: Array) -> tuple[Array, Pullback]:
         """``y (..., n, d)`` for integers ``tokens (..., n)`` below ``vocab``, and its pullback."""
-        ids = _check.token_ids("tokens", tokens, self.embed.shape[0])
+        ids = _check.token_ids("tokens", tokens, self.embed.shape[0], self.embed)
         backend = _backend.of(ids)
         y = backend.embedding_forward(ids, self.embed)
         vocab = self.embed.shape[0]
@@ -390,6 +390,7 @@ class Residual:
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """``y`` of the shape of ``x (..., n, d)``, and its pullback."""
         x = _input(x, {}, None)
+        backend = _backend.of(x)
         inner, pull = _call("module", self.module, x)
         _check.shape(_owner("module", self.module, "y"), inner, x.shape, match=f"x of shape {x.shape}")
 
@@ -397,9 +398,9 @@ class Residual:
             dx, grads = pull(dy)
             if dx is None:
                 raise ArgumentError(f"{_owner('module', self.module, 'dx')} is None; expected an array like x")
-            return np.add(dy, dx, order="C"), grads
+            return backend.add(dy, dx), grads
 
-        return _result(np.add(x, inner, order="C"), backward)
+        return _result(backend.add(x, inner), backward)
 
 
 class Chain:
@@ -430,10 +431,10 @@ class Chain:
             y, pull = _call(f"modules[{i}]", module, y)
             pulls.append(pull)
         if not pulls:
-            y = y.copy()
+            y = _backend.of(y).copy(y)
 
         def backward(dy: Array) -> tuple[Array | None, list[Any]]:
-            dx: Array | None = dy if pulls else dy.copy()
+            dx: Array | None = dy if pulls else _backend.of(dy).copy(dy)
             grads: list[Any] = []
             for i, pull in reversed(list(enumerate(pulls))):
                 if dx is None:
@@ -465,7 +466,7 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
         )
     pull = result[1]
     y = _check.floats(**{_owner(name, module, "y"): result[0]})[0]
-    differentiable = x.dtype.kind == "f"
+    differentiable = _check.is_float(x)
     if differentiable:
         _check.same_dtype(_owner(name, module, "y"), y, x.dtype, match="x")
     shape, dtype = x.shape, x.dtype

@@ -203,22 +203,19 @@ class Transformer:
         ``(..., n, d_model)`` array a layer.
         """
         params = self._checked_params()
-        dtype = params[0][1].dtype
         array = _check.array("x", x)
-        is_tokens = array.dtype.kind in "iu"
+        is_tokens = _check.is_integer(array)
         if is_tokens:
-            array = _check.token_ids("tokens", array, self.config.vocab_size)
+            array = _check.token_ids("tokens", array, self.config.vocab_size, params[0][1])
         else:
-            array = _check.floats(x=array)[0]
-            _check.same_dtype("x", array, dtype, match="params")
+            _, array = _check.floats(params=params[0][1], x=array)
             _check.shape("x", array, ("...", "n", self.config.d_model), match=f"d_model = {self.config.d_model}")
         config, backend = self.config, _backend.of(array)
         y, trace = backend.transformer_forward(config, params, array)
         shape = y.shape
 
         def pullback(dy: Array) -> tuple[Array | None, dict[str, Array]]:
-            checked = _check.floats(dy=dy)[0]
-            _check.same_dtype("dy", checked, dtype, match="y")
+            _, checked = _check.floats(y=params[0][1], dy=dy)
             _check.shape("dy", checked, shape, match=f"y of shape {shape}")
             dx, grads = backend.transformer_backward(config, params, array, trace, checked)
             return (None if is_tokens else dx), grads
@@ -262,7 +259,7 @@ class Transformer:
         if loss is None:
             report = self.gradient_report(tokens, targets, samples=0, progress=progress)
             return report.loss, report.grads
-        tokens = _check.token_ids("tokens", tokens, self.config.vocab_size)
+        tokens = _check.token_ids("tokens", tokens, self.config.vocab_size, next(iter(self.params.values())))
         y, pullback = self.vjp(tokens)
         result = loss(y)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -299,10 +296,10 @@ class Transformer:
         """
         params = self._checked_params()
         samples = _check.integer("samples", samples, 0)
-        ids = _check.token_ids("tokens", tokens, self.config.vocab_size)
+        ids = _check.token_ids("tokens", tokens, self.config.vocab_size, params[0][1])
         if targets is None:
             raise ArgumentError("targets is missing; expected integers like tokens, or loss=")
-        wanted = _check.token_ids("targets", targets, self.config.vocab_size)
+        wanted = _check.token_ids("targets", targets, self.config.vocab_size, params[0][1])
         _check.shape("targets", wanted, ids.shape, match=f"tokens of shape {ids.shape}")
         if ids.size == 0:
             raise ShapeError(f"tokens has shape {ids.shape}; expected at least one token to take a mean over")

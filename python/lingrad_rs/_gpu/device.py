@@ -1,0 +1,182 @@
+"""Where arrays are, how much room there is, and what the array API standard leaves to each library.
+
+Everything in this package goes through a `Space`: the namespace of the arrays at hand (CuPy's; NumPy's and
+array-api-strict's in tests), their device, and the size of temporary arrays. Only what the Python array API standard
+promises is used, but for what this file holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import DeviceError, NonFiniteError
+
+try:
+    import array_api_compat
+except ImportError as error:
+    raise DeviceError(
+        "arrays other than NumPy's need array-api-compat: pip install 'lingrad_rs[cuda12]', or 'lingrad_rs[cuda13]'"
+    ) from error
+
+__all__ = ["Space", "run", "space_of"]
+
+Array = Any
+_R = TypeVar("_R")
+
+# Numbers of a temporary array: at least, at most (beyond it nothing is gained), and where memory cannot be asked for.
+_LEAST = 1 << 12
+_MOST = 1 << 26
+_USUAL = 1 << 22
+# Temporary arrays of one step together are about so many of the largest one.
+_ARRAYS = 16
+# After running out of memory, a step is tried again with its temporaries so many times smaller.
+_SHRINK = (1, 8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A namespace, a device, and how many numbers a temporary array may hold."""
+
+    xp: Any
+    device: Any
+    numbers: int
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Zeros."""
+        return self.xp.zeros(shape, dtype=dtype, device=self.device)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Room for numbers that will be written."""
+        return self.xp.empty(shape, dtype=dtype, device=self.device)
+
+    def full(self, shape: tuple[int, ...], value: float, dtype: Any) -> Array:
+        """One number everywhere."""
+        return self.xp.full(shape, value, dtype=dtype, device=self.device)
+
+    def arange(self, start: int, stop: int) -> Array:
+        """Integers (64 bits)."""
+        return self.xp.arange(start, stop, dtype=self.xp.int64, device=self.device)
+
+    def asarray(self, values: Any, dtype: Any) -> Array:
+        """Numbers of the host, on the device: for constants and samples."""
+        return self.xp.asarray(np.asarray(values), dtype=dtype, device=self.device)
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        """``x`` in another dtype; itself where it has that one."""
+        return self.xp.astype(x, dtype, copy=False)
+
+    def wide(self, x: Array) -> Array:
+        """``x`` in float64."""
+        return self.astype(x, self.xp.float64)
+
+    def host(self, x: Array) -> np.ndarray[Any, Any]:
+        """A copy on the host, for samples and for what errors say; waits for the device."""
+        if hasattr(x, "get"):
+            return x.get()
+        cpu = getattr(self.xp, "Device", None)  # array-api-strict's other devices are not NumPy's
+        return np.array(x if cpu is None else x.to_device(cpu("CPU_DEVICE")))
+
+    def contiguous(self, x: Array) -> Array:
+        """``x`` in C order; itself where it is so already."""
+        library = sys.modules[type(x).__module__.partition(".")[0]]
+        make = getattr(library, "ascontiguousarray", None)
+        return x if make is None else make(x)
+
+    def tiles(self, count: int, width: int) -> Iterable[tuple[int, int]]:
+        """Starts and ends of ranges of so many rows of so many numbers each that fit in temporary arrays."""
+        step = max(1, self.numbers // max(width, 1))
+        return ((start, min(start + step, count)) for start in range(0, count, step))
+
+    def check_finite(self, **arrays: Array) -> None:
+        """Raise where an array ``(..., rows, columns)`` holds NaN or infinity; waits for the device, once.
+
+        Of one named ``key_bias``, ``(..., m)``, minus infinity is allowed.
+        """
+        xp = self.xp
+        checks = []
+        for name, x in arrays.items():
+            good = xp.isfinite(x)
+            if name == "key_bias":
+                good = good | (x == -math.inf)
+            checks.append((name, good))
+        if not checks or bool(xp.all(xp.stack([xp.all(good) for _, good in checks]))):
+            return
+        for name, good in checks:
+            if bool(xp.all(good)):
+                continue
+            if name == "key_bias":
+                j = int(np.flatnonzero(~self.host(good).reshape(-1))[0]) % good.shape[-1]
+                raise NonFiniteError(f"key_bias holds NaN or infinity at key {j}; expected finite numbers or -inf")
+            h = _first_bad_head(self.host(good))
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity (in head {h}, counting from 0); expected finite numbers"
+            )
+
+    def check_results(self, **arrays: Array) -> None:
+        """Raise where a result is not finite: its inputs were, so something overflowed. Waits for the device, once."""
+        xp = self.xp
+        checks = [(name, xp.isfinite(x)) for name, x in arrays.items()]
+        if bool(xp.all(xp.stack([xp.all(good) for _, good in checks]))):
+            return
+        for name, good in checks:
+            if not bool(xp.all(good)):
+                h = _first_bad_head(self.host(good))
+                raise NonFiniteError(
+                    f"{name} overflows in head {h} (counting from 0): its inputs are too large for their dtype; scale "
+                    "them down, or use float64"
+                )
+
+
+def _first_bad_head(good: np.ndarray[Any, Any]) -> int:
+    heads = good.reshape(math.prod(good.shape[:-2]), -1)
+    return int(np.flatnonzero(~heads.all(axis=1))[0])
+
+
+def space_of(x: Array) -> Space:
+    """The space of an array."""
+    xp = array_api_compat.array_namespace(x)
+    numbers = _USUAL
+    if _is_cupy(x):
+        cupy = sys.modules["cupy"]
+        with x.device:
+            free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+        numbers = min(max(free // (_ARRAYS * x.dtype.itemsize), _LEAST), _MOST)
+    return Space(xp, array_api_compat.device(x), numbers)
+
+
+def _is_cupy(x: Array) -> bool:
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
+def run(x: Array, compute: Callable[[Space], _R]) -> _R:
+    """``compute(space)`` on the device of ``x``; where memory runs out, again with smaller temporary arrays.
+
+    Raises
+    ------
+    DeviceError
+        There is too little memory with the smallest temporary arrays too; all of them are gone then.
+    """
+    space = space_of(x)
+    on_device = x.device if _is_cupy(x) else contextlib.nullcontext()
+    for shrink in _SHRINK:
+        try:
+            with on_device:
+                return compute(replace(space, numbers=max(space.numbers // shrink, _LEAST)))
+        except MemoryError as error:
+            # Its frames hold the arrays of the attempt.
+            traceback.clear_frames(error.__traceback__)
+        if _is_cupy(x):
+            with on_device:
+                sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+    raise DeviceError(
+        f"too little memory on {space.device}, even in small steps; free some, use fewer tokens or heads, or compute "
+        "with NumPy arrays"
+    )
