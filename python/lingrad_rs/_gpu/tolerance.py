@@ -1,0 +1,2 @@
+def check_floor(*a): pass
+def of_nothing(n): return []
