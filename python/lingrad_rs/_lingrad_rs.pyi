@@ -15,11 +15,18 @@ __all__ = [
     "activation_forward",
     "attention_backward",
     "attention_forward",
+    "draw_rows",
     "embedding_backward",
     "embedding_forward",
+    "estimate_error",
     "feed_forward_backward",
     "feed_forward_forward",
+    "fitted_coefficients",
+    "fitted_polynomials",
     "get_num_threads",
+    "landmark_candidates",
+    "landmark_constants",
+    "largest_relative_error",
     "linear_backward",
     "linear_forward",
     "measure_error",
@@ -29,6 +36,7 @@ __all__ = [
     "self_attention_forward",
     "set_num_threads",
     "simd_level",
+    "stratified",
     "transformer_backward",
     "transformer_forward",
     "transformer_param_shapes",
@@ -40,6 +48,8 @@ __version__: str
 _Array = NDArray[Any]
 _Tokens = NDArray[np.uint32]
 _Estimate = tuple[float, float, float, int]
+_Rows = NDArray[np.int64]
+_Floats = NDArray[np.float64]
 
 class _AttentionOptions(Protocol):
     n_heads: int
@@ -116,6 +126,60 @@ def measure_error(
     samples: int,
     seed: int,
 ) -> _Estimate: ...
+def draw_rows(sizes: _Floats, samples: int, seed: int) -> tuple[_Rows, _Floats]: ...
+def estimate_error(errors: _Floats, sizes: _Floats, weights: _Floats, total: int) -> _Estimate: ...
+def stratified(n: int, count: int, seed: int) -> _Rows: ...
+def fitted_coefficients(
+    q: _Array,
+    k: _Array,
+    key_bias: _Array | None,
+    *,
+    degree: int,
+    query_shift: Sequence[float],
+    key_shift: Sequence[float],
+    causal: bool,
+    scale: float,
+) -> list[float]: ...
+def fitted_polynomials(
+    q: _Array,
+    k: _Array,
+    key_bias: _Array | None,
+    *,
+    degree: int,
+    query_shift: Sequence[float],
+    key_shift: Sequence[float],
+    positions: tuple[_Rows, _Rows] | None,
+    causal: bool,
+    scale: float,
+) -> tuple[list[list[float] | None], float]: ...
+def landmark_constants(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    key_bias: _Array | None,
+    *,
+    rank: int,
+    seed: int,
+    causal: bool,
+    scale: float,
+    head: int = 0,
+) -> dict[str, Any]: ...
+def landmark_candidates(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    key_bias: _Array | None,
+    *,
+    tol: float,
+    gradients: bool,
+    strict: bool,
+    seed: int,
+    ranks: Sequence[int],
+    causal: bool,
+    scale: float,
+    head: int = 0,
+) -> tuple[tuple[int, dict[str, Any] | None, float] | None, str]: ...
+def largest_relative_error(coefficients: Sequence[float], r: float) -> float: ...
 def linear_forward(x: _Array, w: _Array, b: _Array | None) -> _Array: ...
 def linear_backward(x: _Array, w: _Array, has_bias: bool, dy: _Array) -> tuple[_Array, _Array, _Array | None]: ...
 def activation_forward(x: _Array, kind: str) -> _Array: ...

@@ -43,14 +43,14 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Of the scores `scale q.k` of rows of `q` and `k`, both less their shifts; keys later than the query are left out
-    /// where `causal`. `weight(j)` is key j's weight. Costs `O(256^2 d)`, whatever `n` and `m`.
+    /// Of the scores `scale q.k` of rows of `q` and `k`, both less their shifts. `weight(j)` is key j's weight, and
+    /// `sees(i, j)` is whether query i sees key j: no later ones once it does not see one. Costs `O(256^2 d)`, whatever `n` and `m`.
     pub fn new<T: Real>(
         (q, query_shift): (MatRef<'_, T>, &[T]),
         (k, key_shift): (MatRef<'_, T>, &[T]),
         weight: impl Fn(usize) -> f64,
         scale: f64,
-        causal: bool,
+        sees: impl Fn(usize, usize) -> bool,
     ) -> Result<Self> {
         let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
             Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
@@ -63,7 +63,7 @@ impl Sample {
         let (mut s, mut e, mut squares) = (Vec::<f64>::new(), Vec::<f64>::new(), Vec::<f64>::new());
         for (i, &row) in rows.iter().enumerate() {
             let start = s.len();
-            let seen = if causal { columns.partition_point(|&j| j <= row) } else { columns.len() };
+            let seen = columns.partition_point(|&j| sees(row, j));
             s.extend(scores.col(i).iter().take(seen));
             let largest = s[start..].iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
             if largest > LARGEST_SCORE || largest.is_nan() {

@@ -210,11 +210,7 @@ pub(crate) fn forward<T: Real>(
 ) -> Result<Constants<T>> {
     let given = match &engine.constants {
         Some(given) => given.clone(),
-        None => {
-            let sample = Sample::new(head, attention.scale, attention.causal, engine.rank, engine.seed)?;
-            let best = sample.candidates(ctx, &[engine.rank], false, Hopes::ALL)?.into_iter().next();
-            Arc::new(best.map(|best| best.constants).ok_or_else(|| sample.no_landmarks())?)
-        }
+        None => Arc::new(draw(ctx, head, attention.scale, attention.causal, engine)?),
     };
     let constants = Constants::new(&given, head, attention.scale)?;
     let pass = constants.pass(ctx, head, attention, engine)?;
@@ -224,6 +220,19 @@ pub(crate) fn forward<T: Real>(
         pass.forward(out, row_max, row_scale)?;
     }
     Ok(constants)
+}
+
+/// Draws the landmarks of a head; under a causal mask from its first [`PREFIX`] tokens.
+pub(crate) fn draw<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    scale: f64,
+    causal: bool,
+    engine: &engine::Landmark,
+) -> Result<LandmarkConstants> {
+    let sample = Sample::new(head, scale, causal, engine.rank, engine.seed)?;
+    let best = sample.candidates(ctx, &[engine.rank], false, Hopes::ALL)?.into_iter().next();
+    best.map(|best| best.constants).ok_or_else(|| sample.no_landmarks())
 }
 
 /// Adds one head's gradients.

@@ -22,6 +22,7 @@ mod polynomial;
 pub mod real;
 pub mod rows;
 mod sample;
+pub mod sampled;
 mod state;
 mod tile;
 pub mod tolerance;

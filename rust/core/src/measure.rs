@@ -42,8 +42,9 @@ const RANGE: usize = 32 * TILE;
 pub(crate) struct Draw {
     pub rows: Vec<usize>,
     /// `(times drawn) / (R p_i)`.
-    weights: Vec<f64>,
-    total: usize,
+    pub weights: Vec<f64>,
+    /// Of how many.
+    pub total: usize,
 }
 
 impl Draw {
@@ -83,7 +84,7 @@ impl Draw {
     }
 
     /// The estimate from `(e_i, x_i)` of the rows.
-    fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
+    pub fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
         let rows = pairs.len();
         // Squares of the smallest numbers would be 0.
         let largest = pairs.iter().fold(0.0, |largest: f64, pair| largest.max(pair.0).max(pair.1));

@@ -303,7 +303,7 @@ pub(crate) fn plan_head<T: Real>(
     let cheaper = |rank: usize| size.landmarks::<T>(rank, &landmark::settings(strict)) < plan.cost;
     let ranks: Vec<usize> = ranks.into_iter().filter(|&rank| cheaper(rank)).collect();
     if !ranks.is_empty() {
-        match landmarks(ctx, head, attention, auto, strict, &ranks)? {
+        match landmarks(ctx, head, attention.scale, auto, strict, &ranks)? {
             Ok((chosen, error)) => {
                 plan.cost = size.landmarks::<T>(chosen.rank, &landmark::settings(strict));
                 plan.predicted_error = Some(error);
@@ -354,7 +354,8 @@ fn best_polynomial<T: Real>(
     let given = shift.map_or(Shift::None, |[query, key]| Shift::Given { query: query.clone(), key: key.clone() });
     let shifts = polynomial::shifts(head, &given)?;
     let strict = engine(1).coefficients == Coefficients::Fitted;
-    let sample = match polynomial::fit_sample(head, attention, &shifts, strict) {
+    let sees = |i, j| !attention.causal || j <= i;
+    let sample = match polynomial::fit_sample(head, attention.scale, &shifts, strict, sees) {
         Ok(sample) => sample,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
         Err(_) => return Ok((none("scores too large for any polynomial".into()), None)),
@@ -429,17 +430,17 @@ fn spread<T: Real>(v: faer::MatRef<'_, T>) -> f64 {
 }
 
 /// The least of `ranks` whose landmarks are well within the tolerance on a sample, or what was found instead.
-fn landmarks<T: Real>(
+pub(crate) fn landmarks<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
-    attention: &Attention,
+    scale: f64,
     auto: &Auto,
     strict: bool,
     ranks: &[usize],
 ) -> Result<std::result::Result<(Landmark, f64), String>> {
     let most = ranks.iter().copied().max().unwrap_or(1);
     let hopes = landmark::Hopes { unresolved: UNRESOLVED * auto.tol.powf(0.25), error: LANDMARK_MARGIN * auto.tol };
-    let candidates = landmark::Sample::new(head, attention.scale, strict, most, auto.seed)
+    let candidates = landmark::Sample::new(head, scale, strict, most, auto.seed)
         .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, hopes));
     let candidates = match candidates {
         Ok(candidates) => candidates,

@@ -167,19 +167,24 @@ fn coefficients<T: Real>(
         Coefficients::Taylor => Ok(fit::taylor(engine.degree)),
         Coefficients::Given(a) => Ok(a.clone()),
         // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
-        Coefficients::Fitted => fit_sample(head, attention, shifts, attention.causal)?.fit(engine.degree),
+        Coefficients::Fitted => {
+            let sees = |i, j| !attention.causal || j <= i;
+            fit_sample(head, attention.scale, shifts, attention.causal, sees)?.fit(engine.degree)
+        }
     }
 }
 
-/// The scores that coefficients are fitted to; of the first [`PREFIX`] tokens only where `prefix`.
+/// The scores that coefficients are fitted to; of the first [`PREFIX`] tokens only where `prefix`. `sees(i, j)` is
+/// whether query i sees key j.
 pub(crate) fn fit_sample<T: Real>(
     head: &Head<'_, T>,
-    attention: &Attention,
+    scale: f64,
     shifts: &Shifts<T>,
     prefix: bool,
+    sees: impl Fn(usize, usize) -> bool,
 ) -> Result<fit::Sample> {
     let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-    let biases = biases(head, attention.scale, shifts, 0.0)?;
+    let biases = biases(head, scale, shifts, 0.0)?;
     let keys = seen(head.k.nrows());
     let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b[j]);
     let level = (0..keys).map(bias).fold(f64::NEG_INFINITY, f64::max);
@@ -188,7 +193,7 @@ pub(crate) fn fit_sample<T: Real>(
         (head.q.subrows(0, seen(head.q.nrows())), &shifts.query),
         (head.k.subrows(0, keys), &shifts.key),
         weight,
-        attention.scale,
-        attention.causal,
+        scale,
+        sees,
     )
 }

@@ -11,6 +11,7 @@ mod huge_pages;
 mod layers;
 mod plan;
 mod run;
+mod sample;
 mod transformer;
 
 use pyo3::prelude::*;
@@ -32,6 +33,11 @@ mod _lingrad_rs {
         activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,
         feed_forward_forward, linear_backward, linear_forward, norm_backward, norm_forward, self_attention_backward,
         self_attention_forward,
+    };
+    #[pymodule_export]
+    use crate::sample::{
+        draw_rows, estimate_error, fitted_coefficients, fitted_polynomials, landmark_candidates, landmark_constants,
+        largest_relative_error, stratified,
     };
     #[pymodule_export]
     use crate::transformer::{

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lingrad_core::engine::{self, Auto, Coefficients, Engine, Planned, Shift};
+use lingrad_core::engine::{self, Auto, Coefficients, Engine, LandmarkConstants, Planned, Shift};
 use lingrad_core::plan::HeadPlan;
 use lingrad_core::tolerance::HeadReport;
 use numpy::PyArray1;
@@ -118,18 +118,23 @@ fn engine_dict<'py>(py: Python<'py>, engine: &Engine) -> Result<Bound<'py, PyDic
             dict.set_item("rank", l.rank)?;
             dict.set_item("seed", l.seed)?;
             if let Some(given) = &l.constants {
-                let constants = PyDict::new(py);
-                let (r, d) = (given.rank(), given.query_shift.len());
-                constants.set_item("scale", given.scale)?;
-                constants.set_item("query_shift", PyArray1::from_slice(py, &given.query_shift))?;
-                constants.set_item("key_shift", PyArray1::from_slice(py, &given.key_shift))?;
-                constants.set_item("balance", given.balance)?;
-                constants.set_item("landmarks", PyArray1::from_slice(py, &given.landmarks).reshape((r, d))?)?;
-                constants.set_item("matrix", PyArray1::from_slice(py, &given.matrix).reshape((r, r))?)?;
-                dict.set_item("constants", constants)?;
+                dict.set_item("constants", constants_dict(py, given)?)?;
             }
         }
         _ => dict.set_item("kind", "Exact")?,
     }
+    Ok(dict)
+}
+
+/// The fields of `lingrad_rs.LandmarkConstants`.
+pub fn constants_dict<'py>(py: Python<'py>, given: &LandmarkConstants) -> Result<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let (r, d) = (given.rank(), given.query_shift.len());
+    dict.set_item("scale", given.scale)?;
+    dict.set_item("query_shift", PyArray1::from_slice(py, &given.query_shift))?;
+    dict.set_item("key_shift", PyArray1::from_slice(py, &given.key_shift))?;
+    dict.set_item("balance", given.balance)?;
+    dict.set_item("landmarks", PyArray1::from_slice(py, &given.landmarks).reshape((r, d))?)?;
+    dict.set_item("matrix", PyArray1::from_slice(py, &given.matrix).reshape((r, r))?)?;
     Ok(dict)
 }

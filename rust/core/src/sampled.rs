@@ -1,0 +1,178 @@
+//! What a backend that keeps its arrays elsewhere takes from here: everything that is decided by samples of a head's
+//! tokens, which it hands over as arrays of their own.
+
+use std::sync::Arc;
+
+use faer::{ColRef, MatRef};
+
+use crate::attention::Head;
+use crate::context::Context;
+use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
+use crate::error::{Error, Result, expect_len};
+use crate::fit;
+use crate::measure::{Draw, ErrorEstimate};
+use crate::plan;
+use crate::polynomial;
+use crate::real::Real;
+use crate::sample;
+
+/// Sampled tokens of a head, or all of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokens<'a, T> {
+    /// `(n, d)`.
+    pub q: MatRef<'a, T>,
+    /// `(m, d)`.
+    pub k: MatRef<'a, T>,
+    /// `(m, dv)`.
+    pub v: Option<MatRef<'a, T>>,
+    /// `(m,)`.
+    pub key_bias: Option<ColRef<'a, T>>,
+    /// Whether query `i` sees only keys `j <= i`.
+    pub causal: bool,
+    /// Factor of the scores.
+    pub scale: f64,
+}
+
+impl<'a, T: Real> Tokens<'a, T> {
+    /// As a head with this number.
+    fn head(&self, index: usize) -> Result<Head<'a, T>> {
+        let (m, d) = self.k.shape();
+        let v = self.v.unwrap_or_else(|| self.k.subcols(0, 0));
+        if d == 0 || self.q.ncols() != d || v.nrows() != m {
+            return Err(Error::Shape(format!(
+                "q, k and v have shapes {:?}, {:?} and {:?}; expected (n, d), (m, d) and (m, dv)",
+                self.q.shape(),
+                self.k.shape(),
+                v.shape()
+            )));
+        }
+        if let Some(bias) = self.key_bias {
+            expect_len("key_bias", bias.nrows(), m)?;
+        }
+        if !self.scale.is_finite() {
+            return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
+        }
+        Ok(Head { index, q: self.q, k: self.k, v, key_bias: self.key_bias })
+    }
+}
+
+/// Rows drawn by their squared sizes, as errors are measured on, and their weights.
+pub fn draw_rows(sizes: &[f64], samples: usize, seed: u64) -> Result<(Vec<usize>, Vec<f64>)> {
+    if sizes.is_empty() || samples == 0 {
+        return Err(Error::Argument(format!(
+            "sizes holds {} numbers and samples is {samples}; expected at least 1",
+            sizes.len()
+        )));
+    }
+    let draw = Draw::new(sizes.len(), samples, seed, |i| sizes[i]);
+    Ok((draw.rows, draw.weights))
+}
+
+/// The estimate from the squared errors and squared sizes of rows drawn by [`draw_rows`] out of `total`.
+pub fn estimate_error(errors: &[f64], sizes: &[f64], weights: &[f64], total: usize) -> Result<ErrorEstimate> {
+    expect_len("sizes", sizes.len(), errors.len())?;
+    expect_len("weights", weights.len(), errors.len())?;
+    let pairs: Vec<_> = errors.iter().copied().zip(sizes.iter().copied()).collect();
+    let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(pairs.len()).max(1) };
+    Ok(draw.estimate(&pairs))
+}
+
+/// `count` of the numbers below `n`, in order, one in each of as many equal parts.
+pub fn stratified(n: usize, count: usize, seed: u64) -> Vec<usize> {
+    sample::stratified(n, count, seed)
+}
+
+/// Polynomials fitted to a sample of scores.
+#[derive(Debug, Clone)]
+pub struct Fits {
+    /// `a_0 .. a_g` for `g = 1, 2, ..`; `None` where the scores do not determine them.
+    pub coefficients: Vec<Option<Vec<f64>>>,
+    /// How far the weights by the last of them are from those by `exp`.
+    pub error: f64,
+}
+
+/// The scores that coefficients are fitted to: of up to 256 queries and keys of those given, drawn evenly. `positions`
+/// are those of the queries and of the keys, where they are not all tokens from the first on.
+fn fit_sample<T: Real>(
+    tokens: &Tokens<'_, T>,
+    shift: [Vec<f64>; 2],
+    positions: Option<[&[usize]; 2]>,
+) -> Result<fit::Sample> {
+    let head = tokens.head(0)?;
+    let [query, key] = shift;
+    let shift = if query.is_empty() && key.is_empty() { Shift::None } else { Shift::Given { query, key } };
+    let shifts = polynomial::shifts(&head, &shift)?;
+    let Some([queries, keys]) = positions else {
+        return polynomial::fit_sample(&head, tokens.scale, &shifts, false, |i, j| !tokens.causal || j <= i);
+    };
+    expect_len("queries", queries.len(), head.q.nrows())?;
+    expect_len("keys", keys.len(), head.k.nrows())?;
+    polynomial::fit_sample(&head, tokens.scale, &shifts, false, |i, j| !tokens.causal || keys[j] <= queries[i])
+}
+
+/// Coefficients `a_0 .. a_degree` fitted to the scores of these tokens less their shifts, which may be empty: those of
+/// [`Coefficients::Fitted`](crate::engine::Coefficients::Fitted).
+pub fn fitted_coefficients<T: Real>(tokens: &Tokens<'_, T>, degree: usize, shift: [Vec<f64>; 2]) -> Result<Vec<f64>> {
+    fit_sample(tokens, shift, None)?.fit(degree)
+}
+
+/// The same for all degrees up to `degree`, of sampled tokens at these `positions`, for planning.
+pub fn fitted_polynomials<T: Real>(
+    tokens: &Tokens<'_, T>,
+    degree: usize,
+    shift: [Vec<f64>; 2],
+    positions: Option<[&[usize]; 2]>,
+) -> Result<Fits> {
+    let sample = fit_sample(tokens, shift, positions)?;
+    let coefficients: Vec<_> = (1..=degree).map(|degree| sample.fit(degree).ok()).collect();
+    let last = coefficients.last().and_then(Option::as_ref);
+    let error = last.map_or(f64::INFINITY, |a| sample.error(a));
+    Ok(Fits { coefficients, error })
+}
+
+/// Landmarks drawn from these tokens, as the engine without constants draws them: under a causal mask from the first
+/// 1024. `head` is the number that errors name.
+pub fn landmark_constants<T: Real>(
+    ctx: &Context,
+    tokens: &Tokens<'_, T>,
+    rank: usize,
+    seed: u64,
+    head: usize,
+) -> Result<LandmarkConstants> {
+    let engine = Landmark { rank, seed, constants: None };
+    Engine::Landmark(engine.clone()).validate(tokens.causal)?;
+    crate::landmark::draw(ctx, &tokens.head(head)?, tokens.scale, tokens.causal, &engine)
+}
+
+/// Landmarks that a plan has found.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// How many.
+    pub rank: usize,
+    /// What they are, unless every call draws its own.
+    pub constants: Option<Arc<LandmarkConstants>>,
+    /// Their error on the sample.
+    pub error: f64,
+}
+
+/// The least of `ranks` whose landmarks, drawn from these tokens, are well within a tolerance on a sample of them, or
+/// what was found instead. With `strict` they are drawn from the first 1024, and not kept.
+pub fn landmark_candidates<T: Real>(
+    ctx: &Context,
+    tokens: &Tokens<'_, T>,
+    auto: &Auto,
+    strict: bool,
+    ranks: &[usize],
+    head: usize,
+) -> Result<std::result::Result<Found, String>> {
+    for &rank in ranks {
+        Engine::Landmark(Landmark { rank, seed: auto.seed, constants: None }).validate(tokens.causal)?;
+    }
+    let found = plan::landmarks(ctx, &tokens.head(head)?, tokens.scale, auto, strict, ranks)?;
+    Ok(found.map(|(chosen, error)| Found { rank: chosen.rank, constants: chosen.constants, error }))
+}
+
+/// The largest relative error `max |p(s) e^-s - 1|` of the polynomial with these coefficients over `|s| <= r`.
+pub fn largest_relative_error(coefficients: &[f64], r: f64) -> f64 {
+    plan::largest_relative_error(coefficients, r)
+}

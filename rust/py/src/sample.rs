@@ -1,0 +1,204 @@
+//! What is decided by samples of a head's tokens, for the backend whose arrays the core cannot read.
+
+use lingrad_core::Error;
+use lingrad_core::engine::{Auto, LandmarkConstants};
+use lingrad_core::sampled::{self, Fits, Tokens};
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::arrays::{Any, Scalar, View, by_dtype};
+use crate::attention::{Estimate, estimate};
+use crate::error::Result;
+use crate::plan::constants_dict;
+use crate::run::run;
+
+/// A vector of numbers that are read once.
+type Numbers<'py, T> = PyReadonlyArray1<'py, T>;
+
+fn numbers<T: numpy::Element + Copy>(x: &Numbers<'_, T>) -> Vec<T> {
+    x.as_array().iter().copied().collect()
+}
+
+/// The views of one head's tokens.
+struct Inputs<'py, T: Scalar> {
+    q: View<'py, T>,
+    k: View<'py, T>,
+    v: Option<View<'py, T>>,
+    key_bias: Option<Vec<T>>,
+}
+
+impl<'py, T: Scalar> Inputs<'py, T> {
+    fn new(q: Any<'_, 'py>, k: Any<'_, 'py>, v: Option<Any<'_, 'py>>, key_bias: Option<Any<'_, 'py>>) -> Result<Self> {
+        Ok(Self {
+            q: View::new("q", q)?,
+            k: View::new("k", k)?,
+            v: v.map(|v| View::new("v", v)).transpose()?,
+            key_bias: key_bias.map(|b| View::new("key_bias", b)?.vector()).transpose()?,
+        })
+    }
+
+    fn tokens(&self, causal: bool, scale: f64) -> Result<Tokens<'_, T>> {
+        Ok(Tokens {
+            q: self.q.matrix()?,
+            k: self.k.matrix()?,
+            v: self.v.as_ref().map(View::matrix).transpose()?,
+            key_bias: self.key_bias.as_deref().map(lingrad_core::ColRef::from_slice),
+            causal,
+            scale,
+        })
+    }
+}
+
+/// `(rows, weights)` of `samples` draws by squared sizes `(total,)`.
+#[pyfunction]
+pub fn draw_rows<'py>(
+    py: Python<'py>,
+    sizes: Numbers<'py, f64>,
+    samples: usize,
+    seed: u64,
+) -> Result<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+    let sizes = numbers(&sizes);
+    let (rows, weights) = run(py, None, |_| sampled::draw_rows(&sizes, samples, seed))?;
+    Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
+}
+
+fn indices(py: Python<'_>, x: Vec<usize>) -> Bound<'_, PyArray1<i64>> {
+    PyArray1::from_iter(py, x.into_iter().map(|i| i as i64))
+}
+
+/// `(relative, low, high, rows)` from the squared errors and sizes of drawn rows, out of `total`.
+#[pyfunction]
+pub fn estimate_error(
+    errors: Numbers<'_, f64>,
+    sizes: Numbers<'_, f64>,
+    weights: Numbers<'_, f64>,
+    total: usize,
+) -> Result<Estimate> {
+    Ok(estimate(sampled::estimate_error(&numbers(&errors), &numbers(&sizes), &numbers(&weights), total)?))
+}
+
+/// `count` of the numbers below `n`, in order, one in each of as many equal parts.
+#[pyfunction]
+pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Result<Bound<'_, PyArray1<i64>>> {
+    let drawn = run(py, None, |_| Ok(sampled::stratified(n, count, seed)))?;
+    Ok(indices(py, drawn))
+}
+
+/// `a_0 .. a_degree` for the scores of one head's tokens.
+#[pyfunction]
+#[pyo3(signature = (q, k, key_bias, *, degree, query_shift, key_shift, causal, scale))]
+pub fn fitted_coefficients<'py>(
+    py: Python<'py>,
+    q: Any<'_, 'py>,
+    k: Any<'_, 'py>,
+    key_bias: Option<Any<'_, 'py>>,
+    degree: usize,
+    query_shift: Vec<f64>,
+    key_shift: Vec<f64>,
+    causal: bool,
+    scale: f64,
+) -> Result<Vec<f64>> {
+    by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
+        let tokens = inputs.tokens(causal, scale)?;
+        run(py, None, |_| sampled::fitted_coefficients(&tokens, degree, [query_shift, key_shift]))
+    })
+}
+
+/// The same for every degree from 1 to `degree`, None where there are none, and how far weights by the last of them are
+/// off. `positions` are those of the queries and of the keys, where they are sampled.
+#[pyfunction]
+#[pyo3(signature = (q, k, key_bias, *, degree, query_shift, key_shift, positions, causal, scale))]
+pub fn fitted_polynomials<'py>(
+    py: Python<'py>,
+    q: Any<'_, 'py>,
+    k: Any<'_, 'py>,
+    key_bias: Option<Any<'_, 'py>>,
+    degree: usize,
+    query_shift: Vec<f64>,
+    key_shift: Vec<f64>,
+    positions: Option<(Numbers<'py, i64>, Numbers<'py, i64>)>,
+    causal: bool,
+    scale: f64,
+) -> Result<(Vec<Option<Vec<f64>>>, f64)> {
+    let position = |x: &Numbers<'py, i64>| -> lingrad_core::Result<Vec<usize>> {
+        let negative = |_| Error::Argument("a position is negative; expected those of tokens".into());
+        numbers(x).into_iter().map(|i| usize::try_from(i).map_err(negative)).collect()
+    };
+    let positions = positions.map(|(q, k)| Ok::<_, Error>([position(&q)?, position(&k)?])).transpose()?;
+    by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
+        let tokens = inputs.tokens(causal, scale)?;
+        let positions = positions.as_ref().map(|[q, k]| [&q[..], &k[..]]);
+        let Fits { coefficients, error } = run(py, None, |_| {
+            sampled::fitted_polynomials(&tokens, degree, [query_shift, key_shift], positions)
+        })?;
+        Ok((coefficients, error))
+    })
+}
+
+/// The landmarks that one head's tokens give, as a dict with the fields of `lingrad_rs.LandmarkConstants`.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, key_bias, *, rank, seed, causal, scale, head=0))]
+pub fn landmark_constants<'py>(
+    py: Python<'py>,
+    q: Any<'_, 'py>,
+    k: Any<'_, 'py>,
+    v: Any<'_, 'py>,
+    key_bias: Option<Any<'_, 'py>>,
+    rank: usize,
+    seed: u64,
+    causal: bool,
+    scale: f64,
+    head: usize,
+) -> Result<Bound<'py, PyDict>> {
+    let constants: LandmarkConstants = by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
+        let tokens = inputs.tokens(causal, scale)?;
+        run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed, head))?
+    });
+    constants_dict(py, &constants)
+}
+
+/// The rank, the constants (None with `strict`) and the error of landmarks within a tolerance, or why there are none.
+type Candidate<'py> = (Option<(usize, Option<Bound<'py, PyDict>>, f64)>, String);
+
+/// The least of `ranks` that does on a sample of one head's tokens.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, key_bias, *, tol, gradients, strict, seed, ranks, causal, scale, head=0))]
+pub fn landmark_candidates<'py>(
+    py: Python<'py>,
+    q: Any<'_, 'py>,
+    k: Any<'_, 'py>,
+    v: Any<'_, 'py>,
+    key_bias: Option<Any<'_, 'py>>,
+    tol: f64,
+    gradients: bool,
+    strict: bool,
+    seed: u64,
+    ranks: Vec<usize>,
+    causal: bool,
+    scale: f64,
+    head: usize,
+) -> Result<Candidate<'py>> {
+    let auto = Auto { tol, gradients, strict_causal: strict, seed };
+    let found = by_dtype!(q, T => {
+        let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
+        let tokens = inputs.tokens(causal, scale)?;
+        run(py, None, |ctx| sampled::landmark_candidates(ctx, &tokens, &auto, strict, &ranks, head))?
+    });
+    match found {
+        Ok(found) => {
+            let constants = found.constants.map(|constants| constants_dict(py, &constants)).transpose()?;
+            Ok((Some((found.rank, constants, found.error)), String::new()))
+        }
+        Err(reason) => Ok((None, reason)),
+    }
+}
+
+/// The largest relative error of the polynomial with these coefficients over `|s| <= r`.
+#[pyfunction]
+pub fn largest_relative_error(py: Python<'_>, coefficients: Vec<f64>, r: f64) -> Result<f64> {
+    run(py, None, |_| Ok(sampled::largest_relative_error(&coefficients, r)))
+}
