@@ -96,11 +96,11 @@ class Inside:
 def _project(sp: Space, x: Array, w: Array, heads: int, *, unit: bool = False, rope: _Rope | None = None) -> _Projected:
     """``x w`` of ``x (batch, n, d)``, each head's row normalised where ``unit``, then turned."""
     xp = sp.xp
-    batch, n, _ = x.shape
+    batch, n, d = x.shape
     width = w.shape[1] // heads
     rows = sp.empty((batch, heads, n, width), x.dtype)
     inverse_norms = sp.empty((batch, heads, n, 1), xp.float64) if unit else None
-    for start, stop in sp.tiles(n, batch * heads * width):
+    for start, stop in sp.tiles(n, batch * max(d, heads * width)):
         z = rows_of(sp, x[:, start:stop, :]) @ w
         z = xp.permute_dims(xp.reshape(z, (batch, stop - start, heads, width)), (0, 2, 1, 3))
         if inverse_norms is not None:
