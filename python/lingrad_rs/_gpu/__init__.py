@@ -11,15 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from .. import _check
 from .._lingrad_rs import transformer_param_shapes
 from ..engines import Engine
 from ..plan import Plan
-from . import attention, device, layers, measure, transformer
+from . import attention, layers, measure, transformer
 from .attention_block import WEIGHT_NAMES, SelfAttention
-from .device import Space
+from .device import Space, run
 
 __all__ = [
     "activation_backward",
@@ -51,12 +49,6 @@ Array = Any
 _R = TypeVar("_R")
 
 
-def _run(x: Array, compute: Callable[[Space], _R]) -> _R:
-    """``compute(space)``, without NumPy's warnings: results are checked, and other libraries give none."""
-    with np.errstate(all="ignore"):
-        return device.run(x, compute)
-
-
 def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
     """``compute(space)``, once the arrays, the first of which is not None, are known to be finite."""
 
@@ -64,7 +56,7 @@ def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
         layers.check_finite(sp, **arrays)
         return compute(sp)
 
-    return _run(next(iter(arrays.values())), checked)
+    return run(next(iter(arrays.values())), checked)
 
 
 def token_ids(name: str, x: Array, below: int) -> Array:
@@ -76,17 +68,17 @@ def token_ids(name: str, x: Array, below: int) -> Array:
             _check.token_range(name, int(low), int(high), below)
         return sp.contiguous(sp.xp.astype(x, sp.xp.int64))
 
-    return _run(x, ids)
+    return run(x, ids)
 
 
 def add(x: Array, y: Array) -> Array:
     """``x + y``, C-contiguous."""
-    return _run(x, lambda sp: sp.contiguous(x + y))
+    return run(x, lambda sp: sp.contiguous(x + y))
 
 
 def copy(x: Array) -> Array:
     """A new C-contiguous array."""
-    return _run(x, lambda sp: sp.contiguous(sp.xp.asarray(x, copy=True)))
+    return run(x, lambda sp: sp.contiguous(sp.xp.asarray(x, copy=True)))
 
 
 def frobenius_norm(arrays: Sequence[Array]) -> float:
@@ -95,7 +87,7 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     def norm(sp: Space) -> float:
         return math.sqrt(float(sp.xp.sum(sp.xp.stack([sp.xp.sum(sp.wide(x) ** 2) for x in arrays]))))
 
-    return _run(arrays[0], norm)
+    return run(arrays[0], norm)
 
 
 def attention_forward(
@@ -111,9 +103,9 @@ def attention_forward(
 ) -> tuple[Array, attention.State | None]:
     """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
     if q.shape[-2] == k.shape[-2] == 0:
-        return _run(q, lambda sp: sp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)), None
+        return run(q, lambda sp: sp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)), None
     options = {"engine": engine, "causal": causal, "scale": scale, "keep": keep}
-    return _run(q, lambda sp: attention.forward(sp, q, k, v, key_bias, **options))
+    return run(q, lambda sp: attention.forward(sp, q, k, v, key_bias, **options))
 
 
 def attention_backward(
@@ -128,11 +120,9 @@ def attention_backward(
 ) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
     """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
     if state is None:  # neither queries nor keys
-        zeros = [
-            None if x is None else _run(q, lambda sp, x=x: sp.zeros(x.shape, q.dtype)) for x in (q, k, v, key_bias)
-        ]
+        zeros = [None if x is None else run(q, lambda sp, x=x: sp.zeros(x.shape, q.dtype)) for x in (q, k, v, key_bias)]
         return (zeros[0], zeros[1], zeros[2], zeros[3]), []
-    return _run(q, lambda sp: attention.backward(sp, q, k, v, key_bias, state, dout, samples=samples))
+    return run(q, lambda sp: attention.backward(sp, q, k, v, key_bias, state, dout, samples=samples))
 
 
 def measure_error(
@@ -149,7 +139,7 @@ def measure_error(
 ) -> tuple[float, float, float, int]:
     """``(relative, low, high, rows)``."""
     options = {"causal": causal, "scale": scale, "samples": samples, "seed": seed}
-    return _run(q, lambda sp: measure.measure_error(sp, q, k, v, key_bias, out, **options))
+    return run(q, lambda sp: measure.measure_error(sp, q, k, v, key_bias, out, **options))
 
 
 def linear_forward(x: Array, w: Array, b: Array | None) -> Array:
@@ -237,14 +227,14 @@ def _batched(sp: Space, x: Array) -> Array:
 
 def transformer_forward(config: Any, params: Sequence[tuple[str, Array]], x: Array) -> tuple[Array, transformer.Trace]:
     """Logits ``(..., n, vocab_size)``, and the trace for the backward pass."""
-    return _run(x, lambda sp: transformer.forward(sp, config, params, x))
+    return run(x, lambda sp: transformer.forward(sp, config, params, x))
 
 
 def transformer_backward(
     config: Any, params: Sequence[tuple[str, Array]], x: Array, trace: transformer.Trace, dy: Array
 ) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``, where ``dx (..., n, d_model)`` is the gradient with respect to the embedded input."""
-    return _run(x, lambda sp: transformer.backward(sp, config, params, x, trace, dy))
+    return run(x, lambda sp: transformer.backward(sp, config, params, x, trace, dy))
 
 
 def transformer_value_and_grad(
@@ -258,4 +248,4 @@ def transformer_value_and_grad(
 ) -> tuple[float, dict[str, Array], list[transformer.Report]]:
     """``(loss, grads, layers)``: of each layer the measured error of its attention, and what is known of its heads."""
     options = {"samples": samples, "progress": progress}
-    return _run(tokens, lambda sp: transformer.value_and_grad(sp, config, params, tokens, targets, **options))
+    return run(tokens, lambda sp: transformer.value_and_grad(sp, config, params, tokens, targets, **options))

@@ -21,7 +21,6 @@ import numpy as np
 
 from ..engines import Engine
 from ..errors import NonFiniteError, ShapeError
-from ..plan import Plan
 from . import attention
 from .device import Space
 from .layers import rows_of, sum_of_products
@@ -158,7 +157,7 @@ class SelfAttention:
 
     sp: Space
     weights: Sequence[Array]
-    engine: Engine | Plan
+    engine: Engine | attention.Planned
     causal: bool
     scale: float | None = None
     n_heads: int = 1

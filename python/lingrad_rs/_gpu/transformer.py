@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from .. import _check
 from .._lingrad_rs import transformer_param_shapes
 from ..engines import Auto
-from ..plan import Plan
 from . import layers
+from .attention import Planned
 from .attention_block import Inside, SelfAttention
 from .device import Space
 from .measure import measure_error
@@ -43,7 +43,7 @@ class Trace:
     """What the forward pass keeps: the input of every layer and of the final norm, each ``(batch, n, d_model)``."""
 
     inputs: list[Array]
-    plans: list[Plan | None]
+    plans: list[Planned | None]
     """The engines of each layer, where there is a tolerance: the backward pass uses them again."""
 
 
