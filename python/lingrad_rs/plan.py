@@ -16,7 +16,7 @@ from . import _check
 from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
 from .errors import ArgumentError
 
-__all__ = ["ErrorEstimate", "HeadPlan", "Plan", "head_plans"]
+__all__ = ["ErrorEstimate", "HeadPlan", "Plan", "head_plans", "head_report"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Plan:
         plan = {
             "lingrad_rs": "plan",
             "auto": dataclasses.asdict(self.auto),
-            "heads": [_head_to_json(head) for head in self.heads],
+            "heads": [head_report(head) for head in self.heads],
             "causal": self.causal,
             "scale": self.scale,
             "shapes": self.shapes,
@@ -229,7 +229,8 @@ class Plan:
             raise ArgumentError(f"the text holds no plan of lingrad_rs: {error}") from error
 
 
-def _head_to_json(head: HeadPlan) -> dict[str, Any]:
+def head_report(head: HeadPlan) -> dict[str, Any]:
+    """What `head_plans` reads, in numbers, texts and lists alone."""
     result = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
     del result["measured_error"]
     result["errors"] = [(name, dataclasses.astuple(estimate)) for name, estimate in head.errors.items()]
