@@ -119,22 +119,22 @@ class _Scan:
         return xp.maximum(so_far, self.level)
 
     def forward(self, sp: Space, parts: Array, levels: Array) -> Array:
-        """The sums with each block, relative to its level."""
+        """The sums with each block, relative to its level; float64."""
         ratios = scaled(sp, levels[:, None, :], levels[:, :, None])
         carried = scaled(sp, self.level, levels)
         sums = self._sums(sp, parts, sp.xp.tril(ratios), carried)
         self._keep(sp, sums[:, -1, ...], levels[:, -1:])
-        return sp.astype(sums, parts.dtype)
+        return sums
 
     def reverse(self, sp: Space, parts: Array, levels: Array) -> Array:
-        """The sums from each block on, relative to its level."""
+        """The sums from each block on, relative to its level; float64."""
         xp = sp.xp
         first = xp.where(self.level == -math.inf, levels[:, -1:], self.level)
         ratios = scaled(sp, levels[:, :, None], levels[:, None, :])
         carried = scaled(sp, levels, first)
         sums = self._sums(sp, parts, xp.triu(ratios), carried)
         self._keep(sp, sums[:, 0, ...], levels[:, :1])
-        return sp.astype(sums, parts.dtype)
+        return sums
 
     def _sums(self, sp: Space, parts: Array, ratios: Array, carried: Array) -> Array:
         xp = sp.xp
@@ -261,7 +261,7 @@ def _start_keys(cut: _Cut, scan: _Scan, potential: bool) -> None:
     own = _first_tokens(run, tokens)
     scan.level = sp.xp.max(own.bias, axis=-1, keepdims=True)
     safe = sp.xp.where(scan.level == -math.inf, sp.xp.zeros_like(scan.level), scan.level)
-    scan.sum = whole_state(sp, own, "keys", weighted_values(sp, own, safe), potential)
+    scan.sum = whole_state(sp, own, "keys", weighted_values(sp, own, safe), potential)[:, 0, ...]
 
 
 def _first_tokens(run: Pass, tokens: int) -> Pass:
@@ -486,7 +486,7 @@ def _reverse_scan(
     tokens = cut.far_of_prefix
     if tokens and levels and levels[0] is not None:
         step = max(1, cut.segments(True)[0].end - cut.prefix) * BLOCK
-        state = sp.astype(scan.sum, heads.q.dtype)[:, None, ...]
+        state = scan.sum[:, None, ...]
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             k, v = (

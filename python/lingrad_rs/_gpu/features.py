@@ -36,7 +36,10 @@ class Features(Protocol):
         ...
 
     def weigh(self, sp: Space, state_of: Side, state: Array, potential: bool) -> Array:
-        """A state ``(heads, blocks, e, r)`` times ``W``, for the other side. Of a longer state, the first features."""
+        """A state ``(heads, blocks, e, r)``, float64, times ``W``, in the arrays' dtype.
+
+        Of a longer state, the first features.
+        """
         ...
 
     def norms(self, sp: Space, side: Side, x: Array) -> Array | None:
@@ -65,7 +68,7 @@ class Polynomials:
 
     def weigh(self, sp: Space, state_of: Side, state: Array, potential: bool) -> Array:
         weights = self.potential_weights if potential else self.weights
-        return state[..., : weights.shape[-1]] * weights[:, None, None, :]
+        return sp.astype(state[..., : weights.shape[-1]], weights.dtype) * weights[:, None, None, :]
 
     def norms(self, sp: Space, side: Side, x: Array) -> Array | None:
         return None
@@ -91,7 +94,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Landmarks: a map for queries and one for keys, and ``matrix (heads, r, r)``, in the arrays' dtype."""
+    """Landmarks: a map for queries and one for keys, and ``matrix (heads, r, r)``.
+
+    The matrix, whose large entries cancel, is float64.
+    """
 
     query: Map
     key: Map
@@ -114,7 +120,7 @@ class Gaussians:
     def weigh(self, sp: Space, state_of: Side, state: Array, potential: bool) -> Array:
         # phi(q)^T M chi(k): keys' states meet queries through M^T, those of queries meet keys through M.
         matrix = sp.xp.matrix_transpose(self.matrix) if state_of == "keys" else self.matrix
-        return sp.xp.matmul(state, matrix[:, None, ...])
+        return sp.astype(sp.xp.matmul(state, matrix[:, None, ...]), self.query.points.dtype)
 
     def norms(self, sp: Space, side: Side, x: Array) -> Array | None:
         return self._map(side).half[:, None] * sp.xp.sum(sp.xp.square(sp.wide(x)), axis=-1)

@@ -92,7 +92,7 @@ def _constants(sp: Space, engine: Landmark, heads: Heads) -> Constants:
         for factor, half in ((sign * c / t, c / (2 * t * t)), (c * t, c * t * t / 2))
     ]
     shifts = [sp.asarray(np.stack([getattr(y, name) for y in drawn]), dtype) for name in ("query_shift", "key_shift")]
-    return Constants(Gaussians(*maps, sp.asarray(np.stack(matrices), dtype)), *shifts)
+    return Constants(Gaussians(*maps, sp.asarray(np.stack(matrices), sp.xp.float64)), *shifts)
 
 
 def _pass(sp: Space, heads: Heads, constants: Constants) -> low_rank.Pass:

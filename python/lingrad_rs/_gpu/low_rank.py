@@ -169,13 +169,13 @@ def add_up(sp: Space, values: Array, features: Array) -> Array:
 
 
 def whole_state(sp: Space, run: Pass, side: Side, values: Array, potential: bool) -> Array:
-    """The state of all tokens, ``(heads, e, r)``, float64, for their values ``(heads, tokens, e)``."""
+    """The state of all tokens, ``(heads, 1, e, r)``, float64, for their values ``(heads, tokens, e)``."""
     x = run.heads.q if side == "queries" else run.heads.k
-    total = sp.zeros((x.shape[0], values.shape[-1], run.features.rank(potential)), sp.xp.float64)
+    total = sp.zeros((x.shape[0], 1, values.shape[-1], run.features.rank(potential)), sp.xp.float64)
     for start, end, block in _ranges(sp, run, x.shape[1], potential):
         of_x = run.features.of(sp, side, columns(sp, _blocks(sp, x, start, end, block)), potential)
         parts = add_up(sp, _blocks(sp, values, start, end, block), of_x)
-        total += sp.xp.sum(parts, axis=1, dtype=sp.xp.float64)
+        total += sp.xp.sum(parts, axis=1, keepdims=True, dtype=sp.xp.float64)
     return total
 
 
@@ -207,9 +207,7 @@ def forward(sp: Space, run: Pass) -> tuple[Array, Array, Array, Array]:
     n, _, _, dv = heads.sizes
     level = whole_level(sp, run)
     state = whole_state(sp, run, "keys", weighted_values(sp, run, level), False)
-    state = sp.astype(
-        run.features.weigh(sp, "keys", sp.astype(state, heads.q.dtype)[:, None, ...], False), heads.q.dtype
-    )
+    state = run.features.weigh(sp, "keys", state, False)
     out, row_scale = sp.empty((heads.count, n, dv), heads.q.dtype), sp.empty((heads.count, n), heads.q.dtype)
     good = xp.ones((heads.count, n), dtype=xp.bool, device=sp.device)
     floor = None if run.row_level is None else whole_floor(sp, run)
@@ -279,17 +277,14 @@ def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) 
     n, m, d, dv = heads.sizes
     dtype = heads.q.dtype
     level = whole_level(sp, run)
-    narrow = lambda state: sp.astype(state, dtype)[:, None, ...]  # noqa: E731
-    state = features.weigh(
-        sp, "keys", narrow(whole_state(sp, run, "keys", weighted_values(sp, run, level), True)), True
-    )
+    state = features.weigh(sp, "keys", whole_state(sp, run, "keys", weighted_values(sp, run, level), True), True)
     upstream = xp.concat([dout, -delta[..., None]], axis=-1)
     dq = sp.empty((heads.count, n, d), dtype)
     for start, end, block in _ranges(sp, run, n, True):
         q, up = (_blocks(sp, x, start, end, block) for x in (heads.q, upstream))
         rows = xp.reshape(query_gradients(sp, run, q, up, state), (heads.count, -1, d))[:, : end - start, :]
         dq[:, start:end, :] = rows * row_scale[:, start:end, None]
-    state = narrow(whole_state(sp, run, "queries", upstream * row_scale[..., None], True))
+    state = whole_state(sp, run, "queries", upstream * row_scale[..., None], True)
     potential, own = (features.weigh(sp, "queries", state, which) for which in (True, False))
     w = xp.broadcast_to(key_weights(sp, run, level), (heads.count, m))
     dk, grad_v, db = (sp.empty((heads.count, m, *rest), dtype) for rest in ((d,), (dv,), ()))

@@ -1,2 +1,6 @@
-def check_floor(*a): pass
-def of_nothing(n): return []
+def check_floor(*a):
+    pass
+
+
+def of_nothing(n):
+    return []
