@@ -135,3 +135,10 @@ ROUNDING = 1e-14
 # one number a query, which scatters as much as the standard deviation itself: a sixteenth, over sqrt(2), 4.4%; and half
 # more.
 SAMPLED_STD = 0.07
+
+# A kernel and plain code give the exponential function the same argument; the two implementations err by up to two
+# units of rounding each, a product adds half a unit or two.
+KERNEL = {FLOAT32: 8e-7, FLOAT64: 2e-15}
+# Sums of up to 9000 positive terms, in other orders, each as runs of at most some tens that are added up pairwise:
+# some ten units.
+KERNEL_SUMS = {FLOAT32: 2e-6, FLOAT64: 4e-15}
