@@ -11,7 +11,7 @@ from limits import KERNEL, KERNEL_SUMS, REORDERED
 
 from lingrad_rs._gpu import device, kernels, monomials, tiles
 
-NEEDS_COMPILER = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler (c++)")
+NEEDS_COMPILER = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler (c++), or not Linux")
 # The degrees that each file is compiled for.
 FILES = {"tiles.cu": (None,), "monomials.cu": (1, 2, 4, 8)}
 
