@@ -72,12 +72,13 @@ GPU_STRICT = Backend(
     _from_strict,
     (_backend.Kind("array_api_strict._array_object", "Array", "_gpu"),),
 )
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(_cupy() is None, reason="no GPU that CuPy can use")]
 CUPY = Backend("cupy", lambda x: _cupy().asarray(x), _from_cupy)
 BACKENDS = [
     RUST,
     GPU_NUMPY,
     GPU_STRICT,
-    pytest.param(CUPY, marks=[pytest.mark.gpu, pytest.mark.skipif(_cupy() is None, reason="no GPU that CuPy can use")]),
+    pytest.param(CUPY, marks=NEEDS_GPU),
 ]
 
 

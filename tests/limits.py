@@ -138,3 +138,9 @@ SAMPLED_STD = 0.07
 
 # The same sums in steps of other sizes, in float64: some hundred terms, and quotients of them.
 REORDERED_STEPS = 1e-11
+# A kernel and plain code give the exponential function the same argument; the two implementations err by up to two
+# units of rounding each, a product adds half a unit or two.
+KERNEL = {FLOAT32: 8e-7, FLOAT64: 2e-15}
+# Sums of up to 9000 positive terms, in other orders, each as runs of at most some tens that are added up pairwise:
+# some ten units.
+KERNEL_SUMS = {FLOAT32: 2e-6, FLOAT64: 4e-15}
