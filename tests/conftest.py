@@ -49,19 +49,9 @@ def _from_strict(x: Any) -> np.ndarray:
     return np.asarray(x.to_device(strict.Device("CPU_DEVICE")))
 
 
-def _cupy() -> Any:
-    """CuPy, if there is a GPU that it can use."""
-    try:
-        import cupy
-
-        return cupy if cupy.cuda.runtime.getDeviceCount() else None
-    except Exception:  # not installed, or no driver
-        return None
-
-
 def _from_cupy(x: Any) -> np.ndarray:
-    assert isinstance(x, _cupy().ndarray)
-    return _cupy().asnumpy(x)
+    assert isinstance(x, _backend.cupy().ndarray)
+    return x.get()
 
 
 RUST = Backend("rust", _itself, _itself)
@@ -72,13 +62,20 @@ GPU_STRICT = Backend(
     _from_strict,
     (_backend.Kind("array_api_strict._array_object", "Array", "_gpu"),),
 )
-CUPY = Backend("cupy", lambda x: _cupy().asarray(x), _from_cupy)
-BACKENDS = [
-    RUST,
-    GPU_NUMPY,
-    GPU_STRICT,
-    pytest.param(CUPY, marks=[pytest.mark.gpu, pytest.mark.skipif(_cupy() is None, reason="no GPU that CuPy can use")]),
-]
+CUPY = Backend("cupy", lambda x: _backend.cupy().asarray(x), _from_cupy)
+BACKENDS = [RUST, GPU_NUMPY, GPU_STRICT, pytest.param(CUPY, marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests that need a GPU, where there is none, and says why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    try:
+        _backend.cupy()
+    except lg.DeviceError as error:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=str(error)))
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name.replace(" ", "-"))
