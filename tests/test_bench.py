@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from limits import CLI_COMPARE, FLOAT32_MODEL, HANG_SECONDS, NOT_EXACT
 
-from lingrad_rs import _bench
+import lingrad_rs as lg
+from lingrad_rs import _backend, _bench, cli
+from lingrad_rs._devices import Gpu
 
 COMMAND = Path(sys.executable).with_name("lingrad" + (".exe" if sys.platform == "win32" else ""))
 SMALL = ("--tokens", "2048", "--d", "8", "--rounds", "1")
@@ -29,11 +32,9 @@ def rows(*arguments):
     return result["rows"]
 
 
-@pytest.mark.parametrize("mask", ["--causal", "--full"])
-def test_every_engine_is_timed_at_every_length_and_its_error_told(mask):
-    own = [
-        row for row in rows(mask, "--degree", "1", "--degree", "2", "--heads", "2") if "PyTorch" not in row["method"]
-    ]
+def check_rows(rows):
+    """Those of two lengths, and of degrees 1 and 2."""
+    own = [row for row in rows if "PyTorch" not in row["method"]]
     names = ["exact", *(f"degree {g}{kind}" for g in (1, 2) for kind in ("", " fitted", " consistent"))]
     assert [(row["n"], row["method"]) for row in own] == [(n, name) for n in (1024, 2048) for name in names]
     for row in own:
@@ -47,6 +48,14 @@ def test_every_engine_is_timed_at_every_length_and_its_error_told(mask):
         elif row["method"] == "degree 2":
             assert min(errors) >= NOT_EXACT
             assert max(errors) <= CLI_COMPARE
+
+
+DEGREES = ("--degree", "1", "--degree", "2", "--heads", "2")
+
+
+@pytest.mark.parametrize("mask", ["--causal", "--full"])
+def test_every_engine_is_timed_at_every_length_and_its_error_told(mask):
+    check_rows(rows(mask, *DEGREES))
 
 
 def test_what_would_take_too_long_is_left_out():
@@ -78,6 +87,8 @@ def test_the_plot_is_written(suffix, start, tmp_path):
         (("--degree", "0"), "--degree"),
         (("--rounds", "0"), "--rounds"),
         (("--score-std", "-1"), "--score-std"),
+        (("--device", "tpu"), "--device"),
+        (("--device", "gpu", "--threads", "2"), "--threads needs --device cpu; got gpu"),
     ],
 )
 def test_bad_options_are_told_at_once(arguments, message):
@@ -107,3 +118,148 @@ def test_a_turn_of_short_calls_takes_the_mean_of_many_but_the_first():
 def test_a_relative_error_is_that_of_frobenius():
     exact = np.array([[3.0, 0.0], [0.0, 4.0]])
     assert _bench.relative_error(exact + np.array([[0.0, 0.5], [0.0, 0.0]]), exact) == pytest.approx(0.1)
+
+
+class FakeStream:
+    is_current = False
+
+    def __enter__(self):
+        self.is_current = True
+
+    def __exit__(self, *error):
+        self.is_current = False
+
+
+class FakeEvent:
+    """A clock that runs ten times too fast, and tells the time once it has been waited for."""
+
+    def __init__(self, stream):
+        self.stream, self.is_done = stream, False
+
+    def record(self):
+        assert self.stream.is_current
+        self.seconds = 10 * time.perf_counter()
+
+    def synchronize(self):
+        self.is_done = True
+
+    def milliseconds_until(self, end):
+        assert end.is_done
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def fake_cupy(free=1 << 34):
+    """What the bench asks of CuPy, with arrays of NumPy."""
+    stream = FakeStream()
+    runtime = SimpleNamespace(
+        getDevice=lambda: 3,
+        getDeviceProperties=lambda i: {"name": b"Fake GPU %d" % i},
+        driverGetVersion=lambda: 13020,
+        memGetInfo=lambda: (free - free // 2, 2 * free),
+    )
+    cuda = SimpleNamespace(
+        Event=lambda: FakeEvent(stream),
+        Stream=SimpleNamespace(null=stream),
+        get_elapsed_time=FakeEvent.milliseconds_until,
+        runtime=runtime,
+    )
+    pool = SimpleNamespace(free_bytes=lambda: free // 2)
+    return SimpleNamespace(__version__="14.9", cuda=cuda, asarray=np.copy, get_default_memory_pool=lambda: pool)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, capsys):
+    """Runs ``lingrad bench --device gpu`` with a given CuPy: its exit code and what it writes."""
+
+    def run(cupy, *arguments):
+        monkeypatch.setattr(_backend, "cupy", cupy)
+        monkeypatch.setattr(sys, "argv", ["lingrad", "bench", *SMALL, "--device", "gpu", *arguments])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        written = capsys.readouterr()
+        return done.value.code, written.out, written.err
+
+    return run
+
+
+def test_a_gpu_is_timed_by_its_own_clock_and_named(on_gpu):
+    code, out, err = on_gpu(fake_cupy, "--json", *DEGREES)
+    assert code == 0
+    assert err == ""
+    result = json.loads(out)
+    assert result["machine"] == f"Fake GPU 3, driver for CUDA 13.2, CuPy 14.9, lingrad_rs {lg.__version__}"
+    check_rows(result["rows"])
+    # PyTorch would need a GPU of its own.
+    assert {row["method"] for row in result["rows"]} == {row["method"] for row in result["rows"] if row["errors"]}
+
+
+def test_the_table_of_a_gpu_names_it(on_gpu):
+    code, out, _ = on_gpu(fake_cupy)
+    assert code == 0
+    assert all(words in out for words in ("Fake GPU 3", "CuPy 14.9", "degree 2 fitted", "2,048"))
+    assert "PyTorch with CUDA is not installed" in out
+
+
+def test_seconds_of_a_gpu_are_those_between_its_events():
+    calls = []
+    seconds = Gpu(fake_cupy()).seconds(lambda: calls.append(time.sleep(0.01)), 3)
+    assert len(calls) == 3
+    assert 0.3 <= seconds < 3
+
+
+def test_lengths_that_do_not_fit_a_gpu_s_memory_are_left_out_and_told(on_gpu):
+    # In float32 four inputs and sixteen results, in float64 four of each, of 16,384 numbers at 2048 tokens.
+    code, out, err = on_gpu(lambda: fake_cupy(free=3 << 19), "--json")
+    assert code == 0
+    assert {row["n"] for row in json.loads(out)["rows"]} == {1024}
+    assert err == "lingrad: n = 2,048 is left out: its arrays take 2.2 MiB, and 1.5 MiB are free\n"
+
+
+@pytest.mark.parametrize("error", [lg.DeviceError, MemoryError])
+def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
+    def prepare(q, k, v, dout, causal):
+        def both():
+            raise error("too little memory on the device")
+
+        return lambda: None, both
+
+    told = []
+    methods = [_bench.Method("greedy", prepare, 1), *_bench.engines([1], 4)]
+    measured = _bench.scaling(
+        methods,
+        [64],
+        _bench.Case(64, 4, 1, True),
+        score_std=0.3,
+        dtype="float32",
+        rounds=1,
+        limit=1.0,
+        progress=lambda n: None,
+        tell=told.append,
+        device=Gpu(fake_cupy()),
+    )
+    assert [row.method for row in measured] == ["exact", "degree 1", "degree 1 fitted", "degree 1 consistent"]
+    assert told == ["greedy is left out at n = 64: too little memory on the device"]
+
+
+def test_without_a_gpu_its_bench_exits_with_2_and_says_why(on_gpu):
+    def no_cupy():
+        raise lg.DeviceError("there is no GPU: none")
+
+    assert on_gpu(no_cupy) == (2, "", "lingrad: there is no GPU: none\n")
+
+
+def test_the_bench_of_a_gpu_finds_out_by_itself_that_there_is_none():
+    try:
+        _backend.cupy()
+    except lg.DeviceError as error:
+        reason = str(error)
+    else:
+        pytest.skip("there is one")
+    done = bench(*SMALL, "--device", "gpu")
+    assert done.returncode == 2
+    assert done.stderr == f"lingrad: {reason}\n"
+
+
+@pytest.mark.gpu
+def test_every_engine_is_timed_on_a_gpu():
+    check_rows(rows("--device", "gpu", *DEGREES))

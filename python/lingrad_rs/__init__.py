@@ -15,6 +15,7 @@ from .errors import (
     ShapeError,
     ToleranceError,
 )
+from .interchange import from_dlpack
 from .modules import (
     Activation,
     Chain,
@@ -68,6 +69,7 @@ __all__ = [
     "attention",
     "attention_vjp",
     "build_info",
+    "from_dlpack",
     "get_num_threads",
     "load",
     "measure_error",

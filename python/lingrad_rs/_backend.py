@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["KINDS", "Kind", "kind", "of"]
+from .errors import DeviceError
+
+__all__ = ["KINDS", "Kind", "cupy", "kind", "of"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Kind:
 KINDS = [Kind("numpy", "ndarray", "_cpu"), Kind("cupy", "ndarray", "_gpu")]
 """The libraries whose arrays are taken."""
 
+# CUDA's numbers of errors.
+_INSUFFICIENT_DRIVER = 35
+_NO_DEVICE = 100
+_NO_GPU = "there is no GPU: CUDA finds no device (nvidia-smi lists them, CUDA_VISIBLE_DEVICES hides them)"
+
 
 def kind(value: object) -> Kind | None:
     """The kind of an array, None for anything else."""
@@ -46,3 +53,44 @@ def of(*arrays: Any) -> ModuleType:
     if found is None:
         raise TypeError(f"no backend takes a {type(arrays[0]).__name__}")
     return importlib.import_module(f".{found.backend}", __package__)
+
+
+def cupy() -> Any:
+    """CuPy, where there is a GPU that it can use; this alone imports it.
+
+    Raises
+    ------
+    DeviceError
+        CuPy is not installed or does not load, there is no driver or too old a one, or no GPU; the message says which.
+    """
+    try:
+        library: Any = importlib.import_module("cupy")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            raise DeviceError(
+                "arrays on a GPU need CuPy, which is not installed: pip install 'lingrad_rs[cuda12]', or "
+                "'lingrad_rs[cuda13]' for CUDA 13"
+            ) from error
+        raise DeviceError(f"CuPy is installed and does not load: {error}") from error
+    runtime = library.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(_why_cuda_fails(runtime, error)) from error
+    if count == 0:
+        raise DeviceError(_NO_GPU)
+    return library
+
+
+def _why_cuda_fails(runtime: Any, error: Any) -> str:
+    if error.status == _NO_DEVICE:
+        return _NO_GPU
+    try:
+        supported = runtime.driverGetVersion()
+    except runtime.CUDARuntimeError:
+        supported = None
+    if supported == 0:
+        return "there is no NVIDIA driver on this machine, so no GPU can be used; install one, or use NumPy arrays"
+    if error.status == _INSUFFICIENT_DRIVER:
+        return f"the NVIDIA driver is too old for CuPy; update it, or install CuPy for an earlier CUDA ({error})"
+    return f"CUDA does not start: {error}"

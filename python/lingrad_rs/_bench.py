@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
+from ._devices import HOST, Device
 from .attention import attention, attention_vjp
 from .engines import Engine, Exact, Polynomial
-from .errors import ArgumentError
-from .threads import build_info, get_num_threads
+from .errors import ArgumentError, DeviceError
+from .interchange import from_dlpack
+from .threads import get_num_threads
 
 __all__ = [
     "Case",
@@ -41,9 +41,11 @@ __all__ = [
 
 Array = NDArray[Any]
 _Key = TypeVar("_Key")
+_R = TypeVar("_R")
 Results = tuple[Array, Array, Array, Array]  # out, dq, dk, dv
 
 _TURN = 0.1  # seconds
+_TICK = 1e-6  # what a clock may take to be no time at all
 # Numbers in a state beyond which a polynomial is not worth a bench.
 _LARGEST_STATE = 1 << 24
 
@@ -85,15 +87,9 @@ class Times:
         return (self.high - self.low) / self.median
 
 
-def machine() -> str:
-    """The processor, the vector instructions and the threads in use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    info = build_info()
-    return f"{model}, {info['threads']} threads, {info['simd']}, lingrad_rs {__version__}"
+def machine(device: Device = HOST) -> str:
+    """The device, what of its software times depend on, and the version of this library."""
+    return f"{device.describe()}, lingrad_rs {__version__}"
 
 
 def inputs(case: Case, score_std: float, dtype: str, seed: int = 0) -> tuple[Array, Array, Array, Array]:
@@ -136,11 +132,13 @@ def engines(degrees: Iterable[int], d: int) -> list[Method]:
     return methods
 
 
-def torch_sdpa() -> Method | None:
-    """PyTorch's fused kernel on as many threads, where PyTorch is installed."""
+def torch_sdpa(device: Device = HOST) -> Method | None:
+    """PyTorch's fused kernel on the device (a CPU: on as many threads), where a PyTorch that computes there is."""
     if importlib.util.find_spec("torch") is None:
         return None
     torch: Any = importlib.import_module("torch")  # which the types of this package know nothing of
+    if not device.has_torch(torch):
+        return None
 
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -148,8 +146,8 @@ def torch_sdpa() -> Method | None:
         q: Array, k: Array, v: Array, dout: Array, causal: bool
     ) -> tuple[Callable[[], object], Callable[[], Results]]:
         torch.set_num_threads(get_num_threads())
-        leaves = [torch.from_numpy(x)[None].requires_grad_() for x in (q, k, v)]
-        upstream = torch.from_numpy(dout)[None]
+        leaves = [torch.from_dlpack(x)[None].requires_grad_() for x in (q, k, v)]
+        upstream = torch.from_dlpack(dout)[None]
 
         def forward() -> object:
             return attend(*leaves, is_causal=causal)
@@ -159,47 +157,59 @@ def torch_sdpa() -> Method | None:
                 leaf.grad = None
             out = attend(*leaves, is_causal=causal)
             out.backward(upstream)
-            grads = [leaf.grad[0].numpy() for leaf in leaves]
-            return out.detach()[0].numpy(), grads[0], grads[1], grads[2]
+            dq, dk, dv = (from_dlpack(leaf.grad[0]) for leaf in leaves)
+            return from_dlpack(out.detach()[0]), dq, dk, dv
 
-        return forward, both
+        return _telling_of_memory(torch, forward), _telling_of_memory(torch, both)
 
     return Method(f"PyTorch {torch.__version__.split('+')[0]} SDPA", prepare, 2)
 
 
-def interleaved(calls: Mapping[_Key, Callable[[], object]], rounds: int) -> dict[_Key, Times]:
+def _telling_of_memory(torch: Any, call: Callable[[], _R]) -> Callable[[], _R]:
+    """The call, which where PyTorch runs out of a GPU's memory raises what this library would."""
+
+    def telling() -> _R:
+        try:
+            return call()
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(f"too little memory: {error}") from error
+
+    return telling
+
+
+def interleaved(calls: Mapping[_Key, Callable[[], object]], rounds: int, device: Device = HOST) -> dict[_Key, Times]:
     """The time of each call. They take turns, so that a change in the machine's speed meets all alike."""
     seconds: dict[_Key, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds[name].append(_turn(call))
+            seconds[name].append(_turn(call, device))
     return {name: Times(statistics.median(t), min(t), max(t)) for name, t in seconds.items()}
 
 
-def _turn(call: Callable[[], object]) -> float:
+def _turn(call: Callable[[], object], device: Device) -> float:
     """The time of one call, or, where that is short, the mean of as many as fill a while.
 
     The first of those does not count: it meets cold caches, and threads of the library before it that still spin.
     """
-    start = time.perf_counter()
-    call()
-    first = time.perf_counter() - start
+    first = device.seconds(call, 1)
     if first > _TURN:
         return first
-    count = math.ceil(_TURN / first)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
+    count = math.ceil(_TURN / max(first, _TICK))
+    return device.seconds(call, count) / count
 
 
 def relative_error(got: Array, exact: Array) -> float | None:
     """``||got - exact||_F / ||exact||_F``, in float64; None where exact is 0 and got is not."""
     wide = exact.astype(np.float64)
-    error, norm = float(np.linalg.norm(got - wide)), float(np.linalg.norm(wide))
+    error, norm = _norm(got - wide), _norm(wide)
     if norm == 0:
         return 0.0 if error == 0 else None
     return error / norm
+
+
+def _norm(x: Array) -> float:
+    flat = x.ravel()
+    return math.sqrt(float(flat @ flat))
 
 
 @dataclass(frozen=True)
@@ -228,38 +238,79 @@ def scaling(
     rounds: int,
     limit: float,
     progress: Callable[[int], None],
+    tell: Callable[[str], None],
+    device: Device = HOST,
 ) -> list[Row]:
     """Times every method at every size, errors at those where the exact engine is still timed.
 
     A method whose forward and backward passes are expected to take more than ``limit`` seconds at a size is left out
-    there. The expectation is its time at the size before, grown by its order.
+    there. The expectation is its time at the size before, grown by its order. What the device has no memory for is left
+    out too, and told.
     """
     rows: list[Row] = []
     expected: dict[str, float] = {method.name: 0.0 for method in methods}
     before = None
     for n in sizes:
-        at = Case(n, case.d, case.heads, case.causal)
-        q, k, v, dout = inputs(at, score_std, dtype)
-        passes: dict[tuple[str, str], Callable[[], object]] = {}
-        results: dict[str, Results] = {}
-        for method in methods:
-            if before is not None:
+        if before is not None:
+            for method in methods:
                 expected[method.name] *= (n / before) ** method.order
-            if expected[method.name] > limit:
-                continue
-            forward, backward = method.prepare(q, k, v, dout, at.causal)
-            results[method.name] = backward()  # a first call, which is not timed
-            passes[method.name, "forward"], passes[method.name, "both"] = forward, backward
         before = n
-        errors = _errors(results, (q, k, v, dout), at.causal) if "exact" in results else {}
-        names = list(results)
-        results.clear()
-        times = interleaved(passes, rounds)
-        for name in names:
-            expected[name] = times[name, "both"].median
-            rows.append(Row(name, n, times[name, "forward"], times[name, "both"], errors.get(name)))
+        at = replace(case, n=n)
+        chosen = [method for method in methods if expected[method.name] <= limit]
+        needed, free = _bytes(at, len(chosen), dtype), device.free_bytes()
+        if free is not None and needed > free:
+            tell(f"n = {n:,} is left out: its arrays take {_mebibytes(needed)}, and {_mebibytes(free)} are free")
+        else:
+            arrays = tuple(device.array(x) for x in inputs(at, score_std, dtype))
+            measured = _measured(chosen, at, arrays, rounds=rounds, tell=tell, device=device)
+            expected |= {row.method: row.both.median for row in measured}
+            rows += measured
         progress(n)
     return rows
+
+
+def _bytes(case: Case, methods: int, dtype: str) -> int:
+    """What inputs, the results of all methods and both of them in float64 take together."""
+    numbers = case.heads * case.n * case.d
+    return 4 * numbers * ((1 + methods) * np.dtype(dtype).itemsize + 2 * 8)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _measured(
+    methods: list[Method],
+    case: Case,
+    arrays: tuple[Array, ...],
+    *,
+    rounds: int,
+    tell: Callable[[str], None],
+    device: Device,
+) -> list[Row]:
+    """A row of each method that the device has the memory for."""
+    passes: dict[tuple[str, str], Callable[[], object]] = {}
+    results: dict[str, Results] = {}
+    for method in methods:
+        try:
+            forward, both = method.prepare(*arrays, case.causal)
+            # First calls, which are not timed: a GPU's kernels are compiled in them.
+            forward()
+            results[method.name] = both()
+        except (DeviceError, MemoryError) as error:
+            tell(f"{method.name} is left out at n = {case.n:,}: {error}")
+            continue
+        passes[method.name, "forward"], passes[method.name, "both"] = forward, both
+    errors = {}
+    if "exact" in results:
+        try:
+            errors = _errors(results, arrays, case.causal)
+        except (DeviceError, MemoryError) as error:
+            tell(f"errors at n = {case.n:,} are left out: {error}")
+    names = list(results)
+    results.clear()
+    times = interleaved(passes, rounds, device)
+    return [Row(name, case.n, times[name, "forward"], times[name, "both"], errors.get(name)) for name in names]
 
 
 def _errors(

@@ -25,7 +25,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, _bench, _survey
+from . import __version__, _backend, _bench, _survey
+from ._devices import HOST, Device, Gpu
 from .engines import Auto, Engine, Exact, Landmark, Polynomial
 from .errors import ArgumentError, LingradError
 from .plan import ErrorEstimate, HeadPlan
@@ -96,6 +97,13 @@ class FloatName(str, Enum):
 
     float32 = "float32"
     float64 = "float64"
+
+
+class DeviceName(str, Enum):
+    """The devices by name."""
+
+    cpu = "cpu"
+    gpu = "gpu"
 
 
 def main() -> None:
@@ -207,6 +215,9 @@ def bench(
     dtype: Annotated[FloatName, typer.Option(help="Precision.")] = FloatName.float32,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each method.")] = 5,
     limit: Annotated[float, typer.Option(min=0, help="Seconds that one forward and backward pass may take.")] = 3.0,
+    device: Annotated[
+        DeviceName, typer.Option(help="Where: a GPU needs CuPy, and times by its own clock.")
+    ] = DeviceName.cpu,
     threads: ThreadsOption = None,
     plot: PlotOption = None,
     json_: JsonOption = False,
@@ -217,14 +228,18 @@ def bench(
     """
     with _clean_exit():
         if threads is not None:
+            if device is DeviceName.gpu:
+                raise ArgumentError("--threads needs --device cpu; got gpu")
             set_num_threads(threads)
         if plot is not None:
             _bench.check_plot(plot)
+        where: Device = HOST if device is DeviceName.cpu else Gpu(_backend.cupy())
         methods = _bench.engines(degree or [2], d)
-        peer = _bench.torch_sdpa()
+        peer = _bench.torch_sdpa(where)
         methods += [] if peer is None else [peer]
         sizes = [tokens >> halved for halved in range(8) if halved == 0 or tokens >> halved >= 1024][::-1]
         total = sum(sizes)
+        notes: list[str] = []
         with _progress("bench") as progress:
             rows = _bench.scaling(
                 methods,
@@ -235,17 +250,23 @@ def bench(
                 rounds=rounds,
                 limit=limit,
                 progress=lambda n: progress(sum(size for size in sizes if size <= n) / total),
+                tell=notes.append,
+                device=where,
             )
+        for note in notes:
+            typer.echo(f"lingrad: {note}", err=True)
+        machine = _bench.machine(where)
         title = (
             f"{'causal' if causal else 'full'} attention, d = {d}, {heads} heads, {dtype.value}, score std {score_std}"
         )
         if plot is not None:
-            _bench.plot(rows, plot, f"{title}\n{_bench.machine()}")
+            _bench.plot(rows, plot, f"{title}\n{machine}")
         if json_:
-            result = {"machine": _bench.machine(), "rows": [dataclasses.asdict(row) for row in rows]}
-            _print_json(result)
+            _print_json({"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]})
         else:
-            _print_bench(rows, title, limit, peer is None)
+            _print_bench(rows, machine, title, limit)
+            if peer is None:
+                _console().print(f"{where.torch} is not installed; with it, its fused kernel takes part.")
 
 
 def _print_json(value: object) -> None:
@@ -265,9 +286,9 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool) -> None:
+def _print_bench(rows: list[_bench.Row], machine: str, title: str, limit: float) -> None:
     console = _console()
-    console.print(_bench.machine())
+    console.print(machine)
     table = Table(title=title)
     for header in (
         "n",
@@ -294,8 +315,6 @@ def _print_bench(rows: list[_bench.Row], title: str, limit: float, no_peer: bool
     console.print(
         f"Medians; spread: most less least, over the median. Left out: what would take more than {limit:g} s."
     )
-    if no_peer:
-        console.print("PyTorch is not installed; with it, its fused kernel takes part.")
 
 
 @app.command()

@@ -26,7 +26,7 @@ except ImportError as error:
         "arrays other than NumPy's need array-api-compat: pip install 'lingrad_rs[cuda12]', or 'lingrad_rs[cuda13]'"
     ) from error
 
-__all__ = ["Space", "run", "space_of"]
+__all__ = ["Space", "free_bytes", "run", "space_of"]
 
 Array = Any
 _R = TypeVar("_R")
@@ -153,9 +153,14 @@ def space_of(x: Array) -> Space:
     if _is_cupy(x):
         cupy = sys.modules["cupy"]
         with x.device:
-            free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+            free = free_bytes(cupy)
         numbers = min(max(free // (_ARRAYS * x.dtype.itemsize), _LEAST), _MOST)
     return Space(xp, array_api_compat.device(x), numbers)
+
+
+def free_bytes(cupy: Any) -> int:
+    """How much memory of the current device arrays may still take: what is free, and what CuPy keeps for them."""
+    return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
 
 
 def _is_cupy(x: Array) -> bool:

@@ -1,0 +1,114 @@
+"""Arrays of other libraries, by the DLPack protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _backend, _check
+from .errors import DeviceError, DtypeError
+
+__all__ = ["from_dlpack"]
+
+# The protocol's numbers of kinds of devices.
+_HOST = (1, 3)  # ordinary memory, and memory pinned for CUDA
+_CUDA = (2, 13)  # a GPU's own, and managed
+_OTHERS = {
+    4: "OpenCL",
+    7: "Vulkan",
+    8: "Metal",
+    9: "Verilog simulator",
+    10: "ROCm",
+    11: "pinned ROCm",
+    12: "extension",
+    14: "oneAPI",
+    15: "WebGPU",
+    16: "Hexagon",
+    17: "MAIA",
+}
+
+
+def from_dlpack(x: Any) -> Any:
+    """The array of another library as one of NumPy's, or on an NVIDIA GPU as one of CuPy's: the same memory, no copy.
+
+    Parameters
+    ----------
+    x : object with ``__dlpack__`` and ``__dlpack_device__``
+        A PyTorch tensor, a JAX array, or anything else that speaks DLPack. Arrays of NumPy and CuPy are given back.
+
+    Returns
+    -------
+    ndarray
+        NumPy's or CuPy's, of the dtype, shape and strides of ``x``. It keeps the memory of ``x`` alive, and what is
+        written to one is seen in the other; of a read-only array (JAX's) it is read-only too, which suffices as input.
+        On a GPU, CuPy's current stream waits for what has been asked of ``x``.
+
+    Raises
+    ------
+    DtypeError
+        ``x`` does not speak DLPack, or is something that cannot be handed over as it is: a tensor that requires grad
+        (``x.detach()`` can), a sparse or lazily negated one, a dtype that NumPy does not have (bfloat16).
+    DeviceError
+        ``x`` is on a device of another kind, or on an NVIDIA GPU where CuPy is missing or finds no driver or device.
+
+    Notes
+    -----
+    Results go back in the same way: ``torch.from_dlpack(out)`` is the same memory, and so is
+    ``jax.dlpack.from_dlpack(out)``, but that JAX itself copies CPU arrays that do not start at a multiple of 64 bytes.
+
+    Examples
+    --------
+    Attention as a function that PyTorch differentiates, on the CPU or a GPU:
+
+    >>> class Attention(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, q, k, v):
+    ...         arrays = [lg.from_dlpack(x.detach()) for x in (q, k, v)]
+    ...         out, ctx.vjp = lg.attention_vjp(*arrays, tol=1e-2, causal=True)
+    ...         return torch.from_dlpack(out)
+    ...
+    ...     @staticmethod
+    ...     @torch.autograd.function.once_differentiable
+    ...     def backward(ctx, dout):
+    ...         return tuple(torch.from_dlpack(g) for g in ctx.vjp(lg.from_dlpack(dout)))
+    >>> out = Attention.apply(q, k, v)  # doctest: +SKIP
+    """
+    if _backend.kind(x) is not None:
+        return _check.array("x", x)
+    name = _check.type_name(x)
+    if not hasattr(x, "__dlpack__"):
+        raise DtypeError(f"x is a {name}; expected an array with __dlpack__, such as PyTorch's, JAX's or CuPy's")
+    _refuse_what_dlpack_loses(name, x)
+    try:
+        device = int(x.__dlpack_device__()[0])
+    except Exception as error:  # of whatever kind its library raises
+        raise DeviceError(f"x is a {name} whose device DLPack does not have: {error}") from error
+    if device in _HOST:
+        library: Any = np
+    elif device in _CUDA:
+        library = _backend.cupy()
+    else:
+        raise DeviceError(
+            f"x is a {name} on a device of kind {_OTHERS.get(device, 'unknown')} ({device} in DLPack); expected the "
+            "CPU or an NVIDIA GPU: nothing is copied between devices"
+        )
+    try:
+        return library.from_dlpack(x)
+    except MemoryError:
+        raise
+    except Exception as error:  # of whatever kind its library raises
+        raise DtypeError(
+            f"x is a {name} that cannot be handed over without a copy ({error}); expected plain numbers in strides, "
+            "such as x.float() of a PyTorch tensor in bfloat16, or x.to_dense() of a sparse one"
+        ) from error
+
+
+def _refuse_what_dlpack_loses(name: str, x: Any) -> None:
+    """Raise for what PyTorch keeps beside the numbers: a graph, and signs that are yet to be changed."""
+    if getattr(x, "requires_grad", False) is True:
+        raise DtypeError(
+            f"x is a {name} that requires grad; expected one that does not: x.detach(), of the same memory"
+        )
+    if callable(is_negated := getattr(x, "is_neg", None)) and is_negated():
+        raise DtypeError(f"x is a {name} that is negated only when read; expected x.resolve_neg(), a copy that is")

@@ -1,0 +1,288 @@
+"""Arrays of other libraries, in and out, without a copy; and what is said where that cannot be."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import assert_close, draw
+from limits import ORACLE
+
+import lingrad_rs as lg
+from lingrad_rs import _backend
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed, which the tests do not require")
+
+
+@pytest.fixture
+def jax():
+    return pytest.importorskip("jax", reason="JAX is not installed, which the tests do not require")
+
+
+def attention_function(torch, **options):
+    """Attention as a function that PyTorch differentiates: the example of `from_dlpack`."""
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            arrays = [lg.from_dlpack(x.detach()) for x in (q, k, v)]
+            out, ctx.vjp = lg.attention_vjp(*arrays, **options)
+            return torch.from_dlpack(out)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dout):
+            return tuple(torch.from_dlpack(g) for g in ctx.vjp(lg.from_dlpack(dout)))
+
+    return Attention.apply
+
+
+def softmax_attention(torch, q, k, v, causal):
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+    return torch.softmax(scores, -1) @ v
+
+
+def torch_gradients(torch, attend, inputs, device):
+    leaves = [torch.tensor(inputs[name], device=device, requires_grad=True) for name in "qkv"]
+    out = attend(*leaves)
+    (out * torch.tensor(inputs["dout"], device=device)).sum().backward()
+    results = zip(("out", "dq", "dk", "dv"), (out.detach(), *(leaf.grad for leaf in leaves)), strict=True)
+    return {name: x.cpu().numpy() for name, x in results}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_in_pytorch_are_those_of_its_own_softmax_attention(causal, device, torch, rng):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch is built without CUDA")
+    inputs = draw(rng, n=50, heads=(2,))
+    ours = attention_function(torch, engine=lg.Exact(), causal=causal)
+    want = torch_gradients(torch, lambda *qkv: softmax_attention(torch, *qkv, causal), inputs, device)
+    assert_close(torch_gradients(torch, ours, inputs, device), want, ORACLE[np.dtype(np.float64)])
+
+
+def test_pytorch_s_memory_is_read_and_written_in_place(torch):
+    x = torch.arange(12.0).reshape(3, 4).T
+    y = lg.from_dlpack(x)
+    assert type(y) is np.ndarray
+    assert y.ctypes.data == x.data_ptr()
+    assert y.dtype == np.float32
+    assert y.shape == (4, 3)
+    assert y.strides == (4, 16)
+    y[1, 2] = -1
+    assert x[1, 2] == -1
+    back = torch.from_dlpack(y)
+    assert back.data_ptr() == x.data_ptr()
+
+
+def test_the_memory_outlives_the_tensor(torch):
+    y = lg.from_dlpack(torch.full((1000, 100), 7.0))
+    assert (np.full(y.shape, 3.0, y.dtype) == 3).all()  # where an allocator might give the tensor's memory out again
+    assert (y == 7).all()
+
+
+def test_results_go_back_to_pytorch_without_a_copy(torch, rng):
+    q = rng.standard_normal((20, 4))
+    out, vjp = lg.attention_vjp(q, q, q)
+    for x in (out, *vjp(q)):
+        assert torch.from_dlpack(x).data_ptr() == x.ctypes.data
+
+
+def test_jax_s_read_only_arrays_are_read_in_place_and_results_go_back(jax, rng):
+    arrays = {name: jax.numpy.asarray(x, dtype="float32") for name, x in draw(rng, n=50).items()}
+    taken = {name: lg.from_dlpack(x) for name, x in arrays.items()}
+    for name, x in arrays.items():
+        assert type(taken[name]) is np.ndarray
+        assert taken[name].ctypes.data == x.unsafe_buffer_pointer()
+        assert not taken[name].flags.writeable
+    out, vjp = lg.attention_vjp(taken["q"], taken["k"], taken["v"], engine=lg.Exact(), causal=True)
+    got = {"out": out} | dict(zip(("dq", "dk", "dv"), vjp(taken["dout"]), strict=True))
+
+    def attend(q, k, v):
+        scores = q @ k.T / q.shape[-1] ** 0.5
+        return jax.nn.softmax(jax.numpy.where(jax.numpy.tril(jax.numpy.ones_like(scores)) > 0, scores, -1e30)) @ v
+
+    want, pullback = jax.vjp(attend, arrays["q"], arrays["k"], arrays["v"])
+    wanted = {"out": want} | dict(zip(("dq", "dk", "dv"), pullback(arrays["dout"]), strict=True))
+    assert_close(got, wanted, ORACLE[np.dtype(np.float32)])
+    back = jax.dlpack.from_dlpack(out)
+    # JAX copies what is not aligned to 64 bytes.
+    assert (back.unsafe_buffer_pointer() == out.ctypes.data) == (out.ctypes.data % 64 == 0)
+    assert np.array_equal(back, out)
+
+
+def test_arrays_of_numpy_come_back_as_they_are():
+    x = np.arange(6.0).reshape(2, 3)[:, ::2]
+    x.setflags(write=False)
+    assert lg.from_dlpack(x) is x
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_memory_is_read_in_place(torch):
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch is built without CUDA")
+    x = torch.arange(12.0, device="cuda").reshape(3, 4).T
+    y = lg.from_dlpack(x)
+    assert isinstance(y, _backend.cupy().ndarray)
+    assert y.data.ptr == x.data_ptr()
+    assert y.strides == (4, 16)
+    assert torch.from_dlpack(y).data_ptr() == x.data_ptr()
+    assert lg.from_dlpack(y) is y
+
+
+@pytest.mark.gpu
+def test_jax_s_arrays_on_a_gpu_are_read_in_place(jax):
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX is built without CUDA")
+    x = jax.numpy.arange(12.0)
+    y = lg.from_dlpack(x)
+    assert isinstance(y, _backend.cupy().ndarray)
+    assert y.data.ptr == x.unsafe_buffer_pointer()
+    assert np.array_equal(jax.dlpack.from_dlpack(y), x)
+
+
+REFUSED = {
+    "requires grad": (lambda torch: torch.ones(3, requires_grad=True), "requires grad; expected one that does not: x."),
+    "a parameter": (lambda torch: torch.nn.Parameter(torch.ones(3)), "x.detach()"),
+    "bfloat16": (lambda torch: torch.ones(3, dtype=torch.bfloat16), "without a copy (Unsupported dtype"),
+    "sparse": (lambda torch: torch.ones(3, 3).to_sparse(), "x.to_dense()"),
+    "conjugated": (lambda torch: torch.ones(3, dtype=torch.complex64).conj(), "conjugate bit"),
+    "negated": (lambda torch: torch.ones(3, dtype=torch.complex64).conj().imag, "x.resolve_neg()"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_tensor_that_cannot_be_handed_over_is_told_with_its_remedy(make, message, torch):
+    with pytest.raises(lg.DtypeError, match=re.escape(message)):
+        lg.from_dlpack(make(torch))
+
+
+def test_the_reason_of_another_library_is_chained(torch):
+    with pytest.raises(lg.DtypeError) as caught:
+        lg.from_dlpack(torch.ones(3, 3).to_sparse())
+    assert isinstance(caught.value.__cause__, BufferError)
+
+
+def test_a_tensor_without_memory_is_a_device_error(torch):
+    with pytest.raises(lg.DeviceError, match=re.escape("x is a torch.Tensor whose device DLPack does not have")):
+        lg.from_dlpack(torch.ones(3, device="meta"))
+
+
+def test_a_traced_array_of_jax_is_told(jax):
+    with pytest.raises(lg.LingradError, match="Tracer"):
+        jax.jit(lambda x: lg.from_dlpack(x))(jax.numpy.ones(3))
+
+
+@pytest.mark.parametrize("value", [None, [1.0, 2.0], 3.0, "array"])
+def test_what_does_not_speak_dlpack_is_a_dtype_error(value):
+    with pytest.raises(lg.DtypeError, match=f"x is a {type(value).__name__}; expected an array with __dlpack__"):
+        lg.from_dlpack(value)
+
+
+def test_a_mask_is_not_dropped():
+    with pytest.raises(lg.DtypeError, match="x is a masked array"):
+        lg.from_dlpack(np.ma.ones(3))
+
+
+class Elsewhere:
+    """An array on a device of some kind."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __dlpack_device__(self):
+        return self.kind, 0
+
+    def __dlpack__(self, **options):
+        raise AssertionError("asked for before it is known that its device will do")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(10, "ROCm"), (8, "Metal"), (14, "oneAPI"), (99, "unknown")])
+def test_a_device_of_another_kind_is_named(kind, name):
+    message = f"x is a test_interchange.Elsewhere on a device of kind {name} ({kind} in DLPack); expected the CPU"
+    with pytest.raises(lg.DeviceError, match=re.escape(message)):
+        lg.from_dlpack(Elsewhere(kind))
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status, name):
+        super().__init__(f"{name}: reason")
+        self.status = status
+
+
+def fake_cupy(*, count=1, error=None, driver=13000):
+    """A CuPy that counts devices, or fails to."""
+
+    def get_device_count():
+        if error is not None:
+            raise error
+        return count
+
+    runtime = SimpleNamespace(
+        getDeviceCount=get_device_count, driverGetVersion=lambda: driver, CUDARuntimeError=CUDARuntimeError
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime), from_dlpack=lambda x: ("on the GPU", x))
+
+
+@pytest.fixture
+def import_cupy_as(monkeypatch):
+    """Makes ``import cupy`` give a module, or raise."""
+
+    def install(result):
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        real = _backend.importlib.import_module
+
+        def import_module(name, package=None):
+            if name != "cupy":
+                return real(name, package)
+            if isinstance(result, ImportError):
+                raise result
+            return result
+
+        monkeypatch.setattr(_backend.importlib, "import_module", import_module)
+
+    return install
+
+
+NO_CUPY = {
+    "not installed": (ModuleNotFoundError("No module named 'cupy'", name="cupy"), "pip install 'lingrad_rs[cuda12]'"),
+    "not installed, of CUDA 13": (ModuleNotFoundError("no", name="cupy"), "'lingrad_rs[cuda13]'"),
+    "broken": (ImportError("libcublas.so.12: not found"), "CuPy is installed and does not load: libcublas.so.12"),
+    "a part missing": (ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock"), "does not load: No mod"),
+    "no driver": (
+        fake_cupy(error=CUDARuntimeError(35, "cudaErrorInsufficientDriver"), driver=0),
+        "there is no NVIDIA driver on this machine",
+    ),
+    "an old driver": (
+        fake_cupy(error=CUDARuntimeError(35, "cudaErrorInsufficientDriver"), driver=11040),
+        "the NVIDIA driver is too old for CuPy",
+    ),
+    "no device": (fake_cupy(error=CUDARuntimeError(100, "cudaErrorNoDevice")), "there is no GPU"),
+    "devices hidden": (fake_cupy(count=0), "there is no GPU"),
+    "anything else": (fake_cupy(error=CUDARuntimeError(999, "cudaErrorUnknown")), "does not start: cudaErrorUnknown"),
+}
+
+
+@pytest.mark.parametrize("kind", [2, 13])
+@pytest.mark.parametrize(("cupy", "message"), NO_CUPY.values(), ids=NO_CUPY.keys())
+def test_a_gpu_that_cannot_be_used_is_told_why(cupy, message, kind, import_cupy_as):
+    import_cupy_as(cupy)
+    with pytest.raises(lg.DeviceError, match=re.escape(message)):
+        lg.from_dlpack(Elsewhere(kind))
+
+
+def test_a_gpu_s_array_is_handed_to_cupy(import_cupy_as):
+    import_cupy_as(fake_cupy())
+    x = Elsewhere(2)
+    assert lg.from_dlpack(x) == ("on the GPU", x)
+
+
+def test_arrays_of_the_cpu_need_no_cupy(torch, import_cupy_as):
+    import_cupy_as(ImportError("asked for"))
+    assert type(lg.from_dlpack(torch.ones(3))) is np.ndarray
