@@ -57,15 +57,36 @@ def cast(inputs, dtype):
     return {name: x.astype(dtype) for name, x in inputs.items()}
 
 
+def on_backend(backend, arrays):
+    """The arrays of a dict, where the backend computes."""
+    return {name: backend.array(x) for name, x in arrays.items()}
+
+
+def on_host(backend, arrays):
+    """The arrays of a dict, which a backend computed."""
+    return {name: backend.numpy(x) for name, x in arrays.items()}
+
+
+def run_vjp(backend, module, x):
+    """``y`` and the pullback of a module whose gradients are a dict, with NumPy arrays in and out."""
+    y, pullback = module.vjp(backend.array(x))
+
+    def on_numpy(dy):
+        dx, grads = pullback(backend.array(dy))
+        return None if dx is None else backend.numpy(dx), on_host(backend, grads)
+
+    return backend.numpy(y), on_numpy
+
+
 def run_attention(backend, inputs, **options):
     """``{"out", "dq", "dk", "dv"}`` and, with a bias, ``"dkey_bias"``: what `lingrad_rs` makes of `inputs`."""
-    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    arrays = on_backend(backend, inputs)
     dout = arrays.pop("dout")
     out, vjp = lg.attention_vjp(**arrays, **options)
     names = ("out", "dq", "dk", "dv", "dkey_bias")
     results = (out, *vjp(dout))
     assert len(results) == (5 if "key_bias" in inputs else 4)
-    return {name: backend.numpy(x) for name, x in zip(names, results, strict=False)}
+    return on_host(backend, dict(zip(names, results, strict=False)))
 
 
 def oracle_attention(inputs, engine, **options):

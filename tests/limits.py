@@ -135,3 +135,6 @@ ROUNDING = 1e-14
 # one number a query, which scatters as much as the standard deviation itself: a sixteenth, over sqrt(2), 4.4%; and half
 # more.
 SAMPLED_STD = 0.07
+
+# The same sums in steps of other sizes, in float64: some hundred terms, and quotients of them.
+REORDERED_STEPS = 1e-11

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_close, cast, relative_error, run_attention
+from helpers import assert_close, cast, on_backend, on_host, relative_error, run_attention
 from limits import GOLDEN
 
 import lingrad_rs as lg
@@ -52,7 +52,7 @@ def test_paper_layer_matches_golden(name, backend, dtype):
     dx, grads = pullback(dout)
     got = {"out": y, "dx": dx, "dw": grads["w"], "dw_v": grads["w_v"]}
     assert grads.keys() == {"w", "w_v"}
-    assert_close(got, {key: golden[key] for key in got}, GOLDEN[dtype])
+    assert_close(on_host(backend, got), {key: golden[key] for key in got}, GOLDEN[dtype])
 
 
 def paper_chain(golden, dtype, backend):
@@ -82,7 +82,7 @@ def test_paper_chain_matches_golden(residual, backend, dtype):
         linear = feed_forward[0] if residual else feed_forward
         got |= {f"grad.{i}.w": attention["w"], f"grad.{i}.w_v": attention["w_v"], f"grad.{i}.w_g": linear["w"]}
     want = {key: golden[key] for key in golden if key in ("out", "dx") or key.startswith("grad.")}
-    assert_close(got, want, GOLDEN[dtype])
+    assert_close(on_host(backend, got), want, GOLDEN[dtype])
 
 
 TRANSFORMERS = ("transformer", "transformer_bounded")
@@ -94,8 +94,8 @@ def test_transformer_matches_golden(name, backend, dtype):
     config = below(golden, "config.")
     assert config.pop("n") == len(golden["tokens"])
     config = {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in config.items()}
-    params = {key: backend.array(x) for key, x in cast(below(golden, "param."), dtype).items()}
+    params = on_backend(backend, cast(below(golden, "param."), dtype))
     model = lg.Transformer(lg.TransformerConfig(**config, engine=lg.Exact()), params)
     loss, grads = model.value_and_grad(backend.array(golden["tokens"]), backend.array(golden["targets"]))
     assert relative_error(loss, golden["loss"]) <= GOLDEN[dtype]
-    assert_close(grads, below(golden, "grad."), GOLDEN[dtype])
+    assert_close(on_host(backend, grads), below(golden, "grad."), GOLDEN[dtype])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, difference_error, draw, random_params, run_attention, small_config
+from helpers import assert_close, difference_error, draw, on_backend, random_params, run_attention, small_config
 from limits import DIFFERENCE, FITTED, KINK_DIFFERENCE, KINK_STEP, SMALL_STEP
 from oracle import fit
 
@@ -92,7 +92,7 @@ def test_every_gradient_of_a_transformer_passes_central_differences(options, bac
     tokens, targets = rng.integers(0, config.vocab_size, (2, 2, 90))
 
     def value_and_grad(params):
-        model = lg.Transformer(config, {name: backend.array(x) for name, x in params.items()})
+        model = lg.Transformer(config, on_backend(backend, params))
         return model.value_and_grad(backend.array(tokens), backend.array(targets))
 
     step, limit = (KINK_STEP, KINK_DIFFERENCE) if config.activation == "relu" else (SMALL_STEP, DIFFERENCE)

@@ -8,7 +8,19 @@ import struct
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits, difference_error, random_params, relative_error, small_config
+from conftest import RUST
+from helpers import (
+    assert_close,
+    assert_same_bits,
+    cast,
+    difference_error,
+    on_backend,
+    on_host,
+    random_params,
+    relative_error,
+    run_vjp,
+    small_config,
+)
 from limits import DIFFERENCE, FLOAT32_LOSS, FLOAT32_MODEL, INIT_MEAN, INIT_STD, SAME_MODEL, SMALL_STEP, UNTRAINED_LOSS
 
 import lingrad_rs as lg
@@ -17,10 +29,37 @@ from lingrad_rs import Exact, Polynomial
 LARGE = lg.TransformerConfig(n_layers=3, d_model=64, n_heads=4, d_ff=256, vocab_size=256)
 
 
-def model_and_tokens(rng, *, dtype=np.float64, batch=(), n=70, **options):
+class Model:
+    """A model on a backend, with NumPy arrays in and out."""
+
+    def __init__(self, backend, config, params):
+        self.backend, self.config, self.params = backend, config, params
+        self.model = lg.Transformer(config, on_backend(backend, params))
+
+    def vjp(self, x):
+        return run_vjp(self.backend, self.model, x)
+
+    def value_and_grad(self, tokens, targets=None, *, loss=None, progress=None):
+        backend = self.backend
+
+        def on_numpy(y):
+            value, dy = loss(backend.numpy(y))
+            return value, backend.array(dy)
+
+        targets = None if targets is None else backend.array(targets)
+        options = {"loss": None if loss is None else on_numpy, "progress": progress}
+        value, grads = self.model.value_and_grad(backend.array(tokens), targets, **options)
+        return value, on_host(backend, grads)
+
+    def gradient_report(self, tokens, targets, **options):
+        report = self.model.gradient_report(self.backend.array(tokens), self.backend.array(targets), **options)
+        return dataclasses.replace(report, grads=on_host(self.backend, report.grads))
+
+
+def model_and_tokens(backend, rng, *, dtype=np.float64, batch=(), n=70, **options):
     config = small_config(**options)
     tokens, targets = rng.integers(0, config.vocab_size, (2, *batch, n))
-    return lg.Transformer(config, random_params(config, rng, dtype)), tokens, targets
+    return Model(backend, config, random_params(config, rng, dtype)), tokens, targets
 
 
 def cross_entropy(targets):
@@ -107,8 +146,8 @@ def test_an_untrained_model_predicts_evenly(rng):
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("engine", [Exact(), Polynomial()], ids=["exact", "polynomial"])
-def test_a_user_s_cross_entropy_gives_what_the_built_in_one_gives(engine, batch, rng):
-    model, tokens, targets = model_and_tokens(rng, batch=batch, engine=engine)
+def test_a_user_s_cross_entropy_gives_what_the_built_in_one_gives(engine, batch, backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng, batch=batch, engine=engine)
     loss, grads = model.value_and_grad(tokens, targets)
     loss_of_user, grads_of_user = model.value_and_grad(tokens, loss=cross_entropy(targets))
     y, pullback = model.vjp(tokens)
@@ -122,8 +161,8 @@ def test_a_user_s_cross_entropy_gives_what_the_built_in_one_gives(engine, batch,
     assert_close(grads_of_vjp, grads, SAME_MODEL)
 
 
-def test_embeddings_in_place_of_tokens_give_the_same_and_their_gradient(rng):
-    model, tokens, targets = model_and_tokens(rng, batch=(2,))
+def test_embeddings_in_place_of_tokens_give_the_same_and_their_gradient(backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng, batch=(2,))
     embeddings = model.params["embed"][tokens]
     loss = cross_entropy(targets)
     y, pullback = model.vjp(embeddings)
@@ -138,8 +177,8 @@ def test_embeddings_in_place_of_tokens_give_the_same_and_their_gradient(rng):
 
 
 @pytest.mark.parametrize("engine", [Exact(), Polynomial()], ids=["exact", "polynomial"])
-def test_a_batch_is_the_mean_over_its_sequences(engine, rng):
-    model, tokens, targets = model_and_tokens(rng, batch=(2, 3), engine=engine)
+def test_a_batch_is_the_mean_over_its_sequences(engine, backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng, batch=(2, 3), engine=engine)
     loss, grads = model.value_and_grad(tokens, targets)
     single = [model.value_and_grad(tokens[at], targets[at]) for at in np.ndindex(2, 3)]
     assert relative_error(loss, np.mean([x[0] for x in single])) <= SAME_MODEL
@@ -151,20 +190,20 @@ def test_a_batch_is_the_mean_over_its_sequences(engine, rng):
     [Exact(), Polynomial(), Polynomial(coefficients="fitted")],
     ids=["exact", "polynomial", "fitted"],
 )
-def test_a_float32_model_is_close_to_its_float64_self(engine, rng):
+def test_a_float32_model_is_close_to_its_float64_self(engine, backend, rng):
     config = dataclasses.replace(LARGE, engine=engine)
-    narrow = lg.Transformer(config)
-    wide = lg.Transformer(config, {name: x.astype(np.float64) for name, x in narrow.params.items()})
-    tokens, targets = rng.integers(0, 256, (2, 1500))
+    params = lg.Transformer(config).params
+    narrow, wide = (Model(backend, config, cast(params, dtype)) for dtype in (np.float32, np.float64))
+    tokens, targets = rng.integers(0, 256, (2, 1500 if backend.is_rust else 600))
     (loss, grads), (want_loss, want) = (model.value_and_grad(tokens, targets) for model in (narrow, wide))
     assert relative_error(loss, want_loss) <= FLOAT32_LOSS
     assert all(x.dtype == np.float32 for x in grads.values())
     assert_close(grads, want, FLOAT32_MODEL)
 
 
-def test_a_model_is_the_chain_of_its_modules(rng):
-    model, tokens, _ = model_and_tokens(rng, causal=True, rope=True, engine=Polynomial())
-    p, config = model.params, model.config
+def test_a_model_is_the_chain_of_its_modules(backend, rng):
+    model, tokens, _ = model_and_tokens(backend, rng, causal=True, rope=True, engine=Polynomial())
+    p, config = on_backend(backend, model.params), model.config
     modules = [lg.Embedding(embed=p["embed"])]
     for i in range(config.n_layers):
         at = f"layers.{i}"
@@ -176,39 +215,39 @@ def test_a_model_is_the_chain_of_its_modules(rng):
         modules.append(lg.Residual(lg.Chain([lg.RMSNorm(gain=p[f"{at}.attn_norm.gain"]), attention])))
         modules.append(lg.Residual(lg.Chain([lg.RMSNorm(gain=p[f"{at}.ffn_norm.gain"]), feed_forward])))
     modules += [lg.RMSNorm(gain=p["norm.gain"]), lg.Linear(w=p["head"])]
-    y, pullback = lg.Chain(modules).vjp(tokens)
+    y, pullback = lg.Chain(modules).vjp(backend.array(tokens))
     y_model, pullback_model = model.vjp(tokens)
     dy = rng.standard_normal(y.shape)
-    grads, want = pullback(dy)[1], pullback_model(dy)[1]
+    grads, want = pullback(backend.array(dy))[1], pullback_model(dy)[1]
     got = {"embed": grads[0]["embed"], "norm.gain": grads[-2]["gain"], "head": grads[-1]["w"]}
     for i in range(config.n_layers):
         (attn_norm, attn), (ffn_norm, ffn) = grads[1 + 2 * i : 3 + 2 * i]
         got |= {f"layers.{i}.attn_norm.gain": attn_norm["gain"], f"layers.{i}.ffn_norm.gain": ffn_norm["gain"]}
         got |= {f"layers.{i}.attn.{name}": x for name, x in attn.items()}
         got |= {f"layers.{i}.ffn.{name}": x for name, x in ffn.items()}
-    assert relative_error(y_model, y) <= SAME_MODEL
-    assert_close(got, want, SAME_MODEL)
+    assert relative_error(y_model, backend.numpy(y)) <= SAME_MODEL
+    assert_close(on_host(backend, got), want, SAME_MODEL)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint64])
-def test_tokens_may_be_integers_of_any_kind(kind, rng):
-    model, tokens, targets = model_and_tokens(rng)
+def test_tokens_may_be_integers_of_any_kind(kind, backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng)
     loss, grads = model.value_and_grad(tokens.astype(kind), targets.astype(kind))
     want_loss, want = model.value_and_grad(tokens, targets)
     assert loss == want_loss
     assert_same_bits(grads, want)
 
 
-def test_parameters_may_change_between_calls(rng):
-    model, tokens, targets = model_and_tokens(rng)
+def test_parameters_may_change_between_calls(backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng)
     before, grads = model.value_and_grad(tokens, targets)
-    for name in model.params:
-        model.params[name] = model.params[name] - 1e-3 * grads[name]
+    for name, x in model.params.items():
+        model.model.params[name] = backend.array(x - 1e-3 * grads[name])
     assert model.value_and_grad(tokens, targets)[0] < before
 
 
-def test_progress_rises_to_one(rng):
-    model, tokens, targets = model_and_tokens(rng)
+def test_progress_rises_to_one(backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng)
     seen = []
     model.value_and_grad(tokens, targets, progress=seen.append)
     assert seen[-1] == 1.0
@@ -217,8 +256,8 @@ def test_progress_rises_to_one(rng):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_report_tells_each_layer_s_engine_error_and_gradient_norm(causal, rng):
-    model, tokens, targets = model_and_tokens(rng, causal=causal, n=300, engine=Polynomial())
+def test_report_tells_each_layer_s_engine_error_and_gradient_norm(causal, backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng, causal=causal, n=300, engine=Polynomial())
     report = model.gradient_report(tokens, targets, samples=300)
     loss, grads = model.value_and_grad(tokens, targets)
     assert report.loss == loss
@@ -230,21 +269,23 @@ def test_report_tells_each_layer_s_engine_error_and_gradient_norm(causal, rng):
         assert layer.engine == Polynomial()
         assert 270 <= layer.measured_error.rows <= 300  # a row may be drawn twice
         assert 0 < layer.measured_error.low <= layer.measured_error.relative <= layer.measured_error.high < 1
-    exact = lg.Transformer(dataclasses.replace(model.config, engine=Exact()), model.params)
+    exact = Model(backend, dataclasses.replace(model.config, engine=Exact()), model.params)
     assert all(layer.measured_error.relative <= SAME_MODEL for layer in exact.gradient_report(tokens, targets).layers)
     assert all(layer.measured_error is None for layer in exact.gradient_report(tokens, targets, samples=0).layers)
 
 
-def test_first_layer_s_measured_error_is_that_of_its_attention(rng):
-    model, tokens, targets = model_and_tokens(rng, n=200, causal=False, rope=False, n_layers=1, engine=Polynomial())
+def test_first_layer_s_measured_error_is_that_of_its_attention(backend, rng):
+    model, tokens, targets = model_and_tokens(
+        backend, rng, n=200, causal=False, rope=False, n_layers=1, engine=Polynomial()
+    )
     p = model.params
-    x, _ = lg.RMSNorm(gain=p["layers.0.attn_norm.gain"]).vjp(p["embed"][tokens])
+    x, _ = run_vjp(backend, lg.RMSNorm(gain=backend.array(p["layers.0.attn_norm.gain"])), p["embed"][tokens])
 
     def split(name, heads):
         return (x @ p[f"layers.0.attn.{name}"]).reshape(200, heads, 4).swapaxes(0, 1)
 
-    q, k, v = split("w_q", 4), split("w_k", 2), split("w_v", 2)
-    want = relative_error(lg.attention(q, k, v), lg.attention(q, k, v, engine=Exact()))
+    qkv = [backend.array(x) for x in (split("w_q", 4), split("w_k", 2), split("w_v", 2))]
+    want = relative_error(*(backend.numpy(lg.attention(*qkv, engine=engine)) for engine in (Polynomial(), Exact())))
     (layer,) = model.gradient_report(tokens, targets, samples=800).layers
     assert relative_error(layer.measured_error.relative, want) <= SAME_MODEL
 
@@ -255,7 +296,9 @@ def test_first_layer_s_measured_error_is_that_of_its_attention(rng):
     ids=["exact", "polynomial", "given coefficients"],
 )
 def test_a_saved_model_is_loaded_as_it_was(engine, dtype, tmp_path, rng):
-    model, tokens, targets = model_and_tokens(rng, dtype=dtype, norm="layer", score_bound=2.5, engine=engine)
+    options = {"norm": "layer", "score_bound": 2.5, "engine": engine}
+    model, tokens, targets = model_and_tokens(RUST, rng, dtype=dtype, **options)
+    model = model.model
     lg.save(tmp_path / "model.safetensors", model)
     loaded = lg.load(str(tmp_path / "model.safetensors"))
     assert isinstance(loaded, lg.Transformer)
@@ -273,8 +316,8 @@ def test_saved_arrays_are_loaded_as_they_were(dtype, tmp_path, rng):
 def test_another_safetensors_library_reads_a_saved_file(tmp_path, rng):
     from safetensors.numpy import load_file
 
-    model, *_ = model_and_tokens(rng)
-    lg.save(tmp_path / "model.safetensors", model)
+    model, *_ = model_and_tokens(RUST, rng)
+    lg.save(tmp_path / "model.safetensors", model.model)
     assert_same_bits(load_file(tmp_path / "model.safetensors"), model.params)
 
 

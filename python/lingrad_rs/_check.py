@@ -31,6 +31,7 @@ __all__ = [
     "token_ids",
     "token_range",
     "tolerance",
+    "type_name",
 ]
 
 _FLOATS = ("float32", "float64")
@@ -44,7 +45,7 @@ def array(name: str, value: object) -> Any:
         return np.asarray(value)
     if _backend.kind(value) is not None:
         return value
-    kind = _type_name(value)
+    kind = type_name(value)
     if hasattr(value, "__cuda_array_interface__"):
         raise DeviceError(
             f"{name} is a {kind} on a GPU; expected a CuPy array: lingrad_rs.from_dlpack({name}) is one, of the same "
@@ -57,7 +58,7 @@ def same_device(name: str, x: Any, other: Any, match: str) -> None:
     """Raise unless both arrays are of one library and on one device."""
     if _backend.kind(x) != _backend.kind(other):
         raise DeviceError(
-            f"{name} is a {_type_name(x)} and {match} is a {_type_name(other)}; expected arrays of one library: "
+            f"{name} is a {type_name(x)} and {match} is a {type_name(other)}; expected arrays of one library: "
             "nothing is copied between devices"
         )
     if _device(x) != _device(other):
@@ -124,7 +125,8 @@ def _device(x: Any) -> object:
     return getattr(x, "device", "cpu")
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """What the type of a value is called, with its module."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 

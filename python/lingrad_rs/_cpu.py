@@ -5,6 +5,8 @@ Every other backend has the functions named here, with the same signatures.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ __all__ = [
     "embedding_forward",
     "feed_forward_backward",
     "feed_forward_forward",
+    "frobenius_norm",
     "linear_backward",
     "linear_forward",
     "measure_error",
@@ -71,8 +74,13 @@ def add(x: Array, y: Array) -> Array:
 
 
 def copy(x: Array) -> Array:
-    """A new array of the same layout."""
+    """A new C-contiguous array."""
     return x.copy()
+
+
+def frobenius_norm(arrays: Sequence[Array]) -> float:
+    """The root of the sum of all squares, in float64."""
+    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays))
 
 
 def attention_forward(

@@ -67,18 +67,19 @@ def _named(**arrays: object) -> dict[str, Array]:
     return dict(zip(arrays, _check.floats(**arrays), strict=True))
 
 
-def _upstream(dy: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _upstream(dy: object, shape: tuple[int, ...], dtype: np.dtype[Any], x: Array) -> Array:
     """``dy``, once it is known to be like ``y``."""
     checked = _check.floats(dy=dy)[0]
+    _check.same_device("dy", checked, x, match="x")
     _check.same_dtype("dy", checked, dtype, match="y")
     _check.shape("dy", checked, shape, match=f"y of shape {shape}")
     return checked
 
 
-def _result(y: Array, backward: Callable[[Array], tuple[Any, Any]]) -> tuple[Array, Pullback]:
-    """``y`` and its pullback, which checks ``dy`` and does not keep ``y``."""
+def _result(x: Array, y: Array, backward: Callable[[Array], tuple[Any, Any]]) -> tuple[Array, Pullback]:
+    """``y`` and its pullback, which checks ``dy`` and keeps ``x``, not ``y``."""
     shape, dtype = y.shape, y.dtype
-    return y, lambda dy: backward(_upstream(dy, shape, dtype))
+    return y, lambda dy: backward(_upstream(dy, shape, dtype, x))
 
 
 class Linear:
@@ -109,7 +110,7 @@ class Linear:
         x = _input(x, {"w": w}, w.shape[0])
         backend = _backend.of(x)
         y = backend.linear_forward(x, w, b)
-        return _result(y, lambda dy: backend.linear_backward(x, w, b is not None, dy))
+        return _result(x, y, lambda dy: backend.linear_backward(x, w, b is not None, dy))
 
 
 class Activation:
@@ -135,7 +136,7 @@ class Activation:
         x, kind = _input(x, {}, None), self.kind
         backend = _backend.of(x)
         y = backend.activation_forward(x, kind)
-        return _result(y, lambda dy: (backend.activation_backward(x, kind, dy), {}))
+        return _result(x, y, lambda dy: (backend.activation_backward(x, kind, dy), {}))
 
 
 class RMSNorm:
@@ -191,7 +192,7 @@ def _norm_vjp(x: Array, gain: Array, bias: Array | None, eps: float) -> tuple[Ar
     x = _input(x, {"gain": gain}, gain.shape[0])
     backend = _backend.of(x)
     y = backend.norm_forward(x, gain, bias, eps)
-    return _result(y, lambda dy: backend.norm_backward(x, gain, bias is not None, eps, dy))
+    return _result(x, y, lambda dy: backend.norm_backward(x, gain, bias is not None, eps, dy))
 
 
 class FeedForward:
@@ -221,7 +222,7 @@ class FeedForward:
         x = _input(x, {"w_in": w_in}, w_in.shape[0])
         backend = _backend.of(x)
         y = backend.feed_forward_forward(x, w_in, w_out, activation)
-        return _result(y, lambda dy: backend.feed_forward_backward(x, w_in, w_out, activation, dy))
+        return _result(x, y, lambda dy: backend.feed_forward_backward(x, w_in, w_out, activation, dy))
 
 
 class Embedding:
@@ -246,7 +247,7 @@ class Embedding:
         backend = _backend.of(ids)
         y = backend.embedding_forward(ids, self.embed)
         vocab = self.embed.shape[0]
-        return _result(y, lambda dy: (None, {"embed": backend.embedding_backward(ids, vocab, dy)}))
+        return _result(ids, y, lambda dy: (None, {"embed": backend.embedding_backward(ids, vocab, dy)}))
 
 
 class SelfAttention:
@@ -368,7 +369,7 @@ class SelfAttention:
         backend = _backend.of(x)
         weights, options = list(self.weights.values()), copy.copy(self)  # as they are now
         y = backend.self_attention_forward(x, weights, options)
-        return _result(y, lambda dy: backend.self_attention_backward(x, weights, options, dy))
+        return _result(x, y, lambda dy: backend.self_attention_backward(x, weights, options, dy))
 
 
 class Residual:
@@ -400,7 +401,7 @@ class Residual:
                 raise ArgumentError(f"{_owner('module', self.module, 'dx')} is None; expected an array like x")
             return backend.add(dy, dx), grads
 
-        return _result(backend.add(x, inner), backward)
+        return _result(x, backend.add(x, inner), backward)
 
 
 class Chain:
@@ -425,7 +426,7 @@ class Chain:
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         """The last module's output for ``x``, the first one's input, and its pullback."""
-        y = _check.array("x", x)
+        x = y = _check.array("x", x)
         pulls: list[Pullback] = []
         for i, module in enumerate(self.modules):
             y, pull = _call(f"modules[{i}]", module, y)
@@ -444,7 +445,7 @@ class Chain:
                 grads.append(grad)
             return dx, grads[::-1]
 
-        return _result(y, backward)
+        return _result(x, y, backward)
 
 
 def _module(name: str, module: object) -> Module:
@@ -465,10 +466,12 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
             f"{name} ({type(module).__name__}): vjp returned {type(result).__name__}; expected (y, pullback)"
         )
     pull = result[1]
-    y = _check.floats(**{_owner(name, module, "y"): result[0]})[0]
+    owner_of_y = _owner(name, module, "y")
+    y = _check.floats(**{owner_of_y: result[0]})[0]
+    _check.same_device(owner_of_y, y, x, match="x")
     differentiable = _check.is_float(x)
     if differentiable:
-        _check.same_dtype(_owner(name, module, "y"), y, x.dtype, match="x")
+        _check.same_dtype(owner_of_y, y, x.dtype, match="x")
     shape, dtype = x.shape, x.dtype
 
     def pullback(dy: Array) -> tuple[Array | None, Any]:
@@ -484,6 +487,7 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
             return None, grads
         owner = _owner(name, module, "dx")
         dx = _check.floats(**{owner: dx})[0]
+        _check.same_device(owner, dx, dy, match="dy")
         _check.same_dtype(owner, dx, dtype, match="x")
         _check.shape(owner, dx, shape, match=f"x of shape {shape}")
         return dx, grads

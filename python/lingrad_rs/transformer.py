@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import _backend, _check
 from .engines import Auto, Engine, Exact, Landmark, Polynomial, check_engine
-from .errors import ArgumentError, ShapeError
+from .errors import ArgumentError, DeviceError, ShapeError
 from .modules import ACTIVATIONS
 from .plan import ErrorEstimate, HeadPlan, head_plans
 
@@ -305,14 +305,15 @@ class Transformer:
             raise ShapeError(f"tokens has shape {ids.shape}; expected at least one token to take a mean over")
         if progress is not None and not callable(progress):
             raise ArgumentError(f"progress is {progress!r}; expected a callable")
-        loss, grads, reports = _backend.of(ids).transformer_value_and_grad(
+        backend = _backend.of(ids)
+        loss, grads, reports = backend.transformer_value_and_grad(
             self.config, params, ids, wanted, samples=samples, progress=progress
         )
         layers = []
         for i, (error, heads) in enumerate(reports):
             own = [grad for name, grad in grads.items() if name.startswith(f"layers.{i}.")]
             estimate = None if error is None else ErrorEstimate(*error)
-            norm = float(np.sqrt(sum(map(_square_norm, own))))
+            norm = backend.frobenius_norm(own)
             layers.append(LayerReport(self.config.engine, estimate, norm, head_plans(heads)))
         return GradientReport(loss, grads, tuple(layers))
 
@@ -328,10 +329,6 @@ class Transformer:
         for (name, shape), array in zip(shapes.items(), arrays, strict=True):
             _check.shape(name, array, shape, match="the config")
         return list(zip(shapes, arrays, strict=True))
-
-
-def _square_norm(x: Array) -> float:
-    return float(np.sum(np.square(x, dtype=np.float64)))
 
 
 def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
@@ -386,10 +383,20 @@ def save(path: str | os.PathLike[str], model_or_params: Transformer | Mapping[st
         model_or_params = dict(model_or_params._checked_params())
     elif not isinstance(model_or_params, Mapping):
         raise ArgumentError(f"got a {type(model_or_params).__name__}; expected a Transformer or a dict of arrays")
-    arrays = {name: np.ascontiguousarray(_check.floats(**{name: x})[0]) for name, x in model_or_params.items()}
+    arrays = {name: np.ascontiguousarray(_on_host(name, x)) for name, x in model_or_params.items()}
     data = safetensors.numpy.save(arrays, metadata=metadata)
     with open(path, "wb") as file:
         file.write(data)
+
+
+def _on_host(name: str, value: object) -> Array:
+    x = _check.floats(**{name: value})[0]
+    if not isinstance(x, np.ndarray):
+        raise DeviceError(
+            f"{name} is a {_check.type_name(x)}; expected a NumPy array: nothing is copied from a device to be saved "
+            "(cupy.asnumpy makes a copy)"
+        )
+    return x
 
 
 def load(path: str | os.PathLike[str]) -> Transformer | dict[str, Array]:

@@ -4,3 +4,248 @@ It is written to the Python array API standard, so that all of its logic also ru
 done in batched matrix products over chunks of tokens and heads that fit in the device's free memory; nothing waits for
 the device but the checks of inputs and results, draws of samples, and reports.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from .. import _check
+from .._lingrad_rs import transformer_param_shapes
+from ..engines import Engine
+from ..plan import Plan
+from . import attention, layers, measure, transformer
+from .attention_block import WEIGHT_NAMES, SelfAttention
+from .device import Space, run
+
+__all__ = [
+    "activation_backward",
+    "activation_forward",
+    "add",
+    "attention_backward",
+    "attention_forward",
+    "copy",
+    "embedding_backward",
+    "embedding_forward",
+    "feed_forward_backward",
+    "feed_forward_forward",
+    "frobenius_norm",
+    "linear_backward",
+    "linear_forward",
+    "measure_error",
+    "norm_backward",
+    "norm_forward",
+    "self_attention_backward",
+    "self_attention_forward",
+    "token_ids",
+    "transformer_backward",
+    "transformer_forward",
+    "transformer_param_shapes",
+    "transformer_value_and_grad",
+]
+
+Array = Any
+_R = TypeVar("_R")
+
+
+def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
+    """``compute(space)``, once the arrays, the first of which is not None, are known to be finite."""
+
+    def checked(sp: Space) -> _R:
+        layers.check_finite(sp, **arrays)
+        return compute(sp)
+
+    return run(next(iter(arrays.values())), checked)
+
+
+def token_ids(name: str, x: Array, below: int) -> Array:
+    """Integer tokens ``0 <= t < below`` as a new C-contiguous array of 64-bit ones; waits for the device, once."""
+
+    def ids(sp: Space) -> Array:
+        if math.prod(x.shape):
+            low, high = sp.host(sp.xp.stack([sp.xp.min(x), sp.xp.max(x)]))
+            _check.token_range(name, int(low), int(high), below)
+        return sp.contiguous(sp.xp.astype(x, sp.xp.int64))
+
+    return run(x, ids)
+
+
+def add(x: Array, y: Array) -> Array:
+    """``x + y``, C-contiguous."""
+    return run(x, lambda sp: sp.contiguous(x + y))
+
+
+def copy(x: Array) -> Array:
+    """A new C-contiguous array."""
+    return run(x, lambda sp: sp.contiguous(sp.xp.asarray(x, copy=True)))
+
+
+def frobenius_norm(arrays: Sequence[Array]) -> float:
+    """The root of the sum of all squares, in float64; waits for the device, once."""
+
+    def norm(sp: Space) -> float:
+        return math.sqrt(float(sp.xp.sum(sp.xp.stack([sp.xp.sum(sp.wide(x) ** 2) for x in arrays]))))
+
+    return run(arrays[0], norm)
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    *,
+    engine: Engine | Plan,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Array, attention.State | None]:
+    """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
+    if q.shape[-2] == k.shape[-2] == 0:
+        return run(q, lambda sp: sp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)), None
+    options = {"engine": engine, "causal": causal, "scale": scale, "keep": keep}
+    return run(q, lambda sp: attention.forward(sp, q, k, v, key_bias, **options))
+
+
+def attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    state: attention.State | None,
+    dout: Array,
+    *,
+    samples: int,
+) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
+    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
+    if state is None:  # neither queries nor keys
+        zeros = [None if x is None else run(q, lambda sp, x=x: sp.zeros(x.shape, q.dtype)) for x in (q, k, v, key_bias)]
+        return (zeros[0], zeros[1], zeros[2], zeros[3]), []
+    return run(q, lambda sp: attention.backward(sp, q, k, v, key_bias, state, dout, samples=samples))
+
+
+def measure_error(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    out: Array,
+    *,
+    causal: bool,
+    scale: float,
+    samples: int,
+    seed: int,
+) -> tuple[float, float, float, int]:
+    """``(relative, low, high, rows)``."""
+    options = {"causal": causal, "scale": scale, "samples": samples, "seed": seed}
+    return run(q, lambda sp: measure.measure_error(sp, q, k, v, key_bias, out, **options))
+
+
+def linear_forward(x: Array, w: Array, b: Array | None) -> Array:
+    """``y``."""
+    return _run_checked(lambda sp: layers.linear_forward(sp, x, w, b), x=x, w=w, b=b)
+
+
+def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    return _run_checked(lambda sp: layers.linear_backward(sp, x, w, has_bias, dy), x=x, dy=dy, w=w)
+
+
+def activation_forward(x: Array, kind: str) -> Array:
+    """``y``."""
+    return _run_checked(lambda sp: layers.activation_forward(sp, x, kind), x=x)
+
+
+def activation_backward(x: Array, kind: str, dy: Array) -> Array:
+    """``dx``."""
+    return _run_checked(lambda sp: layers.activation_backward(sp, x, kind, dy), x=x, dy=dy)
+
+
+def norm_forward(x: Array, gain: Array, bias: Array | None, eps: float) -> Array:
+    """``y``."""
+    return _run_checked(lambda sp: layers.norm_forward(sp, x, gain, bias, eps), x=x, gain=gain, bias=bias)
+
+
+def norm_backward(x: Array, gain: Array, has_bias: bool, eps: float, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    return _run_checked(lambda sp: layers.norm_backward(sp, x, gain, has_bias, eps, dy), x=x, dy=dy, gain=gain)
+
+
+def feed_forward_forward(x: Array, w_in: Array, w_out: Array, kind: str) -> Array:
+    """``y``."""
+    return _run_checked(lambda sp: layers.feed_forward_forward(sp, x, w_in, w_out, kind), x=x, w_in=w_in, w_out=w_out)
+
+
+def feed_forward_backward(x: Array, w_in: Array, w_out: Array, kind: str, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    return _run_checked(
+        lambda sp: layers.feed_forward_backward(sp, x, w_in, w_out, kind, dy), x=x, dy=dy, w_in=w_in, w_out=w_out
+    )
+
+
+def embedding_forward(tokens: Array, embed: Array) -> Array:
+    """``y``."""
+    return _run_checked(lambda sp: layers.embedding_forward(sp, tokens, embed), embed=embed)
+
+
+def embedding_backward(tokens: Array, vocab: int, dy: Array) -> Array:
+    """``dembed``."""
+    return _run_checked(lambda sp: layers.embedding_backward(sp, tokens, vocab, dy), dy=dy)
+
+
+def self_attention_forward(x: Array, weights: Sequence[Array], options: Any) -> Array:
+    """``y``."""
+
+    def forward(sp: Space) -> Array:
+        y = SelfAttention.of(sp, weights, options).forward(_batched(sp, x))
+        return sp.xp.reshape(y, (*x.shape[:-1], y.shape[-1]))
+
+    return _run_checked(forward, x=x, **_named(weights))
+
+
+def self_attention_backward(
+    x: Array, weights: Sequence[Array], options: Any, dy: Array
+) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+
+    def backward(sp: Space) -> tuple[Array, dict[str, Array]]:
+        dx, grads = SelfAttention.of(sp, weights, options).backward(_batched(sp, x), _batched(sp, dy))
+        return sp.xp.reshape(dx, x.shape), grads
+
+    return _run_checked(backward, x=x, dy=dy, **_named(weights))
+
+
+def _named(weights: Sequence[Array]) -> dict[str, Array]:
+    return dict(zip(WEIGHT_NAMES[len(weights)], weights, strict=True))
+
+
+def _batched(sp: Space, x: Array) -> Array:
+    """``(..., n, d)`` as ``(batch, n, d)``."""
+    return sp.xp.reshape(x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
+
+
+def transformer_forward(config: Any, params: Sequence[tuple[str, Array]], x: Array) -> tuple[Array, transformer.Trace]:
+    """Logits ``(..., n, vocab_size)``, and the trace for the backward pass."""
+    return run(x, lambda sp: transformer.forward(sp, config, params, x))
+
+
+def transformer_backward(
+    config: Any, params: Sequence[tuple[str, Array]], x: Array, trace: transformer.Trace, dy: Array
+) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``, where ``dx (..., n, d_model)`` is the gradient with respect to the embedded input."""
+    return run(x, lambda sp: transformer.backward(sp, config, params, x, trace, dy))
+
+
+def transformer_value_and_grad(
+    config: Any,
+    params: Sequence[tuple[str, Array]],
+    tokens: Array,
+    targets: Array,
+    *,
+    samples: int,
+    progress: Callable[[float], object] | None,
+) -> tuple[float, dict[str, Array], list[transformer.Report]]:
+    """``(loss, grads, layers)``: of each layer the measured error of its attention, and what is known of its heads."""
+    options = {"samples": samples, "progress": progress}
+    return run(tokens, lambda sp: transformer.value_and_grad(sp, config, params, tokens, targets, **options))

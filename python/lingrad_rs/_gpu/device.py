@@ -174,7 +174,8 @@ def run(x: Array, compute: Callable[[Space], _R]) -> _R:
     on_device = x.device if _is_cupy(x) else contextlib.nullcontext()
     for shrink in _SHRINK:
         try:
-            with on_device:
+            # What is not finite is found by checks of inputs, rows and results; -inf - (-inf) is no news.
+            with on_device, np.errstate(all="ignore"):
                 return compute(replace(space, numbers=max(space.numbers // shrink, _LEAST)))
         except MemoryError as error:
             # Its frames hold the arrays of the attempt.

@@ -6,7 +6,7 @@ use lingrad_core::{Engine, Error, engine};
 use numpy::PyReadonlyArrayDyn;
 use pyo3::prelude::*;
 
-use crate::error::Failure;
+use crate::error::{Failure, Result};
 use crate::plan::{AutoFields, PlanFields};
 
 /// An engine, read from a `lingrad_rs.Exact`, `Polynomial`, `Landmark`, `Auto` or `Plan`.
@@ -15,7 +15,7 @@ pub struct AnyEngine(pub Engine);
 impl<'py> FromPyObject<'_, 'py> for AnyEngine {
     type Error = Failure;
 
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> Result<Self, Failure> {
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> std::result::Result<Self, Failure> {
         Ok(Self(match object.get_type().name()?.to_str()? {
             "Exact" => Engine::Exact,
             "Polynomial" => object.extract::<Polynomial>()?.engine()?,
@@ -132,4 +132,10 @@ impl Polynomial {
             window: self.window,
         }))
     }
+}
+
+/// An error where an engine's options do not fit together, or not with a causal mask.
+#[pyfunction]
+pub fn check_engine(engine: AnyEngine, causal: bool) -> Result<()> {
+    Ok(engine.0.validate(causal)?)
 }

@@ -27,6 +27,8 @@ mod _lingrad_rs {
     #[pymodule_export]
     use crate::attention::{AttentionState, attention_backward, attention_forward, measure_error};
     #[pymodule_export]
+    use crate::engine::check_engine;
+    #[pymodule_export]
     use crate::layers::{
         activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,
         feed_forward_forward, linear_backward, linear_forward, norm_backward, norm_forward, self_attention_backward,

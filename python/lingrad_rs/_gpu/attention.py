@@ -1,0 +1,150 @@
+"""Attention of arrays ``(..., heads, n, d)``: heads that share keys are set side by side, computed, and added up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _lingrad_rs as core
+from ..engines import Auto, Engine
+from ..plan import Plan
+from . import engines, tolerance
+from .device import Space
+from .heads import Heads, Saved
+
+__all__ = ["State", "backward", "forward"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class State:
+    """The forward pass, as the backward pass needs it. It holds its own copy of ``out``: the caller may change theirs."""
+
+    engine: Engine | Plan
+    causal: bool
+    scale: float
+    out: Array
+    saved: Saved | list[Saved]
+    known: list[dict[str, Any]]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What is known of each head after the forward pass, where there is a tolerance."""
+        return [dict(report) for report in self.known]
+
+    def planned(self) -> Planned | None:
+        """The engines that were used within a tolerance, to be used again on the same data."""
+        auto = _tolerance(self.engine)
+        return None if auto is None else Planned(auto, self.known)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Engines that were used within a tolerance on the same data, and what is known of them."""
+
+    auto: Auto
+    reports: list[dict[str, Any]]
+
+
+def _tolerance(engine: Engine | Plan | Planned) -> Auto | None:
+    if isinstance(engine, Auto):
+        return engine
+    return engine.auto if isinstance(engine, Plan | Planned) else None
+
+
+def _heads(
+    sp: Space, q: Array, k: Array, v: Array, key_bias: Array | None, *, causal: bool, scale: float
+) -> tuple[Heads, int]:
+    """One key head for each query head, and how many shared one."""
+    xp = sp.xp
+    q_heads, kv_heads = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
+    group = q_heads // kv_heads if kv_heads else 1
+
+    def flat(x: Array, inner: int, times: int) -> Array:
+        x = xp.reshape(x, (math.prod(x.shape[: x.ndim - inner]), *x.shape[x.ndim - inner :]))
+        return x if times == 1 else xp.repeat(x, times, axis=0)
+
+    bias = None if key_bias is None else flat(key_bias, 1, group)
+    return Heads(flat(q, 2, 1), flat(k, 2, group), flat(v, 2, group), bias, causal, scale), group
+
+
+def forward(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    *,
+    engine: Engine | Plan | Planned,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Array, State | None]:
+    """``out (..., h, n, dv)``, and with ``keep`` what the backward pass needs beside the inputs."""
+    auto = _tolerance(engine)
+    if auto is not None:
+        tolerance.check_floor(auto, q.dtype)
+    else:
+        core.check_engine(engine, causal)
+    shape = (*q.shape[:-1], v.shape[-1])
+    heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
+    saved: Saved | list[Saved] = []
+    known: list[dict[str, Any]] = []
+    if math.prod(q.shape[:-1]) == 0:
+        out = sp.zeros(shape, q.dtype)
+        if auto is not None:
+            known = tolerance.of_nothing(heads.count)
+    else:
+        names = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
+        sp.check_finite(**names)
+        if auto is None:
+            out, saved = engines.forward(sp, engine, heads)
+        else:
+            given = list(engine.heads) if isinstance(engine, Plan) else None
+            before = engine.reports if isinstance(engine, Planned) else None
+            out, saved, known = tolerance.forward_within(sp, heads, auto, given, before)
+        sp.check_results(out=out)
+        out = sp.contiguous(sp.xp.reshape(out, shape))
+    if not keep:
+        return out, None
+    kept = engine if not isinstance(engine, Planned) else engine.auto
+    return out, State(kept, causal, scale, sp.xp.asarray(out, copy=True), saved, known)
+
+
+def backward(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    state: State,
+    dout: Array,
+    *,
+    samples: int,
+) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
+    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
+    xp = sp.xp
+    if math.prod(q.shape[:-1]) == 0:
+        zeros = [sp.zeros(x.shape, x.dtype) for x in (q, k, v)]
+        return (zeros[0], zeros[1], zeros[2], None if key_bias is None else sp.zeros(key_bias.shape, q.dtype)), []
+    sp.check_finite(dout=dout)
+    heads, group = _heads(sp, q, k, v, key_bias, causal=state.causal, scale=state.scale)
+    flat = (heads.count, heads.q.shape[1], heads.v.shape[2])
+    out, up = xp.reshape(state.out, flat), xp.reshape(dout, flat)
+    auto, reports = _tolerance(state.engine), []
+    if auto is not None:
+        assert isinstance(state.saved, list)
+        grads, reports = tolerance.backward_within(sp, heads, group, auto, state.saved, state.known, out, up)
+    else:
+        assert isinstance(state.saved, Saved)
+        grads = engines.backward(sp, heads, state.saved, out, up)
+        grads = engines.add_groups(sp, grads, group)
+        if samples:
+            reports = tolerance.measured(sp, heads, group, state.saved, out, up, grads, samples)
+    results = [
+        None if x is None else sp.contiguous(xp.reshape(x, like.shape))
+        for x, like in zip((grads.dq, grads.dk, grads.dv, grads.dkey_bias), (q, k, v, key_bias), strict=True)
+    ]
+    sp.check_results(dq=results[0], dk=results[1], dv=results[2])
+    return (results[0], results[1], results[2], results[3]), reports

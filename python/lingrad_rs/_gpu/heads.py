@@ -1,0 +1,88 @@
+"""Heads of attention, what their forward pass leaves, and their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..engines import Exact, Landmark, Polynomial
+
+__all__ = ["Grads", "Heads", "Saved"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads that share no keys.
+
+    Attributes
+    ----------
+    q : array, shape (heads, n, d)
+    k : array, shape (heads, m, d)
+    v : array, shape (heads, m, dv)
+    key_bias : array, shape (heads, m), or None
+    causal : bool
+    scale : float
+    first : int
+        The number of the first one, for what errors say.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    key_bias: Array | None
+    causal: bool
+    scale: float
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.q.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``n, m, d, dv``."""
+        return self.q.shape[1], self.k.shape[1], self.q.shape[2], self.v.shape[2]
+
+    def part(self, start: int, end: int) -> Heads:
+        """Some of them."""
+        bias = None if self.key_bias is None else self.key_bias[start:end, ...]
+        q, k, v = (x[start:end, ...] for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, key_bias=bias, first=self.first + start)
+
+    def one(self, i: int) -> Heads:
+        """One of them."""
+        return self.part(i, i + 1)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass needs beside the inputs, ``out`` and its gradient.
+
+    Weights of the normalised rows are ``f_ij = row_scale_i e^(s_ij - row_max_i)``, where ``s`` are the engine's own
+    scores, and their exponentials its own.
+
+    Attributes
+    ----------
+    engine : Exact, Polynomial or Landmark
+    row_max, row_scale : arrays, shape (heads, n)
+    constants : list of (int, int, object)
+        What the engine took from the data: of heads from one number to another.
+    """
+
+    engine: Exact | Polynomial | Landmark
+    row_max: Array
+    row_scale: Array
+    constants: list[tuple[int, int, Any]]
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Gradients, of the shapes of `Heads`."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dkey_bias: Array | None

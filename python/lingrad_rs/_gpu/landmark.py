@@ -1,0 +1,134 @@
+"""The landmark engine: the exponential kernel by its values at a few points that lie among the queries and keys.
+
+Shifted queries and keys are balanced, ``q^ = +-(q - alpha) / t`` (minus where ``scale < 0``), ``k^ = t (k - beta)``; with
+the Gaussian kernel ``g(x, y) = e^(-|scale| |x - y|^2 / 2)``,
+
+    e^(scale q'.k') = e^(|scale| |q^|^2 / 2) g(q^, k^) e^(|scale| |k^|^2 / 2),    g(q^, k^) ~ phi(q^)^T M phi(k^)
+
+with ``phi_l(x) = g(x, x_l)``. The first factor cancels in a row, the last is part of the key's weight. Landmarks are
+drawn and fitted by the compiled core, from a sample that is copied to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import _lingrad_rs as core
+from ..engines import Landmark, LandmarkConstants
+from ..errors import ArgumentError, ShapeError
+from . import causal, low_rank
+from .device import Space
+from .features import Gaussians, Map
+from .heads import Grads, Heads
+from .polynomial import sampled
+
+__all__ = ["Constants", "backward", "forward", "numbers"]
+
+Array = Any
+
+# Tokens before each query that are exact under a mask.
+_WINDOW = 64
+# Queries, and keys, that landmarks are drawn from without a mask.
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The landmarks of heads, as the pass takes them."""
+
+    features: Gaussians
+    query_shift: Array
+    key_shift: Array
+
+
+def numbers(engine: Landmark, d: int, dv: int) -> int:
+    """Numbers of temporary arrays for a block of one head."""
+    return 8 * engine.rank * (dv + 1 + d + causal.BLOCK)
+
+
+def _drawn(sp: Space, engine: Landmark, heads: Heads) -> list[LandmarkConstants]:
+    if engine.constants is not None:
+        given = engine.constants
+        if len(given.query_shift) != heads.sizes[2]:
+            raise ShapeError(f"landmarks are of width {len(given.query_shift)}; expected d = {heads.sizes[2]}")
+        if given.scale != heads.scale:
+            raise ArgumentError(f"scale is {heads.scale}; expected {given.scale}, for which the landmarks were made")
+        return [given] * heads.count
+    arrays, masked = sampled(sp, heads, _SAMPLE, _SAMPLE)
+    return [
+        LandmarkConstants(
+            **core.landmark_constants(
+                *(None if x is None else x[i] for x in arrays),
+                rank=engine.rank,
+                seed=engine.seed,
+                causal=masked,
+                scale=heads.scale,
+            )
+        )
+        for i in range(heads.count)
+    ]
+
+
+def _constants(sp: Space, engine: Landmark, heads: Heads) -> Constants:
+    drawn = _drawn(sp, engine, heads)
+    r = max(len(x.landmarks) for x in drawn)
+    c, sign, dtype = abs(heads.scale), -1.0 if heads.scale < 0 else 1.0, heads.q.dtype
+    points, offsets, matrices = [], [], []
+    for y in drawn:  # as many for each: of those that are added the matrix takes no notice
+        points.append(np.pad(y.landmarks, ((0, r - len(y.landmarks)), (0, 0))))
+        offsets.append(-c / 2 * np.square(points[-1]).sum(axis=1))
+        matrices.append(np.pad(y.matrix, ((0, r - len(y.landmarks)),) * 2))
+    t = np.array([y.balance for y in drawn])
+    stacked = np.stack(points)
+    maps = [
+        Map(
+            sp.asarray(stacked * factor[:, None, None], dtype),
+            sp.asarray(np.stack(offsets), dtype),
+            sp.asarray(half, sp.xp.float64),
+        )
+        for factor, half in ((sign * c / t, c / (2 * t * t)), (c * t, c * t * t / 2))
+    ]
+    shifts = [sp.asarray(np.stack([getattr(y, name) for y in drawn]), dtype) for name in ("query_shift", "key_shift")]
+    return Constants(Gaussians(*maps, sp.asarray(np.stack(matrices), dtype)), *shifts)
+
+
+def _pass(sp: Space, heads: Heads, constants: Constants) -> low_rank.Pass:
+    return low_rank.make_pass(sp, heads, constants.features, constants.query_shift, constants.key_shift)
+
+
+def near(engine: Landmark) -> causal.Near:
+    """How keys near the diagonal are met under a mask."""
+    return causal.Near(_WINDOW, engine.constants is None)
+
+
+def forward(sp: Space, engine: Landmark, heads: Heads) -> tuple[Array, Array, Array, Array, Constants]:
+    """``out``, the row factors, whether rows are not below Jensen's bound, and the constants of the heads."""
+    constants = _constants(sp, engine, heads)
+    run = _pass(sp, heads, constants)
+    result = causal.forward(sp, run, near(engine)) if heads.causal else low_rank.forward(sp, run)
+    return *result, constants
+
+
+def backward(
+    sp: Space,
+    engine: Landmark,
+    heads: Heads,
+    constants: Constants,
+    row_max: Array,
+    row_scale: Array,
+    dout: Array,
+    delta: Array,
+) -> Grads:
+    """The gradients, from what the forward pass has left."""
+    run = _pass(sp, heads, constants)
+    if heads.causal:
+        return causal.backward(sp, run, near(engine), row_max, row_scale, dout, delta)
+    return low_rank.backward(sp, run, row_scale, dout, delta)
+
+
+def left_out(sp: Space, heads: Heads, constants: Constants) -> Array:
+    """What the logarithms of row sums in the original scores are more than those of the pass, ``(heads, n)``."""
+    return low_rank.left_out(sp, _pass(sp, heads, constants), heads, constants.key_shift)

@@ -1,0 +1,333 @@
+"""A pass of the low-rank engines over the tokens of some heads, without a mask; and what one under a mask shares.
+
+With shifted tokens ``q' = q - alpha``, ``k' = k - beta``, biases ``b'_j = b_j + scale alpha.k'_j``, the features'
+factors in those (`Features.norms`), and key weights ``w_j = e^(b'_j - level)``:
+
+    S = sum_j [w_j v_j, w_j]^T chi(k'_j)^T       (e, r), e = dv + 1
+    [N_i, D_i] = S W^T phi(q'_i)        out_i = N_i / D_i
+
+Backward, with ``delta_i = dout_i.out_i`` and ``R = sum_i [dout_i, -delta_i]^T phi(q'_i)^T / D_i``:
+
+    dq_i = J_phi(q'_i)^T W S^T [dout_i; -delta_i] / D_i
+    dk'_j = w_j J_chi(k'_j)^T W^T R^T [v_j; 1]     [dv_j, h_j] = w_j R W chi(k'_j)       db_j = dv_j.v_j + h_j
+
+and ``dk_j = dk'_j + scale db_j alpha``. Where the shifts are the means of the call, the consistent gradient also goes
+through them:
+
+    dalpha = -sum_i dq'_i + scale sum_j db_j k'_j      dq_i = dq'_i + dalpha / n
+    dbeta = -sum_j dk_j                                dk_j = dk_j + dbeta / m
+
+Sums over tokens are products over blocks of them in the arrays' dtype, added up in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .device import Space
+from .features import Features, Side
+from .heads import Grads, Heads
+
+__all__ = ["Floor", "Pass", "TokenGrads", "backward", "forward", "make_pass", "scaled", "with_ones"]
+
+Array = Any
+
+# Tokens whose products are summed in the arrays' dtype.
+BLOCK = 512
+# A denominator below this part of Jensen's lower bound is wrong.
+LEAST_OF_FLOOR = 0.5
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Heads with shifted tokens.
+
+    Attributes
+    ----------
+    heads : Heads
+        Whose ``q`` and ``k`` are shifted; removed keys are 0, whatever they hold.
+    features : Features
+    query_shift : array, shape (heads, d), or None
+    bias : array of float64, shape (heads or 1, m)
+        ``b'``, with the features' factors.
+    biased : bool
+        Whether not all of ``b'`` is 0.
+    plain_bias : array of float64, shape (heads or 1, m)
+        Without those factors.
+    row_level : array of float64, shape (heads, n), or None
+        What the low-rank weights of a query leave out, as a logarithm.
+    through_means : bool
+        Whether the gradient goes through the shifts.
+    """
+
+    heads: Heads
+    features: Features
+    query_shift: Array | None
+    bias: Array
+    biased: bool
+    plain_bias: Array
+    row_level: Array | None
+    through_means: bool
+
+
+def make_pass(
+    sp: Space,
+    heads: Heads,
+    features: Features,
+    query_shift: Array | None,
+    key_shift: Array | None,
+    *,
+    through_means: bool = False,
+) -> Pass:
+    """The pass of `Heads` as they came, for shifts ``(heads, d)`` in their dtype."""
+    xp = sp.xp
+    q = heads.q if query_shift is None else heads.q - query_shift[:, None, :]
+    k = heads.k if key_shift is None else heads.k - key_shift[:, None, :]
+    plain = sp.zeros((1, heads.sizes[1]), xp.float64)
+    if heads.key_bias is not None:
+        plain = sp.wide(heads.key_bias)
+        k = xp.where((plain == -math.inf)[..., None], xp.zeros_like(k), k)
+    if query_shift is not None:
+        along = xp.matmul(sp.wide(k), sp.wide(query_shift)[..., None])[..., 0]
+        plain = plain + heads.scale * along
+    norms = features.norms(sp, "keys", k)
+    return Pass(
+        heads=Heads(q, k, heads.v, heads.key_bias, heads.causal, heads.scale, heads.first),
+        features=features,
+        query_shift=query_shift,
+        bias=plain if norms is None else plain + norms,
+        biased=heads.key_bias is not None or query_shift is not None or norms is not None,
+        plain_bias=plain,
+        row_level=features.norms(sp, "queries", q),
+        through_means=through_means,
+    )
+
+
+def scaled(sp: Space, exponent: Array, level: Array) -> Array:
+    """``e^(exponent - level)`` for exponents that are at most their level; 0 where the exponent is minus infinity."""
+    zero = sp.full((), 0.0, exponent.dtype)
+    gone = exponent == -math.inf
+    return sp.xp.where(gone, zero, sp.xp.exp(sp.xp.where(gone, zero, exponent - level)))
+
+
+def with_ones(sp: Space, x: Array) -> Array:
+    """``[x, 1]``, one column more."""
+    ones = sp.xp.ones((*x.shape[:-1], 1), dtype=x.dtype, device=sp.device)
+    return sp.xp.concat([x, ones], axis=-1)
+
+
+def columns(sp: Space, x: Array) -> Array:
+    """Tokens along the last axis, contiguous."""
+    return sp.contiguous(sp.xp.matrix_transpose(x))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Jensen's lower bound of rows' denominators: ``ln D_i >= weight + q'_i.mean``, both float64.
+
+    ``weight (heads, ...)`` is the logarithm of the keys' weights, ``mean (heads, ..., d)`` their mean key, times scale.
+    """
+
+    weight: Array
+    mean: Array
+
+    def holds(self, sp: Space, q: Array, log: Array) -> Array:
+        """Whether ``ln D`` of queries ``(heads, ..., tokens, d)`` is not below it."""
+        bound = self.weight[..., None] + sp.xp.matmul(sp.wide(q), self.mean[..., None])[..., 0]
+        return log >= bound + math.log(LEAST_OF_FLOOR)
+
+
+def _blocks(sp: Space, x: Array, start: int, end: int, block: int) -> Array:
+    """Rows of ``x (heads, tokens, ...)`` in blocks ``(heads, blocks, block, ...)``, zeros where there are no more."""
+    x = x[:, start:end, ...]
+    missing = -(end - start) % block
+    if missing:
+        x = sp.xp.concat([x, sp.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype)], axis=1)
+    return sp.xp.reshape(x, (x.shape[0], -1, block, *x.shape[2:]))
+
+
+def _ranges(sp: Space, run: Pass, tokens: int, potential: bool) -> Iterator[tuple[int, int, int]]:
+    """Ranges of tokens whose features fit in temporary arrays, and the length of their blocks."""
+    _, _, d, dv = run.heads.sizes
+    width = run.heads.count * (run.features.rank(potential) * 2 + d + dv + 1)
+    block = max(16, min(BLOCK, sp.numbers // width, tokens))
+    states = 2 * run.heads.count * run.features.rank(potential) * (dv + 1)
+    most = block * max(1, min(sp.numbers // (width * block), sp.numbers // states))
+    return ((start, min(start + most, tokens), block) for start in range(0, tokens, most))
+
+
+def add_up(sp: Space, values: Array, features: Array) -> Array:
+    """``sum over tokens of values^T features^T``, block by block: ``(heads, blocks, e, r)``.
+
+    ``values (heads, blocks, tokens, e)``, ``features (heads, blocks, r, tokens)``.
+    """
+    t = sp.xp.matrix_transpose
+    return sp.xp.matmul(t(values), t(features))
+
+
+def whole_state(sp: Space, run: Pass, side: Side, values: Array, potential: bool) -> Array:
+    """The state of all tokens, ``(heads, e, r)``, float64, for their values ``(heads, tokens, e)``."""
+    x = run.heads.q if side == "queries" else run.heads.k
+    total = sp.zeros((x.shape[0], values.shape[-1], run.features.rank(potential)), sp.xp.float64)
+    for start, end, block in _ranges(sp, run, x.shape[1], potential):
+        of_x = run.features.of(sp, side, columns(sp, _blocks(sp, x, start, end, block)), potential)
+        parts = add_up(sp, _blocks(sp, values, start, end, block), of_x)
+        total += sp.xp.sum(parts, axis=1, dtype=sp.xp.float64)
+    return total
+
+
+def key_weights(sp: Space, run: Pass, level: Array) -> Array:
+    """``w (heads or 1, m)`` for a level ``(heads or 1, 1)``, in the arrays' dtype."""
+    return sp.astype(scaled(sp, run.bias, level), run.heads.q.dtype)
+
+
+def weighted_values(sp: Space, run: Pass, level: Array) -> Array:
+    """``[w v, w] (heads, m, e)``."""
+    return with_ones(sp, run.heads.v) * key_weights(sp, run, level)[..., None]
+
+
+def whole_level(sp: Space, run: Pass) -> Array:
+    """The largest bias of each head, ``(heads or 1, 1)``; 0 where every key is removed."""
+    level = sp.xp.max(run.bias, axis=-1, keepdims=True)
+    return sp.xp.where(level == -math.inf, sp.xp.zeros_like(level), level)
+
+
+def forward(sp: Space, run: Pass) -> tuple[Array, Array, Array, Array]:
+    """``out``, row factors ``M = 0`` and ``1/D``, and whether each row is not below Jensen's bound.
+
+    The weights are relative to the level, and without the row's own factors.
+
+    Cost: O((n + m) r dv) time a head; memory beyond the results: states and tiles.
+    """
+    xp = sp.xp
+    heads = run.heads
+    n, _, _, dv = heads.sizes
+    level = whole_level(sp, run)
+    state = whole_state(sp, run, "keys", weighted_values(sp, run, level), False)
+    state = sp.astype(
+        run.features.weigh(sp, "keys", sp.astype(state, heads.q.dtype)[:, None, ...], False), heads.q.dtype
+    )
+    out, row_scale = sp.empty((heads.count, n, dv), heads.q.dtype), sp.empty((heads.count, n), heads.q.dtype)
+    good = xp.ones((heads.count, n), dtype=xp.bool, device=sp.device)
+    floor = None if run.row_level is None else whole_floor(sp, run)
+    for start, end, block in _ranges(sp, run, n, False):
+        q = columns(sp, _blocks(sp, heads.q, start, end, block))
+        rows = xp.matrix_transpose(xp.matmul(state, run.features.of(sp, "queries", q, False)))
+        rows = xp.reshape(rows, (heads.count, -1, dv + 1))[:, : end - start, :]
+        out[:, start:end, :] = rows[..., :dv] / rows[..., dv:]
+        row_scale[:, start:end] = 1 / rows[..., dv]
+        if floor is not None and run.row_level is not None:
+            log = level + run.row_level[:, start:end] + xp.log(sp.wide(rows[..., dv]))
+            good[:, start:end] = floor.holds(sp, heads.q[:, start:end, :], log)
+    return out, xp.zeros_like(row_scale), row_scale, good
+
+
+def whole_floor(sp: Space, run: Pass) -> Floor:
+    """Jensen's bound over all keys."""
+    xp = sp.xp
+    level = xp.max(run.plain_bias, axis=-1, keepdims=True)
+    level = xp.where(level == -math.inf, xp.zeros_like(level), level)
+    w = scaled(sp, run.plain_bias, level)
+    total = xp.sum(w, axis=-1)
+    mean = xp.matmul(w[:, None, :], sp.wide(run.heads.k))[:, 0, :] / total[..., None]
+    return Floor(level[..., 0] + xp.log(total), run.heads.scale * mean)
+
+
+@dataclass(frozen=True)
+class TokenGrads:
+    """Gradients of keys: ``dk`` of shifted ones, ``dv`` and ``db``."""
+
+    dk: Array
+    dv: Array
+    db: Array
+
+
+def query_gradients(sp: Space, run: Pass, q: Array, upstream: Array, state: Array) -> Array:
+    """``J_phi(q')^T state^T upstream``, ``(heads, blocks, tokens, d)``, to be divided by D.
+
+    ``q (heads, blocks, tokens, d)``, ``upstream (heads, blocks, tokens, e)`` and weighted states
+    ``(heads, blocks, e, r)``.
+    """
+    t = sp.xp.matrix_transpose
+    u = sp.xp.matmul(t(state), t(upstream))
+    return t(run.features.pullback(sp, "queries", columns(sp, q), u))
+
+
+def key_gradients(sp: Space, run: Pass, k: Array, v: Array, w: Array, potential: Array, own: Array) -> TokenGrads:
+    """Those of keys ``(heads, blocks, tokens, d)`` with values ``v`` and weights ``w (heads, blocks, tokens)``.
+
+    From the query states ``(heads, blocks, e, r)``, weighted by the potential's and by the features' own weights.
+    """
+    xp, t = sp.xp, sp.xp.matrix_transpose
+    x, values = columns(sp, k), with_ones(sp, v)
+    rows = t(xp.matmul(own, run.features.of(sp, "keys", x, False))) * w[..., None]
+    u = xp.matmul(t(potential), t(values))
+    dk = t(run.features.pullback(sp, "keys", x, u)) * w[..., None]
+    return TokenGrads(dk, rows[..., :-1], xp.sum(rows * values, axis=-1))
+
+
+def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) -> Grads:
+    """The gradients, from ``dout (heads, n, dv)`` and ``delta (heads, n)``.
+
+    Cost: O((n + m) r' (dv + d)) time a head, with the potential's rank; memory beyond the results: states and tiles.
+    """
+    xp = sp.xp
+    heads, features = run.heads, run.features
+    n, m, d, dv = heads.sizes
+    dtype = heads.q.dtype
+    level = whole_level(sp, run)
+    narrow = lambda state: sp.astype(state, dtype)[:, None, ...]  # noqa: E731
+    state = features.weigh(
+        sp, "keys", narrow(whole_state(sp, run, "keys", weighted_values(sp, run, level), True)), True
+    )
+    upstream = xp.concat([dout, -delta[..., None]], axis=-1)
+    dq = sp.empty((heads.count, n, d), dtype)
+    for start, end, block in _ranges(sp, run, n, True):
+        q, up = (_blocks(sp, x, start, end, block) for x in (heads.q, upstream))
+        rows = xp.reshape(query_gradients(sp, run, q, up, state), (heads.count, -1, d))[:, : end - start, :]
+        dq[:, start:end, :] = rows * row_scale[:, start:end, None]
+    state = narrow(whole_state(sp, run, "queries", upstream * row_scale[..., None], True))
+    potential, own = (features.weigh(sp, "queries", state, which) for which in (True, False))
+    w = xp.broadcast_to(key_weights(sp, run, level), (heads.count, m))
+    dk, grad_v, db = (sp.empty((heads.count, m, *rest), dtype) for rest in ((d,), (dv,), ()))
+    for start, end, block in _ranges(sp, run, m, True):
+        parts = [_blocks(sp, x, start, end, block) for x in (heads.k, heads.v, w)]
+        own_grads = key_gradients(sp, run, *parts, potential, own)
+        for total, part in ((dk, own_grads.dk), (grad_v, own_grads.dv), (db, own_grads.db)):
+            flat = xp.reshape(part, (heads.count, -1, *part.shape[3:]))
+            total[:, start:end, ...] = flat[:, : end - start, ...]
+    return finish(sp, run, dq, dk, grad_v, db)
+
+
+def finish(sp: Space, run: Pass, dq: Array, dk: Array, dv: Array, db: Array) -> Grads:
+    """The gradients of unshifted tokens."""
+    xp = sp.xp
+    heads, alpha = run.heads, run.query_shift
+    if alpha is not None:
+        dk = dk + heads.scale * db[..., None] * alpha[:, None, :]
+    if run.through_means:
+        sums = [xp.sum(x, axis=1, keepdims=True, dtype=xp.float64) for x in (dq, dk)]
+        through_bias = xp.matmul(sp.wide(db)[:, None, :], sp.wide(heads.k))
+        dalpha = (heads.scale * through_bias - sums[0]) / heads.q.shape[1]
+        dq = dq + sp.astype(dalpha, dq.dtype)
+        dk = dk - sp.astype(sums[1] / heads.k.shape[1], dk.dtype)
+    return Grads(dq, dk, dv, None if heads.key_bias is None else db)
+
+
+def left_out(sp: Space, run: Pass, heads: Heads, key_shift: Array | None) -> Array:
+    """What the logarithms of row sums in the original scores are more than those of a pass, ``(heads, n)``, float64.
+
+    That is the row's constant that the key shift takes from its scores; and without a mask the level of the keys and
+    what the features leave out, which rows under a mask hold.
+    """
+    total = sp.zeros(heads.q.shape[:2], sp.xp.float64)
+    if key_shift is not None:
+        total += heads.scale * sp.xp.matmul(sp.wide(heads.q), sp.wide(key_shift)[..., None])[..., 0]
+    if not heads.causal:
+        total += whole_level(sp, run)
+        if run.row_level is not None:
+            total += run.row_level
+    return total

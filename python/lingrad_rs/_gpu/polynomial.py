@@ -1,0 +1,187 @@
+"""The polynomial engine: ``exp(s)`` replaced by ``p(s) = sum_{j <= g} a_j s^j``.
+
+``p(scale q.k) = phi(q)^T diag(omega_p) phi(k)`` with the monomials up to degree g; `low_rank` and `causal` make
+attention of that. *Closed form*: with ``P' = p``, ``scale p(scale q.k) k`` is the gradient of ``P(scale q.k)`` in q, so
+the exact gradient's formula is the derivative through ``P`` and monomials up to degree ``g + 1``. *Consistent*: the
+derivative of the forward pass, through ``p`` itself. The one that is differentiated is called the potential.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import _lingrad_rs as core
+from ..engines import Polynomial
+from ..errors import ArgumentError, ShapeError
+from . import causal, low_rank
+from .device import Space
+from .features import Polynomials
+from .heads import Grads, Heads
+from .monomials import monomials, rank
+
+__all__ = ["Constants", "backward", "forward", "near", "numbers"]
+
+Array = Any
+
+# Numbers in one state at the most: beyond this neither memory nor time is reasonable.
+_LARGEST_STATE = 1 << 27
+# Queries, and keys, that coefficients are fitted to without a mask.
+_SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What heads' data decide before their pass: ``a (heads, g + 1)`` on the host, shifts ``(heads, d)`` or None."""
+
+    coefficients: np.ndarray[Any, Any]
+    query_shift: Array | None
+    key_shift: Array | None
+
+
+def _potential_degree(engine: Polynomial) -> int:
+    return engine.degree + (engine.gradient == "closed_form")
+
+
+def numbers(engine: Polynomial, d: int, dv: int) -> int:
+    """Numbers of temporary arrays for a block of one head; `ArgumentError` where states are out of reach."""
+    degree = _potential_degree(engine)
+    r = rank(d, degree)
+    if r * (dv + 1) > _LARGEST_STATE:
+        raise ArgumentError(
+            f"degree = {engine.degree} with d = {d} and dv = {dv} needs more monomials (up to degree {degree}) than "
+            'memory holds; use a lower degree, gradient="consistent", or Exact()'
+        )
+    return 8 * r * (dv + 1 + causal.BLOCK)
+
+
+def near(sp: Space, engine: Polynomial, constants: Constants, dtype: Any) -> causal.Near:
+    """How keys near the diagonal are met under a mask."""
+    fitted = engine.coefficients == "fitted"
+    if engine.diagonal == "exact":
+        return causal.Near(engine.window, fitted)
+    coefficients = sp.asarray(constants.coefficients, dtype)
+    return causal.Near(0, fitted, coefficients, engine.gradient == "consistent")
+
+
+def _constants(sp: Space, engine: Polynomial, heads: Heads) -> Constants:
+    query, key = shifts(sp, engine, heads)
+    a = engine.coefficients
+    if a == "taylor":
+        a = [1 / math.factorial(j) for j in range(engine.degree + 1)]
+    if a == "fitted":
+        return Constants(_fitted(sp, engine, heads, query, key), query, key)
+    return Constants(np.broadcast_to(np.asarray(a, np.float64), (heads.count, engine.degree + 1)), query, key)
+
+
+def shifts(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array | None, Array | None]:
+    """``alpha`` and ``beta``, ``(heads, d)`` in the arrays' dtype."""
+    xp, dtype = sp.xp, heads.q.dtype
+    if engine.shift == "none":
+        return None, None
+    if engine.shift == "mean":
+        query, key = (sp.astype(xp.mean(sp.wide(x), axis=1), dtype) for x in (heads.q, heads.k))
+        return query, key
+    d = heads.sizes[2]
+    for name, by in zip(("query", "key"), engine.shift, strict=True):
+        if len(by) != d:
+            raise ShapeError(f"shift has {len(by)} numbers for the {name}; expected d = {d}")
+    query, key = (
+        xp.broadcast_to(sp.asarray(np.array(by, np.float64), dtype)[None, :], (heads.count, d)) for by in engine.shift
+    )
+    return query, key
+
+
+def sampled(sp: Space, heads: Heads, query: int, key: int) -> tuple[list[np.ndarray[Any, Any] | None], bool]:
+    """``q, k, v, key_bias`` on the host of so many queries and keys, spread over all; under a mask of the first tokens.
+
+    The rows are those that the compiled core draws, so that both fit the same. Waits for the device.
+    """
+    n, m, _, _ = heads.sizes
+    if heads.causal:
+        first = min(n, causal.PREFIX)
+        picked = [x[:, :first, ...] for x in (heads.q, heads.k, heads.v)]
+        bias = None if heads.key_bias is None else heads.key_bias[:, :first]
+    else:
+        rows = [
+            sp.asarray(core.stratified(of, count, seed), sp.xp.int64)
+            for of, count, seed in ((n, query, 0), (m, key, 1))
+        ]
+        picked = [sp.xp.take(x, rows[i], axis=1) for i, x in ((0, heads.q), (1, heads.k), (1, heads.v))]
+        bias = None if heads.key_bias is None else sp.xp.take(heads.key_bias, rows[1], axis=1)
+    return [sp.host(x) for x in picked] + [None if bias is None else sp.host(bias)], heads.causal
+
+
+def _fitted(
+    sp: Space, engine: Polynomial, heads: Heads, query: Array | None, key: Array | None
+) -> np.ndarray[Any, Any]:
+    """Coefficients fitted to a sample of each head's scores, by the compiled core."""
+    (q, k, _, bias), masked = sampled(sp, heads, _SAMPLE, _SAMPLE)
+    assert q is not None
+    assert k is not None
+    by = [np.empty((heads.count, 0)) if x is None else sp.host(x) for x in (query, key)]
+    return np.stack(
+        [
+            core.fitted_coefficients(
+                q[i],
+                k[i],
+                None if bias is None else bias[i],
+                degree=engine.degree,
+                query_shift=by[0][i].tolist(),
+                key_shift=by[1][i].tolist(),
+                causal=masked,
+                scale=heads.scale,
+            )
+            for i in range(heads.count)
+        ]
+    )
+
+
+def _pass(sp: Space, engine: Polynomial, heads: Heads, constants: Constants) -> low_rank.Pass:
+    a, consistent = constants.coefficients, engine.gradient == "consistent"
+    # The constant of P is free: with that of p, Taylor's P continues p.
+    potential = a if consistent else np.concatenate([a[:, :1], a / np.arange(1, a.shape[1] + 1)], axis=1)
+    degree = _potential_degree(engine)
+    tree = monomials(heads.sizes[2], degree)
+    weights = [sp.asarray(tree.weights(x, heads.scale), heads.q.dtype) for x in (a, potential)]
+    features = Polynomials(tree, engine.degree, weights[0], degree, weights[1])
+    through_means = engine.shift == "mean" and consistent
+    return low_rank.make_pass(
+        sp, heads, features, constants.query_shift, constants.key_shift, through_means=through_means
+    )
+
+
+def forward(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array, Array, Array, Array | None, Constants]:
+    """``out``, the row factors, None, and the constants of the heads."""
+    constants = _constants(sp, engine, heads)
+    run = _pass(sp, engine, heads, constants)
+    if heads.causal:
+        result = causal.forward(sp, run, near(sp, engine, constants, heads.q.dtype))
+    else:
+        result = low_rank.forward(sp, run)
+    return *result[:3], None, constants
+
+
+def backward(
+    sp: Space,
+    engine: Polynomial,
+    heads: Heads,
+    constants: Constants,
+    row_max: Array,
+    row_scale: Array,
+    dout: Array,
+    delta: Array,
+) -> Grads:
+    """The gradients, from what the forward pass has left."""
+    run = _pass(sp, engine, heads, constants)
+    if heads.causal:
+        return causal.backward(sp, run, near(sp, engine, constants, heads.q.dtype), row_max, row_scale, dout, delta)
+    return low_rank.backward(sp, run, row_scale, dout, delta)
+
+
+def left_out(sp: Space, engine: Polynomial, heads: Heads, constants: Constants) -> Array:
+    """What the logarithms of row sums in the original scores are more than those of the pass, ``(heads, n)``."""
+    return low_rank.left_out(sp, _pass(sp, engine, heads, constants), heads, constants.key_shift)

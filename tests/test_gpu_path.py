@@ -1,0 +1,196 @@
+"""What is particular to the GPU path, under NumPy and array-api-strict: it agrees with the compiled core, its steps are
+of any size, it waits for the device a fixed number of times, and memory that runs out is no end of it."""
+
+import gc
+import sys
+import weakref
+
+import array_api_strict as strict
+import numpy as np
+import pytest
+from conftest import GPU_NUMPY, GPU_STRICT, RUST, STRICT_DEVICE
+from helpers import assert_close, cast, draw, random_params, run_attention, small_config
+from limits import FLOAT32_MODEL, ORACLE, REORDERED_STEPS
+
+import lingrad_rs as lg
+from lingrad_rs import Exact, Landmark, Polynomial, _backend
+from lingrad_rs._gpu import device, engines
+
+ENGINES = {
+    "exact": Exact(),
+    "degree 2": Polynomial(),
+    "degree 3, consistent": Polynomial(degree=3, gradient="consistent"),
+    "fitted": Polynomial(coefficients="fitted"),
+    "given coefficients": Polynomial(coefficients=(1.1, 0.9, 0.6)),
+    "given shift": Polynomial(shift=((0.1,) * 5, (-0.2,) * 5)),
+    "no window": Polynomial(window=0),
+    "wide window": Polynomial(window=300),
+    "landmarks": Landmark(rank=40),
+}
+FULL = {
+    "means": Polynomial(shift="mean"),
+    "means, consistent, fitted": Polynomial(shift="mean", gradient="consistent", coefficients="fitted"),
+}
+CAUSAL = {
+    "polynomial diagonal": Polynomial(diagonal="polynomial"),
+    "polynomial diagonal, consistent": Polynomial(diagonal="polynomial", gradient="consistent"),
+}
+CASES = [
+    pytest.param(engine, causal, id=f"{name}, {'causal' if causal else 'full'}")
+    for causal in (False, True)
+    for name, engine in (ENGINES | (CAUSAL if causal else FULL)).items()
+]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes a backend that of the calls that follow."""
+    kinds = list(_backend.KINDS)
+
+    def choose(backend):
+        monkeypatch.setattr(_backend, "KINDS", [*backend.kinds, *kinds])
+        return backend
+
+    return choose
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Sets how many numbers a temporary array may hold."""
+
+    def choose(numbers):
+        monkeypatch.setattr(device, "_LEAST", 1)
+        monkeypatch.setattr(device, "_USUAL", numbers)
+
+    return choose
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("engine", "causal"), CASES)
+def test_both_paths_agree(engine, causal, bias, on, dtype, rng):
+    inputs = draw(rng, n=1500, heads=(2, 2), key_heads=(2, 1), bias=bias, size=0.4)
+    inputs = cast(inputs, dtype)
+    want = run_attention(on(RUST), inputs, engine=engine, causal=causal)
+    got = run_attention(on(GPU_NUMPY), inputs, engine=engine, causal=causal)
+    assert_close(got, want, ORACLE[dtype])
+
+
+@pytest.mark.parametrize("numbers", [1, 3000, 1 << 16])
+@pytest.mark.parametrize(("engine", "causal"), CASES)
+def test_steps_of_any_size_give_the_same(engine, causal, numbers, on, steps, rng):
+    inputs = draw(rng, n=500, heads=(4,), key_heads=(2,), bias=True, size=0.4)
+    on(GPU_NUMPY)
+    want = run_attention(GPU_NUMPY, inputs, engine=engine, causal=causal)
+    steps(numbers)
+    assert_close(run_attention(GPU_NUMPY, inputs, engine=engine, causal=causal), want, REORDERED_STEPS)
+
+
+@pytest.mark.parametrize("numbers", [1, 3000])
+def test_a_model_in_steps_of_any_size_gives_the_same(numbers, on, steps, rng):
+    config = small_config(engine=Polynomial(), norm="layer")
+    params, (tokens, targets) = random_params(config, rng), rng.integers(0, config.vocab_size, (2, 2, 150))
+    on(GPU_NUMPY)
+    want = lg.Transformer(config, params).value_and_grad(tokens, targets)[1]
+    steps(numbers)
+    got = lg.Transformer(config, params).value_and_grad(tokens, targets)[1]
+    assert_close(got, want, FLOAT32_MODEL)
+
+
+def waits(monkeypatch, n, engine, causal, rng):
+    """How often a forward and backward pass reads a number of the device."""
+    count = 0
+
+    def counted(method):
+        def call(self, *args):
+            nonlocal count
+            count += 1
+            return method(self, *args)
+
+        return call
+
+    array = strict._array_object.Array
+    inputs = cast(draw(rng, n=n, heads=(2,), bias=True, size=0.4), np.float32)
+    with monkeypatch.context() as patch:
+        for name in ("__bool__", "__float__", "__int__", "__index__", "to_device"):
+            patch.setattr(array, name, counted(getattr(array, name)))
+        arrays = {name: GPU_STRICT.array(x) for name, x in inputs.items()}
+        dout = arrays.pop("dout")
+        lg.attention_vjp(**arrays, engine=engine, causal=causal)[1](dout)
+    return count
+
+
+@pytest.mark.parametrize(("engine", "causal"), CASES)
+def test_waits_for_the_device_do_not_grow_with_the_tokens(engine, causal, on, steps, monkeypatch, rng):
+    on(GPU_STRICT)
+    steps(1 << 12)
+    few, many = (waits(monkeypatch, n, engine, causal, rng) for n in (130, 700))
+    assert 0 < few == many
+
+
+def test_a_step_is_tried_again_smaller_where_memory_runs_out(on, steps, monkeypatch, rng):
+    on(GPU_NUMPY)
+    inputs = draw(rng, n=300, size=0.4)
+    want = run_attention(GPU_NUMPY, inputs, engine=Polynomial())
+    forward, numbers = engines.forward, []
+
+    def scarce(sp, *args):
+        numbers.append(sp.numbers)
+        result = forward(sp, *args)
+        if len(numbers) < 3:
+            raise MemoryError
+        return result
+
+    monkeypatch.setattr(engines, "forward", scarce)
+    assert_close(run_attention(GPU_NUMPY, inputs, engine=Polynomial()), want, REORDERED_STEPS)
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] > numbers[2]
+
+
+def test_too_little_memory_is_an_error_and_leaves_nothing_allocated(on, monkeypatch, rng):
+    on(GPU_NUMPY)
+    inputs = draw(rng, n=300, size=0.4)
+    kept = []
+
+    def never(sp, engine, heads):
+        room = np.zeros(1000)
+        kept.append(weakref.ref(room))
+        raise MemoryError
+
+    monkeypatch.setattr(engines, "forward", never)
+    with pytest.raises(lg.DeviceError, match="too little memory") as raised:
+        run_attention(GPU_NUMPY, inputs, engine=Exact())
+    gc.collect()
+    assert len(kept) > 1
+    assert all(room() is None for room in kept)
+    assert raised.value is not None
+
+
+def test_arrays_of_two_libraries_are_an_error(on, rng):
+    on(GPU_STRICT)
+    q, k, v = (rng.standard_normal((6, 4)) for _ in range(3))
+    with pytest.raises(lg.DeviceError, match=r"k is a numpy.ndarray and q is a array_api_strict.*one library"):
+        lg.attention(GPU_STRICT.array(q), k, v)
+    with pytest.raises(lg.DeviceError, match=r"v is a array_api_strict.* and q is a numpy.ndarray"):
+        lg.attention(q, k, GPU_STRICT.array(v))
+
+
+def test_arrays_on_two_devices_are_an_error(on, rng):
+    on(GPU_STRICT)
+    q, k, v = (GPU_STRICT.array(rng.standard_normal((6, 4))) for _ in range(3))
+    other = v.to_device(strict.Device("CPU_DEVICE"))
+    with pytest.raises(lg.DeviceError, match=r"v is on .*CPU_DEVICE.* and q is on .*device1.*one device"):
+        lg.attention(q, k, other)
+    out, vjp = lg.attention_vjp(q, k, v, engine=Exact())
+    assert out.device == STRICT_DEVICE
+    with pytest.raises(lg.DeviceError, match="dout is on"):
+        vjp(out.to_device(strict.Device("CPU_DEVICE")))
+
+
+def test_the_gpu_path_without_its_library_says_what_to_install(on, monkeypatch, rng):
+    on(GPU_STRICT)
+    q = GPU_STRICT.array(rng.standard_normal((6, 4)))
+    for name in [name for name in sys.modules if name.startswith(("lingrad_rs._gpu", "array_api_compat"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "array_api_compat", None)
+    with pytest.raises(lg.DeviceError, match=r"pip install 'lingrad_rs\[cuda12\]'"):
+        lg.attention(q, q, q)
