@@ -155,8 +155,8 @@ class ExactRows:
 def exact_rows(sp: Space, heads: Heads, rows: Rows, dout: Array | None = None) -> ExactRows:
     """Rows ``(heads, rows)`` of exact attention, and of dq where there is ``dout (heads, rows, dv)`` in float64.
 
-    ``out_i = sum_j f_ij v_j`` and ``dq_i = scale sum_j f_ij (dout_i.v_j - dout_i.out_i) k_j``, of unchecked denominators:
-    see `ExactRows.check`.
+    ``out_i = sum_j f_ij v_j`` and ``dq_i = scale sum_j f_ij (dout_i.v_j - dout_i.out_i) k_j``. Denominators are for the
+    caller to look at: see `ExactRows.check`.
 
     Cost: O(rows m (d + dv)) time a head; memory: tiles.
     """
@@ -192,7 +192,7 @@ def exact_rows(sp: Space, heads: Heads, rows: Rows, dout: Array | None = None) -
 
 @dataclass(frozen=True)
 class KeyGradients:
-    """Gradients of some keys of each head: ``dk (heads, keys, d)``, ``dv (heads, keys, dv)``, ``db (heads, keys, 1)``."""
+    """Gradients of keys: ``dk (heads, keys, d)``, ``dv (heads, keys, dv)``, ``db (heads, keys, 1)``."""
 
     dk: Array
     dv: Array

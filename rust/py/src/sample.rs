@@ -50,14 +50,17 @@ impl<'py, T: Scalar> Inputs<'py, T> {
     }
 }
 
-/// `(rows, weights)` of `samples` draws by squared sizes `(total,)`.
+/// `(rows, weights)`.
+type Drawn<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
+
+/// `samples` draws by squared sizes `(total,)`.
 #[pyfunction]
 pub fn draw_rows<'py>(
     py: Python<'py>,
     sizes: Numbers<'py, f64>,
     samples: usize,
     seed: u64,
-) -> Result<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+) -> Result<Drawn<'py>> {
     let sizes = numbers(&sizes);
     let (rows, weights) = run(py, None, |_| sampled::draw_rows(&sizes, samples, seed))?;
     Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
