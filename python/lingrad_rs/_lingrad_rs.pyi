@@ -15,6 +15,7 @@ __all__ = [
     "activation_forward",
     "attention_backward",
     "attention_forward",
+    "check_engine",
     "draw_rows",
     "embedding_backward",
     "embedding_forward",
@@ -104,6 +105,7 @@ def attention_forward(
     scale: float,
     keep: bool,
 ) -> tuple[_Array, AttentionState | None]: ...
+def check_engine(engine: Engine, causal: bool) -> None: ...
 def attention_backward(
     q: _Array,
     k: _Array,

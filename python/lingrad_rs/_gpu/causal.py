@@ -3,21 +3,20 @@
 As in the compiled core (so that both compute the same), the sequence is cut in blocks of `BLOCK` tokens. A query meets
 the *near* keys, those of its block and of a window before it, one by one, by ``exp`` or, without a window, by the
 polynomial; in the first ``prefix`` blocks, which constants were taken from, all keys are near. Earlier keys it meets
-through their state. Each row is scaled by ``e^(-M_i)``, and the state is relative to its *level* ``l``, the largest bias
-of its keys:
+through their state. Each row is scaled by ``e^(-M_i)``, and the state is relative to its *level* ``l``, the largest
+bias of its keys:
 
     [N_i, D_i] = e^(l - M_i) S_c W^T phi(q_i) + sum_{near j} e^(-M_i) A_ij [v_j, 1]
 
 With the keys ``K_c`` that are near block ``c - 1`` or its window and far from block ``c``, ``S_c`` is ``S_{c-1}`` and
-``K_c``; these are met through the state by blocks ``c`` and later, whose state ``R_c`` is ``R_{c+1}`` and the queries of
-block ``c``. Blocks are taken in segments: all of a segment's parts at once, then their running sums, as one product with
-a triangle of ratios of levels, then all of its blocks.
+``K_c``; these are met through the state by blocks ``c`` and later, whose state ``R_c`` is ``R_{c+1}`` and the queries
+of block ``c``. Blocks are taken in segments: all of a segment's parts at once, then their running sums, as one product
+with a triangle of ratios of levels, then all of its blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +82,7 @@ def near_start(near: Near, i: int) -> int:
 
 
 def rows(sp: Space, x: Array, start: int, end: int, fill: float = 0.0) -> Array:
-    """Rows ``start .. end`` of ``x (heads, n, ...)``, in blocks ``(heads, blocks, BLOCK, ...)``; `fill` beyond its ends."""
+    """Rows ``start .. end`` of ``x (heads, n, ...)``, `fill` beyond its ends: ``(heads, blocks, BLOCK, ...)``."""
     n = x.shape[1]
     low, high = min(max(start, 0), n), min(max(end, 0), n)
     parts = [x[:, low:high, ...]]
@@ -96,7 +95,7 @@ def rows(sp: Space, x: Array, start: int, end: int, fill: float = 0.0) -> Array:
 
 
 def add_rows(sp: Space, total: Array, start: int, part: Array) -> None:
-    """Adds blocks ``(heads, blocks, BLOCK, ...)`` to rows ``start ..`` of ``total (heads, n, ...)``, as far as there are."""
+    """Adds blocks ``(heads, blocks, BLOCK, ...)`` to the rows from ``start`` on that ``total (heads, n, ...)`` has."""
     part = sp.xp.reshape(part, (part.shape[0], -1, *part.shape[3:]))
     low, high = max(start, 0), min(start + part.shape[1], total.shape[1])
     if low < high:
@@ -298,7 +297,7 @@ class _Floors:
 
 
 def _near_by_polynomial(
-    cut: _Cut, segment: _Segment, s: Array, level: Array, row_max: Array | None
+    cut: _Cut, segment: _Segment, coefficients: Array, s: Array, level: Array, row_max: Array | None
 ) -> tuple[Array, Array, Array]:
     """The polynomial's weights of a block's own keys, those by its derivative, and M.
 
@@ -315,8 +314,6 @@ def _near_by_polynomial(
         row_max = xp.where(row_max == -math.inf, xp.zeros_like(row_max), row_max)
     w = scaled(sp, bias, row_max[..., None])
     p, slope = xp.zeros_like(s), xp.zeros_like(s)
-    coefficients = cut.near.coefficients
-    assert coefficients is not None
     for j in range(coefficients.shape[1] - 1, -1, -1):
         slope = slope * s + p
         p = p * s + coefficients[:, j][:, None, None, None]
@@ -368,7 +365,7 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
             bias = sp.astype(cut.near_rows(run.plain_bias, segment), dtype) if run.biased else None
             weights, most, sums = tiles.exponentials(sp, s, log_far, bias, *cut.seen(segment))
         else:
-            weights, _, most = _near_by_polynomial(cut, segment, s, level, None)
+            weights, _, most = _near_by_polynomial(cut, segment, near.coefficients, s, level, None)
             sums = xp.sum(weights, axis=-1)
         by = scaled(sp, log_far, most)
         if run.row_level is not None:
@@ -444,7 +441,7 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
             f, ds = tiles.score_gradients(sp, s, e, most, scale, -minus_delta, bias, *cut.seen(segment))
             of_bias = ds
         else:
-            f, slope, _ = _near_by_polynomial(cut, segment, s, level, most)
+            f, slope, _ = _near_by_polynomial(cut, segment, cut.near.coefficients, s, level, most)
             f, slope, e = f * scale[..., None], slope * scale[..., None], e + minus_delta[..., None]
             of_bias = f * e
             ds = slope * e if cut.near.consistent else of_bias

@@ -19,8 +19,8 @@ Array = Any
 AnyEngine = Exact | Polynomial | Landmark
 
 _NO_KEY_REMEDY = (
-    "leave such rows out, pad on the right where causal, or give removed keys a large negative bias (-1e4, say) in place "
-    "of -inf"
+    "leave such rows out, pad on the right where causal, or give removed keys a large negative bias (-1e4, say) in "
+    "place of -inf"
 )
 _LANDMARK_REMEDY = (
     "its weights are not resolved by these landmarks; use a higher rank, tol= in place of an engine, or Exact()"
@@ -124,14 +124,15 @@ def _check_rows(sp: Space, engine: AnyEngine, heads: Heads, row_scale: Array, go
     if not len(bad):
         at = int(np.flatnonzero(~sp.host(good).reshape(-1))[0])
         raise DenominatorError(
-            f"row {at % n} of head {heads.first + at // n} has a denominator below Jensen's lower bound: {_LANDMARK_REMEDY}"
+            f"row {at % n} of head {heads.first + at // n} has a denominator below Jensen's lower bound: "
+            f"{_LANDMARK_REMEDY}"
         )
     at = int(bad[0])
     scale, name = float(sp.host(row_scale).reshape(-1)[at]), f"row {at % n} of head {heads.first + at // n}"
     if np.isposinf(scale) and heads.key_bias is not None:
         raise DenominatorError(
-            f"{name} has no key to attend to: key_bias is -inf, or far below its maximum, for every key that it may see; "
-            f"{_NO_KEY_REMEDY}"
+            f"{name} has no key to attend to: key_bias is -inf, or far below its maximum, for every key that it may "
+            f"see; {_NO_KEY_REMEDY}"
         )
     remedy = "use smaller scores, or float64"
     if isinstance(engine, Polynomial):

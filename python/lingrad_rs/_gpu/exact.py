@@ -85,11 +85,12 @@ def backward(sp: Space, heads: Heads, row_max: Array, row_scale: Array, dout: Ar
     db = None if heads.key_bias is None else sp.zeros(heads.key_bias.shape, heads.q.dtype)
     for start, end, ranges in _tiles(sp, heads):
         q, up = heads.scale * heads.q[:, start:end, :], dout[:, start:end, :]
-        rows = [x[:, None, start:end] for x in (row_max, row_scale, delta)]
+        most, scale, own_delta = (x[:, None, start:end] for x in (row_max, row_scale, delta))
         for a, b in ranges:
             s, bias = _scores(sp, heads, q, (a, b))
             e = xp.matmul(up, t(heads.v[:, a:b, :]))[:, None, ...]
-            f, ds = tiles.score_gradients(sp, s, e, *rows, bias, *_limits(sp, heads, (start, end), (a, b)))
+            first, last = _limits(sp, heads, (start, end), (a, b))
+            f, ds = tiles.score_gradients(sp, s, e, most, scale, own_delta, bias, first, last)
             f, ds = f[:, 0, ...], ds[:, 0, ...]
             dq[:, start:end, :] += xp.matmul(ds, heads.k[:, a:b, :])
             dk[:, a:b, :] += xp.matmul(t(ds), q)  # q holds the scale

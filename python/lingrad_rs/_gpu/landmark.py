@@ -1,7 +1,7 @@
 """The landmark engine: the exponential kernel by its values at a few points that lie among the queries and keys.
 
-Shifted queries and keys are balanced, ``q^ = +-(q - alpha) / t`` (minus where ``scale < 0``), ``k^ = t (k - beta)``; with
-the Gaussian kernel ``g(x, y) = e^(-|scale| |x - y|^2 / 2)``,
+Shifted queries and keys are balanced, ``q^ = +-(q - alpha) / t`` (minus where ``scale < 0``), ``k^ = t (k - beta)``;
+with the Gaussian kernel ``g(x, y) = e^(-|scale| |x - y|^2 / 2)``,
 
     e^(scale q'.k') = e^(|scale| |q^|^2 / 2) g(q^, k^) e^(|scale| |k^|^2 / 2),    g(q^, k^) ~ phi(q^)^T M phi(k^)
 
@@ -19,11 +19,10 @@ import numpy as np
 from .. import _lingrad_rs as core
 from ..engines import Landmark, LandmarkConstants
 from ..errors import ArgumentError, ShapeError
-from . import causal, low_rank
+from . import causal, low_rank, sample
 from .device import Space
 from .features import Gaussians, Map
 from .heads import Grads, Heads
-from .polynomial import sampled
 
 __all__ = ["Constants", "backward", "forward", "numbers"]
 
@@ -31,8 +30,6 @@ Array = Any
 
 # Tokens before each query that are exact under a mask.
 _WINDOW = 64
-# Queries, and keys, that landmarks are drawn from without a mask.
-_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,22 @@ def _drawn(sp: Space, engine: Landmark, heads: Heads) -> list[LandmarkConstants]
         if given.scale != heads.scale:
             raise ArgumentError(f"scale is {heads.scale}; expected {given.scale}, for which the landmarks were made")
         return [given] * heads.count
-    arrays, masked = sampled(sp, heads, _SAMPLE, _SAMPLE)
+    tokens = sample.first(sp, heads) if heads.causal else sample.spread(sp, heads, sample.POOL, 2)
     return [
         LandmarkConstants(
             **core.landmark_constants(
-                *(None if x is None else x[i] for x in arrays),
+                own.q,
+                own.k,
+                own.v,
+                own.key_bias,
                 rank=engine.rank,
                 seed=engine.seed,
-                causal=masked,
+                causal=heads.causal,
                 scale=heads.scale,
+                head=heads.first + i,
             )
         )
-        for i in range(heads.count)
+        for i, own in enumerate(tokens)
     ]
 
 
@@ -83,16 +84,17 @@ def _constants(sp: Space, engine: Landmark, heads: Heads) -> Constants:
         matrices.append(np.pad(y.matrix, ((0, r - len(y.landmarks)),) * 2))
     t = np.array([y.balance for y in drawn])
     stacked = np.stack(points)
-    maps = [
+    query, key = (
         Map(
             sp.asarray(stacked * factor[:, None, None], dtype),
             sp.asarray(np.stack(offsets), dtype),
             sp.asarray(half, sp.xp.float64),
         )
         for factor, half in ((sign * c / t, c / (2 * t * t)), (c * t, c * t * t / 2))
-    ]
-    shifts = [sp.asarray(np.stack([getattr(y, name) for y in drawn]), dtype) for name in ("query_shift", "key_shift")]
-    return Constants(Gaussians(*maps, sp.asarray(np.stack(matrices), sp.xp.float64)), *shifts)
+    )
+    features = Gaussians(query, key, sp.asarray(np.stack(matrices), sp.xp.float64))
+    alpha, beta = ([getattr(y, name) for y in drawn] for name in ("query_shift", "key_shift"))
+    return Constants(features, sp.asarray(np.stack(alpha), dtype), sp.asarray(np.stack(beta), dtype))
 
 
 def _pass(sp: Space, heads: Heads, constants: Constants) -> low_rank.Pass:

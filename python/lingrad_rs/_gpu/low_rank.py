@@ -289,8 +289,8 @@ def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) 
     w = xp.broadcast_to(key_weights(sp, run, level), (heads.count, m))
     dk, grad_v, db = (sp.empty((heads.count, m, *rest), dtype) for rest in ((d,), (dv,), ()))
     for start, end, block in _ranges(sp, run, m, True):
-        parts = [_blocks(sp, x, start, end, block) for x in (heads.k, heads.v, w)]
-        own_grads = key_gradients(sp, run, *parts, potential, own)
+        k, v, weights = (_blocks(sp, x, start, end, block) for x in (heads.k, heads.v, w))
+        own_grads = key_gradients(sp, run, k, v, weights, potential, own)
         for total, part in ((dk, own_grads.dk), (grad_v, own_grads.dv), (db, own_grads.db)):
             flat = xp.reshape(part, (heads.count, -1, *part.shape[3:]))
             total[:, start:end, ...] = flat[:, : end - start, ...]

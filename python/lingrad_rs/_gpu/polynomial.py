@@ -17,7 +17,7 @@ import numpy as np
 from .. import _lingrad_rs as core
 from ..engines import Polynomial
 from ..errors import ArgumentError, ShapeError
-from . import causal, low_rank
+from . import causal, low_rank, sample
 from .device import Space
 from .features import Polynomials
 from .heads import Grads, Heads
@@ -29,8 +29,6 @@ Array = Any
 
 # Numbers in one state at the most: beyond this neither memory nor time is reasonable.
 _LARGEST_STATE = 1 << 27
-# Queries, and keys, that coefficients are fitted to without a mask.
-_SAMPLE = 256
 
 
 @dataclass(frozen=True)
@@ -95,47 +93,25 @@ def shifts(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array | None, A
     return query, key
 
 
-def sampled(sp: Space, heads: Heads, query: int, key: int) -> tuple[list[np.ndarray[Any, Any] | None], bool]:
-    """``q, k, v, key_bias`` on the host of so many queries and keys, spread over all; under a mask of the first tokens.
-
-    The rows are those that the compiled core draws, so that both fit the same. Waits for the device.
-    """
-    n, m, _, _ = heads.sizes
-    if heads.causal:
-        first = min(n, causal.PREFIX)
-        picked = [x[:, :first, ...] for x in (heads.q, heads.k, heads.v)]
-        bias = None if heads.key_bias is None else heads.key_bias[:, :first]
-    else:
-        rows = [
-            sp.asarray(core.stratified(of, count, seed), sp.xp.int64)
-            for of, count, seed in ((n, query, 0), (m, key, 1))
-        ]
-        picked = [sp.xp.take(x, rows[i], axis=1) for i, x in ((0, heads.q), (1, heads.k), (1, heads.v))]
-        bias = None if heads.key_bias is None else sp.xp.take(heads.key_bias, rows[1], axis=1)
-    return [sp.host(x) for x in picked] + [None if bias is None else sp.host(bias)], heads.causal
-
-
 def _fitted(
     sp: Space, engine: Polynomial, heads: Heads, query: Array | None, key: Array | None
 ) -> np.ndarray[Any, Any]:
     """Coefficients fitted to a sample of each head's scores, by the compiled core."""
-    (q, k, _, bias), masked = sampled(sp, heads, _SAMPLE, _SAMPLE)
-    assert q is not None
-    assert k is not None
+    tokens = sample.first(sp, heads) if heads.causal else sample.spread(sp, heads, sample.FIT, 0)
     by = [np.empty((heads.count, 0)) if x is None else sp.host(x) for x in (query, key)]
     return np.stack(
         [
             core.fitted_coefficients(
-                q[i],
-                k[i],
-                None if bias is None else bias[i],
+                own.q,
+                own.k,
+                own.key_bias,
                 degree=engine.degree,
                 query_shift=by[0][i].tolist(),
                 key_shift=by[1][i].tolist(),
-                causal=masked,
+                causal=heads.causal,
                 scale=heads.scale,
             )
-            for i in range(heads.count)
+            for i, own in enumerate(tokens)
         ]
     )
 
