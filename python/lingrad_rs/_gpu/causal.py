@@ -184,9 +184,13 @@ class _Cut:
             for c in range(self.prefix, self.blocks, step)
         ]
 
-    def queries(self, x: Array, segment: _Segment) -> Array:
+    def queries(self, x: Array, segment: _Segment, fill: float = 0.0) -> Array:
         """Queries' rows of x, in blocks."""
-        return rows(self.sp, x, segment.starts[0], segment.end * BLOCK)
+        return rows(self.sp, x, segment.starts[0], segment.end * BLOCK, fill)
+
+    def row_factors(self, row_max: Array, row_scale: Array, segment: _Segment) -> tuple[Array, Array]:
+        """Those of queries, in blocks. Where there are no more queries, no key has a weight, however large its bias."""
+        return self.queries(row_max, segment, math.inf), self.queries(row_scale, segment)
 
     def far(self, x: Array, segment: _Segment, fill: float = 0.0) -> Array:
         """Rows of the keys ``K_c``, in blocks."""
@@ -383,7 +387,7 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
 def _far_factor(cut: _Cut, segment: _Segment, levels: Array, row_max: Array, row_scale: Array) -> Array:
     """What turns low-rank weights relative to the levels into entries of f: ``(heads, blocks, BLOCK)``."""
     sp, run = cut.sp, cut.run
-    most, scale = (cut.queries(x, segment) for x in (row_max, row_scale))
+    most, scale = cut.row_factors(row_max, row_scale, segment)
     if run.row_level is None:
         return scale * scaled(sp, sp.xp.broadcast_to(sp.astype(levels, most.dtype)[..., None], most.shape), most)
     level = levels[..., None] + cut.queries(run.row_level, segment)
@@ -435,7 +439,7 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
         k, v = cut.near_rows(heads.k, segment), cut.near_rows(heads.v, segment)
         scaled_q = heads.scale * q
         s, e = xp.matmul(scaled_q, t(k)), xp.matmul(dout, t(v))
-        most, scale = (cut.queries(x, segment) for x in (row_max, row_scale))
+        most, scale = cut.row_factors(row_max, row_scale, segment)
         if cut.near.coefficients is None:
             bias = sp.astype(cut.near_rows(run.plain_bias, segment), dtype) if run.biased else None
             f, ds = tiles.score_gradients(sp, s, e, most, scale, -minus_delta, bias, *cut.seen(segment))
