@@ -26,7 +26,7 @@ class State:
     causal: bool
     scale: float
     out: Array
-    saved: Saved | list[Saved]
+    saved: Saved | list[tolerance.Part]
     known: list[dict[str, Any]]
 
     def reports(self) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def forward(
         core.check_engine(engine, causal)
     shape = (*q.shape[:-1], v.shape[-1])
     heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
-    saved: Saved | list[Saved] = []
+    saved: Saved | list[tolerance.Part] = []
     known: list[dict[str, Any]] = []
     if math.prod(q.shape[:-1]) == 0:
         out = sp.zeros(shape, q.dtype)

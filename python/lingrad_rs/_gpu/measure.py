@@ -276,8 +276,9 @@ def measure_error(
     parts, got = [], []
     for h, rows in of_heads:
         kv = h // group
-        one = [q[h : h + 1, ...], *(None if x is None else x[kv : kv + 1, ...] for x in (k, v, bias))]
-        parts.append(exact_rows(sp, Heads(*one, causal, scale, h), rows[None, :]))
+        own_bias = None if bias is None else bias[kv : kv + 1, ...]
+        one = Heads(q[h : h + 1, ...], k[kv : kv + 1, ...], v[kv : kv + 1, ...], own_bias, causal, scale, h)
+        parts.append(exact_rows(sp, one, rows[None, :]))
         got.append(take_rows(sp, out[h : h + 1, ...], rows[None, :]))
     if not bool(xp.all(xp.stack([part.good(sp) for part in parts]))):
         for part, (h, rows) in zip(parts, of_heads, strict=True):

@@ -30,6 +30,7 @@ from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
 from ..plan import HeadPlan
 from . import measure
+from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
 from .heads import Heads
 from .measure import Draw, Floats, Rows
@@ -66,13 +67,10 @@ _HOPELESS = 4.0
 _SPREAD = 0.5
 # Beyond this bound of the scores no polynomial is considered.
 _LARGEST_BOUND = 300.0
-# Queries, and keys, that coefficients are fitted to, and that landmarks are drawn from; the first tokens, which
-# strictly causal constants are taken from.
+# Queries, and keys, that coefficients are fitted to, and that landmarks are drawn from.
 _FIT = 256
 _POOL = 4096
-_PREFIX = 1024
-# Tokens that a causal pass takes at a time, and those before them that it meets one by one.
-_BLOCK = 112
+# Tokens before each block that a causal pass meets one by one.
 _WINDOW = 64
 # Numbers in a state at the most.
 _LARGEST_STATE = 1 << 27
@@ -198,8 +196,7 @@ class _Size:
 
     def near_start(self, i: int) -> int:
         """The first token near query ``i`` under a causal mask."""
-        block = i // _BLOCK
-        return 0 if self.strict and block < -(-_PREFIX // _BLOCK) else max(block * _BLOCK - _WINDOW, 0)
+        return near_start(Near(_WINDOW, self.strict), i)
 
     def _near(self) -> float:
         """The near pairs of a low-rank engine."""
@@ -208,7 +205,7 @@ class _Size:
         last = self.n - 1
         span = max(last - self.near_start(last) - _WINDOW, 0) / 2
         if self.strict:
-            span += _PREFIX / 2 * min(_PREFIX / max(self.n, 1), 1)
+            span += PREFIX / 2 * min(PREFIX / max(self.n, 1), 1)
         return self._exact_pairs(min(self.n * (_WINDOW + span), self.pairs))
 
     def polynomial(self, degree: int) -> float:
@@ -221,7 +218,7 @@ class _Size:
         if self.gradients:
             flops, moved = flops + 4 * e * potential + e * r, moved + 6 * potential + r
         if self.causal:
-            moved += e * (4 * r + (8 * potential if self.gradients else 0)) / _BLOCK
+            moved += e * (4 * r + (8 * potential if self.gradients else 0)) / BLOCK
         tokens = self.n + self.m
         return self.rates.seconds(flops * tokens, 0, moved * tokens) + self._calls("low rank") + self._near()
 
@@ -231,7 +228,7 @@ class _Size:
         if self.gradients:
             flops, exps, moved = flops + 6 * (d + e), 4.0, moved + 8
         if self.causal:
-            moved += e * (12 if self.gradients else 4) / _BLOCK
+            moved += e * (12 if self.gradients else 4) / BLOCK
         features = (self.n + self.m) * rank
         seconds = self.rates.seconds(flops * features, exps * features, moved * features)
         return seconds + self._calls("low rank") + self._near()
@@ -487,7 +484,7 @@ def _fit_samples(sp: Space, heads: Heads, strict: bool) -> list[_Tokens]:
     """What coefficients are fitted to: the same tokens as the engine, or for a plan all through the sequence."""
     n, m, _, _ = heads.sizes
     if strict:
-        first = np.arange(min(_PREFIX, n)), np.arange(min(_PREFIX, m))
+        first = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
         return _sampled(sp, heads, range(heads.count), first, values=False, prefix=True)
     rows = core.stratified(n, _FIT, 0), core.stratified(m, _FIT, 1)
     return _sampled(sp, heads, range(heads.count), rows, values=False, prefix=False)
@@ -520,7 +517,7 @@ def _pools(sp: Space, heads: Heads, which: Sequence[int], strict: bool) -> list[
         return []
     n, m, _, _ = heads.sizes
     if strict:
-        rows = np.arange(min(_PREFIX, n)), np.arange(min(_PREFIX, m))
+        rows = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
     else:
         rows = core.stratified(n, _POOL, 2), core.stratified(m, _POOL, 3)
     return _sampled(sp, heads, which, rows, values=True, prefix=strict)
@@ -552,14 +549,14 @@ def _landmarks(
     return (Landmark(rank, auto.seed, None if constants is None else LandmarkConstants(**constants)), error), ""
 
 
-def longest(sp: Space, x: Array, by: Floats, live: Array | None = None) -> Array:
-    """The length of each head's longest live row of ``x (heads, rows, width)`` less ``by (heads, width)``."""
+def longest(sp: Space, x: Array, by: Array | None = None, live: Array | None = None) -> Array:
+    """The length of each head's longest live row of ``x (heads, rows, width)`` less ``by (heads, width)``, float64."""
     xp = sp.xp
     count, rows, width = x.shape
-    shift = sp.asarray(by, xp.float64)[:, None, :]
     most = sp.zeros((count,), xp.float64)
     for a, b in sp.tiles(rows, 3 * count * width):
-        squares = xp.sum((sp.wide(x[:, a:b, :]) - shift) ** 2, axis=-1)
+        part = sp.wide(x[:, a:b, :])
+        squares = xp.sum((part if by is None else part - by[:, None, :]) ** 2, axis=-1)
         if live is not None:
             squares = xp.where(live[:, a:b], squares, xp.zeros_like(squares))
         most = xp.maximum(most, xp.max(squares, axis=1))
@@ -569,12 +566,13 @@ def longest(sp: Space, x: Array, by: Floats, live: Array | None = None) -> Array
 def _bounds(sp: Space, heads: Heads, rows: Rows, by: Floats) -> tuple[Floats, Floats]:
     """Of each head: what no score of these rows exceeds, and how large a gradient of a query may be for a dout of 1."""
     xp, live = sp.xp, _live(sp, heads)
-    queries = measure.take_rows(sp, heads.q, rows) - sp.asarray(by[:, 0], xp.float64)[:, None, :]
+    alpha, beta = (sp.asarray(by[:, side], xp.float64) for side in (0, 1))
+    queries = measure.take_rows(sp, heads.q, rows) - alpha[:, None, :]
     sizes = [
         xp.sqrt(xp.max(xp.sum(queries**2, axis=-1), axis=1)),
-        longest(sp, heads.k, by[:, 1], live),
-        longest(sp, heads.k, np.zeros_like(by[:, 1]), live),
-        longest(sp, heads.v, np.zeros((heads.count, heads.v.shape[-1])), live),
+        longest(sp, heads.k, beta, live),
+        longest(sp, heads.k, live=live),
+        longest(sp, heads.v, live=live),
     ]
     q, shifted, k, v = sp.host(xp.stack(sizes))
     return abs(heads.scale) * q * shifted, abs(heads.scale) * k * v

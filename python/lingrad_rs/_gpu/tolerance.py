@@ -1,15 +1,17 @@
 """Attention within a tolerance: what a plan chose is run, verified, and computed exactly where it misses.
 
-Outputs, and gradients of queries, are held against rows that are computed exactly. The gradients of keys are held against
-exact ones *given the row sums* ``D_i`` and ``delta_i`` of the forward pass, whose own output has been verified: a
-relative error of those enters ``dk`` and ``dv`` as one of the same size times numbers that average out over the queries.
+Outputs, and gradients of queries, are held against rows that are computed exactly. The gradients of keys are held
+against exact ones *given the row sums* ``D_i`` and ``delta_i`` of the forward pass, whose own output has been verified:
+a relative error of those enters ``dk`` and ``dv`` as one of the same size times numbers that average out over the
+queries.
 
-Engines run head by head; the samples of all heads are computed together, and compared on the host, where some rows of
-results are copied to.
+Low-rank engines run head by head; the samples of all heads are computed together, and compared on the host, where some
+rows of results are copied to.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,22 +29,38 @@ from .heads import Grads, Heads, Saved
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
 
-__all__ = ["backward_measured", "backward_within", "forward_within"]
+__all__ = ["Part", "backward_within", "check_floor", "forward_within", "measured", "of_nothing"]
 
 Array = Any
-_Report = dict[str, Any]
+Report = dict[str, Any]
 
 # Rows, and keys, of each head that results are held against.
 _SAMPLES = 64
-# The least tolerance that a dtype allows.
+# The least tolerance that numbers of so many bytes allow.
 _FLOOR = {4: 1e-5, 8: 1e-12}
 
 
-def _check_tolerance(auto: Auto, dtype: Any) -> None:
+def check_floor(auto: Auto, dtype: Any) -> None:
+    """Raise where the tolerance is below what the dtype allows.
+
+    Raises
+    ------
+    ToleranceError
+    """
     size = 4 if "32" in str(dtype) else 8
     if auto.tol < _FLOOR[size]:
         tol, floor = (np.format_float_scientific(x, trim="-", exp_digits=1) for x in (auto.tol, _FLOOR[size]))
         raise ToleranceError(f"tol is {tol}; expected at least {floor} for numbers of {size} bytes")
+
+
+def of_nothing(heads: int) -> list[Report]:
+    """Reports of heads without queries."""
+    return [head_report(_given(Exact()))] * heads
+
+
+def _given(engine: Exact | Polynomial | Landmark) -> HeadPlan:
+    """What is known of an engine that somebody else chose."""
+    return HeadPlan(engine, None, None, None, math.nan, math.nan, reason="given")
 
 
 def _name(engine: object) -> str:
@@ -55,9 +73,19 @@ def _name(engine: object) -> str:
     return "exact"
 
 
-def _forward(sp: Space, engine: Any, heads: Heads, i: int) -> tuple[Array, Saved]:
-    one = heads.one(i)
-    return engines.forward(sp, engine, one, [one.first])
+@dataclass(frozen=True)
+class Part:
+    """What the forward pass of heads ``start .. end`` has left: one by one, but for those that are exact."""
+
+    start: int
+    end: int
+    saved: Saved
+
+
+def _run(sp: Space, engine: Any, heads: Heads, start: int, end: int, out: Array) -> Part:
+    """Writes ``out`` of some heads."""
+    out[start:end, ...], saved = engines.forward(sp, engine, heads.part(start, end))
+    return Part(start, end, saved)
 
 
 def forward_within(
@@ -65,8 +93,8 @@ def forward_within(
     heads: Heads,
     auto: Auto,
     given: Sequence[HeadPlan] | None = None,
-    known: Sequence[_Report] | None = None,
-) -> tuple[Array, list[Saved], list[_Report]]:
+    known: Sequence[Report] | None = None,
+) -> tuple[Array, list[Part], list[Report]]:
     """``out`` of each head within a tolerance, by the engines of a plan, or by those that are planned now.
 
     Parameters
@@ -76,20 +104,17 @@ def forward_within(
     given : sequence of HeadPlan, optional
         One a head.
     known : sequence of dict, optional
-        What is known of the given engines already, on the same data: nothing is verified again.
+        In place of that, what a call on the same data has reported: nothing is verified again.
 
     Returns
     -------
     out : array, shape (heads, n, dv)
-    saved : list of Saved
-        One a head.
+    parts : list of Part
     reports : list of dict
         One a head, as `lingrad_rs.plan.head_plans` reads them.
 
     Raises
     ------
-    ToleranceError
-        The tolerance is below what the dtype allows.
     DenominatorError
         The exact engine has no answer either.
 
@@ -98,46 +123,48 @@ def forward_within(
     Cost: that of planning, of the engines that are chosen, and of 16 to 64 exact rows a head; and of exact attention
     where they miss.
     """
-    _check_tolerance(auto, heads.q.dtype)
     n, _, _, dv = heads.sizes
-    if given is None:
-        plans, probed = plan_heads(sp, heads, auto)
-        stale = ""
-    else:
+    probed, stale = [None] * heads.count, ""
+    if known is not None:
+        plans = list(head_plans(known))
+    elif given is not None:
         fresh: dict[str, Any] = {"measured_error": None, "error_bound": None, "missed": None, "errors": {}}
-        plans, probed = [replace(plan, **fresh) for plan in given], [None] * heads.count
-        stale = "" if known is not None else "the plan is stale: "
+        plans, stale = [replace(plan, **fresh) for plan in given], "the plan is stale: "
+    else:
+        plans, probed = plan_heads(sp, heads, auto)
     out = sp.empty((heads.count, n, dv), heads.q.dtype)
-    saved: list[Any] = [None] * heads.count
+    parts: dict[int, Part] = {}
     missed: dict[int, str] = {}
     for i, plan in enumerate(plans):
+        if plan.engine == Exact():
+            continue
         try:
-            out[i : i + 1, ...], saved[i] = _forward(sp, plan.engine, heads, i)
+            parts[i] = _run(sp, plan.engine, heads, i, i + 1, out)
         except (DenominatorError, NonFiniteError) as error:
-            if plan.engine == Exact() or known is not None:
-                raise
             missed[i] = f"{stale}{error}"
-    if known is not None:
-        return out, saved, [dict(report) for report in known]
-    tried = [i for i, plan in enumerate(plans) if plan.engine != Exact() and i not in missed]
-    if tried:
+    if known is None and parts:
+        tried = list(parts)
         references = {i: (probe.draw, probe.out) for i in tried if (probe := probed[i]) is not None}
         references |= _references(sp, heads, [i for i in tried if i not in references], auto.seed ^ 0xF0)
         draws = [references[i][0] for i in tried]
         got = sp.host(measure.take_rows(sp, measure.chosen(sp, out, tried), measure.padded(draws)))
         finite = _all_finite(sp, [out[i, ...] for i in tried])
-        bounds = _error_bounds(sp, heads, out, {i: saved[i] for i in tried})
+        bounds = _error_bounds(sp, heads, out, list(parts.values()))
         for c, i in enumerate(tried):
             error = draws[c].compare(references[i][1], got[c, : len(draws[c].rows)])
             if error.high <= auto.tol and finite[c]:
                 plans[i] = replace(plans[i], errors={"out": error}, measured_error=error, error_bound=bounds.get(i))
             else:
                 missed[i] = f"{stale}{_name(plans[i].engine)} errs by up to {short(error.high)} in out"
+                del parts[i]
+    exactly = [i for i in range(heads.count) if i not in parts]
+    for _, run in itertools.groupby(exactly, key=lambda i: i - exactly.index(i)):
+        together = list(run)
+        parts[together[0]] = _run(sp, Exact(), heads, together[0], together[-1] + 1, out)
     for i, why in missed.items():
-        out[i : i + 1, ...], saved[i] = _forward(sp, Exact(), heads, i)
         cost = plans[i].exact_cost
         plans[i] = replace(plans[i], engine=Exact(), cost=cost, predicted_error=None, whole_sequence=(), missed=why)
-    return out, saved, [head_report(plan) for plan in plans]
+    return out, list(parts.values()), [head_report(plan) for plan in plans]
 
 
 def _references(sp: Space, heads: Heads, which: Sequence[int], seed: int) -> dict[int, tuple[Draw, Floats]]:
@@ -159,39 +186,49 @@ def _all_finite(sp: Space, arrays: Sequence[Array]) -> list[bool]:
     return sp.host(sp.xp.stack(flags)).tolist() if flags else []
 
 
-def _error_bounds(sp: Space, heads: Heads, out: Array, saved: dict[int, Saved]) -> dict[int, float]:
+def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) -> dict[int, float]:
     """The a-priori bound of the relative Frobenius error of ``out``, before rounding, of polynomials that have one.
 
     With ``eps = max |p(s) e^-s - 1|`` over the scores that norms allow, ``|out - exact| <= 2 eps / (1 - eps) max|v|``
     entry by entry.
     """
     xp = sp.xp
-    which = [i for i, one in saved.items() if isinstance(one.engine, Polynomial)]
-    if not which:
+    constants = {
+        part.start + i: (each, i - start)
+        for part in parts
+        if isinstance(part.saved.engine, Polynomial)
+        for start, end, each in part.saved.constants
+        for i in range(start, end)
+    }
+    if not constants:
         return {}
-    some = measure.select(sp, heads, which)
-    shifts = np.zeros((2, len(which), heads.sizes[2]))
-    for c, i in enumerate(which):
-        constants = saved[i].constants
-        for side, shift in enumerate((constants.query_shift, constants.key_shift)):
-            if shift is not None and len(shift[0]):
-                shifts[side, c] = shift[0]
+    some = measure.select(sp, heads, list(constants))
+    none = sp.zeros((heads.sizes[2],), xp.float64)
+    query_shifts, key_shifts = (
+        xp.stack([none if x is None else sp.wide(x[at, ...]) for x, at in of_side])
+        for of_side in (
+            [(each.query_shift, at) for each, at in constants.values()],
+            [(each.key_shift, at) for each, at in constants.values()],
+        )
+    )
     live = None if some.key_bias is None else some.key_bias != -math.inf
-    own = measure.chosen(sp, out, which)
+    own = measure.chosen(sp, out, list(constants))
     sizes = [
-        longest(sp, some.q, shifts[0]),
-        longest(sp, some.k, shifts[1], live),
+        longest(sp, some.q, query_shifts),
+        longest(sp, some.k, key_shifts, live),
         sp.wide(xp.max(xp.abs(some.v), axis=(1, 2))),
         xp.sqrt(xp.sum(measure.dots(sp, own, own), axis=1)),
     ]
     bounds = {}
-    for i, (query, key, value, size) in zip(which, sp.host(xp.stack(sizes)).T, strict=True):
-        eps = core.largest_relative_error(saved[i].constants.coefficients[0], abs(heads.scale) * query * key)
+    for (i, (each, at)), of_head in zip(constants.items(), sp.host(xp.stack(sizes)).T, strict=True):
+        query, key, value, size = of_head.tolist()
+        coefficients = each.coefficients[at].tolist()
+        eps = core.largest_relative_error(coefficients, abs(heads.scale) * query * key)
         if not eps < 1:
             continue
         absolute = 2 * eps / (1 - eps) * value * math.sqrt(math.prod(own.shape[1:]))
         if absolute < size:
-            bounds[i] = float(absolute / (size - absolute))
+            bounds[i] = absolute / (size - absolute)
     return bounds
 
 
@@ -202,42 +239,32 @@ class _Sums:
         n, m, d, dv = heads.sizes
         shared, dtype = heads.count // group, heads.q.dtype
         self.group = group
-        self.dq = sp.zeros((heads.count, n, d), dtype)
-        self.dk, self.dv = (sp.zeros((shared, m, width), dtype) for width in (d, dv))
-        self.db = None if heads.key_bias is None else sp.zeros((shared, m), dtype)
+        db = None if heads.key_bias is None else sp.zeros((shared, m), dtype)
+        dk, grad_v = (sp.zeros((shared, m, width), dtype) for width in (d, dv))
+        self.grads = Grads(sp.zeros((heads.count, n, d), dtype), dk, grad_v, db)
 
-    def members(self, g: int) -> range:
-        """The query heads of a key head."""
-        return range(g * self.group, (g + 1) * self.group)
+    def _of_keys(self, grads: Grads) -> list[Array]:
+        return [x for x in (grads.dk, grads.dv, grads.dkey_bias) if x is not None]
 
     def clear(self, g: int) -> None:
         """Forgets what was added to a key head."""
-        for total in (self.dk, self.dv, *([] if self.db is None else [self.db])):
+        for total in self._of_keys(self.grads):
             total[g, ...] = 0.0
 
-    def add(self, i: int, grads: Grads) -> None:
-        """Those of query head ``i``."""
-        g = i // self.group
-        self.dq[i : i + 1, ...] = grads.dq
-        self.dk[g : g + 1, ...] += grads.dk
-        self.dv[g : g + 1, ...] += grads.dv
-        if self.db is not None:
-            self.db[g : g + 1, ...] += grads.dkey_bias
+    def add(self, start: int, grads: Grads) -> None:
+        """Those of query heads from ``start`` on."""
+        count = grads.dq.shape[0]
+        self.grads.dq[start : start + count, ...] = grads.dq
+        for total, x in zip(self._of_keys(self.grads), self._of_keys(grads), strict=True):
+            for i in range(count):
+                total[(start + i) // self.group, ...] += x[i, ...]
 
     def all_finite(self, sp: Space, groups: Sequence[int]) -> list[bool]:
         """Of each of some key heads."""
-        ranges = [(self.members(g).start, self.members(g).stop) for g in groups]
-        parts = [_all_finite(sp, [self.dq[a:b, ...] for a, b in ranges])]
-        parts += [_all_finite(sp, [x[g, ...] for g in groups]) for x in (self.dk, self.dv)]
+        dq = [self.grads.dq[g * self.group : (g + 1) * self.group, ...] for g in groups]
+        parts = [_all_finite(sp, dq)]
+        parts += [_all_finite(sp, [x[g, ...] for g in groups]) for x in (self.grads.dk, self.grads.dv)]
         return [all(flags) for flags in zip(*parts, strict=True)]
-
-    def grads(self) -> Grads:
-        return Grads(self.dq, self.dk, self.dv, self.db)
-
-
-def _backward(sp: Space, heads: Heads, i: int, saved: Saved, out: Array, dout: Array, sums: _Sums) -> None:
-    part = slice(i, i + 1)
-    sums.add(i, engines.backward(sp, heads.one(i), saved, out[part, ...], dout[part, ...]))
 
 
 def backward_within(
@@ -245,11 +272,11 @@ def backward_within(
     heads: Heads,
     group: int,
     auto: Auto,
-    saved: Sequence[Saved],
-    reports: Sequence[_Report],
+    parts: Sequence[Part],
+    reports: Sequence[Report],
     out: Array,
     dout: Array,
-) -> tuple[Grads, list[_Report]]:
+) -> tuple[Grads, list[Report]]:
     """The gradients within a tolerance, from what `forward_within` left and ``dout (heads, n, dv)``.
 
     Returns
@@ -264,70 +291,56 @@ def backward_within(
     """
     plans = list(head_plans(reports))
     sums = _Sums(sp, heads, group)
-    missed: dict[int, str] = {}
-    for g in range(heads.count // group):
-        try:
-            for i in sums.members(g):
-                _backward(sp, heads, i, saved[i], out, dout, sums)
-        except (DenominatorError, NonFiniteError) as error:
-            if all(saved[i].engine == Exact() for i in sums.members(g)):
-                raise
-            missed[g] = str(error)
-    approximate = [i for i in range(heads.count) if saved[i].engine != Exact()]
-    groups = sorted({i // group for i in approximate} - missed.keys())
-    if groups:
-        check = _Check.new(sp, heads, sums, groups, saved, out, dout, _SAMPLES, auto.seed ^ 0xB0, approximate)
-        for errors, finite in zip(check.errors(sp, sums), sums.all_finite(sp, groups), strict=True):
-            worst, of = errors.worst()
-            if worst > auto.tol:
-                missed[errors.group] = f"{of} errs by up to {short(worst)}"
-            elif not finite:
-                missed[errors.group] = "overflow"
-            else:
-                for i in sums.members(errors.group):
-                    plans[i] = errors.added_to(plans[i], i)
-    for g, why in missed.items():
+    for part in parts:
+        of, own = slice(part.start, part.end), heads.part(part.start, part.end)
+        sums.add(part.start, engines.backward(sp, own, part.saved, out[of, ...], dout[of, ...]))
+    approximate = [part.start for part in parts if part.saved.engine != Exact()]
+    groups = sorted({i // group for i in approximate})
+    if not groups:
+        return sums.grads, [head_report(plan) for plan in plans]
+    members = [i for g in groups for i in range(g * group, (g + 1) * group)]
+    logs = sp.empty(heads.q.shape[:2], sp.xp.float64)
+    for part in parts:
+        logs[part.start : part.end, :] = engines.log_sums(sp, heads.part(part.start, part.end), part.saved)
+    sample = _Sample(groups, group, approximate, _SAMPLES, auto.seed ^ 0xB0)
+    check = _Check.new(sp, heads, sample, measure.chosen(sp, logs, members), out, dout)
+    for errors, finite in zip(check.errors(sp, sums.grads), sums.all_finite(sp, groups), strict=True):
+        g, (worst, of) = errors.group, errors.worst()
+        if worst <= auto.tol and finite:
+            for i in range(g * group, (g + 1) * group):
+                plans[i] = errors.added_to(plans[i], i)
+            continue
+        why = f"{of} errs by up to {short(worst)}" if worst > auto.tol else "overflow"
         sums.clear(g)
-        for i in sums.members(g):
-            if saved[i].engine == Exact():
-                _backward(sp, heads, i, saved[i], out, dout, sums)
-                continue
-            own, exact = _forward(sp, Exact(), heads, i)
-            sums.add(i, engines.backward(sp, heads.one(i), exact, own, dout[i : i + 1, ...]))
-            text = f"the gradients of {_name(saved[i].engine)}, computed exactly instead: {why}"
-            plans[i] = replace(plans[i], missed=text)
-    return sums.grads(), [head_report(plan) for plan in plans]
+        own = heads.part(g * group, (g + 1) * group)
+        exact, saved = engines.forward(sp, Exact(), own)
+        sums.add(g * group, engines.backward(sp, own, saved, exact, dout[g * group : (g + 1) * group, ...]))
+        for i in range(g * group, (g + 1) * group):
+            if i in approximate:
+                text = f"the gradients of {_name(plans[i].engine)}, computed exactly instead: {why}"
+                plans[i] = replace(plans[i], missed=text)
+    return sums.grads, [head_report(plan) for plan in plans]
 
 
-def backward_measured(
-    sp: Space,
-    heads: Heads,
-    group: int,
-    engine: Exact | Polynomial | Landmark,
-    saved: Sequence[Saved],
-    out: Array,
-    dout: Array,
-    samples: int,
-) -> tuple[Grads, list[_Report]]:
-    """The gradients, whatever they are worth, and the errors of all results on so many queries and keys of each head.
+def measured(
+    sp: Space, heads: Heads, group: int, saved: Saved, out: Array, dout: Array, grads: Grads, samples: int
+) -> list[Report]:
+    """The errors of results that were computed without a tolerance, on so many queries and keys of each head.
 
-    Takes and returns what `backward_within` does.
+    ``grads`` are of query heads and of key heads, as `backward_within` returns them. Cost: that of ``samples`` exact
+    queries and keys a head.
     """
-    sums = _Sums(sp, heads, group)
-    for i in range(heads.count):
-        _backward(sp, heads, i, saved[i], out, dout, sums)
-    every, groups = range(heads.count), range(heads.count // group)
-    check = _Check.new(sp, heads, sums, groups, saved, out, dout, samples, 0, every)
+    sample = _Sample(range(heads.count // group), group, range(heads.count), samples, 0)
+    check = _Check.new(sp, heads, sample, engines.log_sums(sp, heads, saved), out, dout)
     of_out = check.of_queries(sp, check.exact_out, out)
-    bounds = _error_bounds(sp, heads, out, dict(enumerate(saved)))
-    plans = []
-    for errors in check.errors(sp, sums):
-        for i in sums.members(errors.group):
-            plan = HeadPlan(
-                engine, None, of_out[i], bounds.get(i), math.nan, math.nan, reason="given", errors={"out": of_out[i]}
-            )
-            plans.append(errors.added_to(plan, i))
-    return sums.grads(), [head_report(plan) for plan in plans]
+    bounds = _error_bounds(sp, heads, out, [Part(0, heads.count, saved)])
+    return [
+        head_report(
+            errors.added_to(replace(_given(saved.engine), errors={"out": of_out[i]}, error_bound=bounds.get(i)), i)
+        )
+        for errors in check.errors(sp, grads)
+        for i in range(errors.group * group, (errors.group + 1) * group)
+    ]
 
 
 @dataclass(frozen=True)
@@ -346,7 +359,19 @@ class _GroupErrors:
     def added_to(self, plan: HeadPlan, i: int) -> HeadPlan:
         """A head's plan with its errors."""
         dq = {"dq": self.dq[i]} if i in self.dq else {}
-        return replace(plan, errors={**plan.errors, **dq, **self.keys})
+        errors = {**plan.errors, **dq, **self.keys}
+        return replace(plan, errors=errors, measured_error=errors.get("out"))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What is checked: key heads, each with ``group`` query heads, of which ``of_dq`` are; and on how many rows."""
+
+    groups: Sequence[int]
+    group: int
+    of_dq: Sequence[int]
+    samples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -355,15 +380,19 @@ class _Check:
 
     Attributes
     ----------
-    groups : the key heads.
-    keys : their draws.
-    exact_keys : the gradients of those keys by name, (groups, keys, width).
-    heads : the query heads whose dq is checked.
-    queries : their draws.
-    exact_out, exact_dq : (heads, queries, width).
+    of : _Sample
+    keys : list of Draw
+        Of each key head.
+    exact_keys : dict of str to ndarray, shape (key heads, keys, width)
+        The gradients of those keys.
+    heads : list of int
+        The query heads whose dq is checked.
+    queries : list of Draw
+        Theirs.
+    exact_out, exact_dq : ndarray, shape (heads, queries, width)
     """
 
-    groups: Sequence[int]
+    of: _Sample
     keys: list[Draw]
     exact_keys: dict[str, Floats]
     heads: list[int]
@@ -372,63 +401,50 @@ class _Check:
     exact_dq: Floats
 
     @staticmethod
-    def new(
-        sp: Space,
-        heads: Heads,
-        sums: _Sums,
-        groups: Sequence[int],
-        saved: Sequence[Saved],
-        out: Array,
-        dout: Array,
-        samples: int,
-        seed: int,
-        of_dq: Sequence[int],
-    ) -> _Check:
-        """On so many queries of those heads of the groups that are ``of_dq``, and so many keys."""
-        xp = sp.xp
-        members = [i for g in groups for i in sums.members(g)]
+    def new(sp: Space, heads: Heads, of: _Sample, log_sums: Array, out: Array, dout: Array) -> _Check:
+        """With the row sums ``(query heads of the key heads, n)`` of the forward pass."""
+        xp, groups = sp.xp, of.groups
+        members = [i for g in groups for i in range(g * of.group, (g + 1) * of.group)]
         some = measure.select(sp, heads, members)
         up, own = measure.chosen(sp, dout, members), measure.chosen(sp, out, members)
-        log_sums = xp.concat([saved[i].log_sums(sp, heads.one(i)) for i in members], axis=0)
-        firsts = [sums.members(g)[0] for g in groups]
-        keys = measure.draw_rows(sp, measure.chosen(sp, heads.k, firsts), samples, seed)
-        rows: Rows = np.repeat(measure.padded(keys), sums.group, axis=0)
+        keys = measure.draw_rows(sp, measure.chosen(sp, some.k, range(0, len(members), of.group)), of.samples, of.seed)
+        rows: Rows = np.repeat(measure.padded(keys), of.group, axis=0)
         exact = measure.key_gradients(sp, some, rows, up, measure.dots(sp, up, own), log_sums)
-        by_name = {"dk": exact.dk, "dv": exact.dv} | ({} if sums.db is None else {"dkey_bias": exact.db})
+        by_name = {"dk": exact.dk, "dv": exact.dv} | ({} if heads.key_bias is None else {"dkey_bias": exact.db})
         exact_keys = {
-            name: sp.host(xp.sum(xp.reshape(x, (len(groups), sums.group, *x.shape[1:])), axis=1))
+            name: sp.host(xp.sum(xp.reshape(x, (len(groups), of.group, *x.shape[1:])), axis=1))
             for name, x in by_name.items()
         }
-        checked = [i for i in members if i in of_dq]
+        checked = [i for i in members if i in of.of_dq]
         queried = measure.select(sp, heads, checked)
-        queries = measure.draw_rows(sp, queried.q, samples, seed ^ 1)
+        queries = measure.draw_rows(sp, queried.q, of.samples, of.seed ^ 1)
         rows = measure.padded(queries)
-        exact_rows = measure.exact_rows(
-            sp, queried, rows, measure.take_rows(sp, measure.chosen(sp, dout, checked), rows)
-        )
+        up_rows = measure.take_rows(sp, measure.chosen(sp, dout, checked), rows)
+        exact_rows = measure.exact_rows(sp, queried, rows, up_rows)
         exact_rows.check(sp, rows, [heads.first + i for i in checked])
-        out_rows, dq_rows = sp.host(exact_rows.out), sp.host(exact_rows.dq)
-        return _Check(groups, keys, exact_keys, checked, queries, out_rows, dq_rows)
+        return _Check(of, keys, exact_keys, checked, queries, sp.host(exact_rows.out), sp.host(exact_rows.dq))
 
     def of_queries(self, sp: Space, exact: Floats, got: Array) -> dict[int, ErrorEstimate]:
         """The error of rows ``(all heads, n, width)`` of each checked head."""
         rows = sp.host(measure.take_rows(sp, measure.chosen(sp, got, self.heads), measure.padded(self.queries)))
         return {i: self.queries[c].compare(exact[c], rows[c]) for c, i in enumerate(self.heads)}
 
-    def errors(self, sp: Space, sums: _Sums) -> list[_GroupErrors]:
+    def errors(self, sp: Space, grads: Grads) -> list[_GroupErrors]:
         """Those of results, of each key head."""
-        dq = self.of_queries(sp, self.exact_dq, sums.dq)
-        results = {"dk": sums.dk, "dv": sums.dv} | ({} if sums.db is None else {"dkey_bias": sums.db[..., None]})
-        rows = measure.padded(self.keys)
+        dq = self.of_queries(sp, self.exact_dq, grads.dq)
+        results = {"dk": grads.dk, "dv": grads.dv}
+        if grads.dkey_bias is not None:
+            results["dkey_bias"] = grads.dkey_bias[..., None]
+        rows, group = measure.padded(self.keys), self.of.group
         got = {
-            name: sp.host(measure.take_rows(sp, measure.chosen(sp, x, self.groups), rows))
+            name: sp.host(measure.take_rows(sp, measure.chosen(sp, x, self.of.groups), rows))
             for name, x in results.items()
         }
         return [
             _GroupErrors(
                 g,
-                {i: dq[i] for i in sums.members(g) if i in dq},
+                {i: dq[i] for i in range(g * group, (g + 1) * group) if i in dq},
                 {name: self.keys[c].compare(self.exact_keys[name][c], got[name][c]) for name in got},
             )
-            for c, g in enumerate(self.groups)
+            for c, g in enumerate(self.of.groups)
         ]

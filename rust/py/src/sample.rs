@@ -55,12 +55,7 @@ type Drawn<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
 
 /// `samples` draws by squared sizes `(total,)`.
 #[pyfunction]
-pub fn draw_rows<'py>(
-    py: Python<'py>,
-    sizes: Numbers<'py, f64>,
-    samples: usize,
-    seed: u64,
-) -> Result<Drawn<'py>> {
+pub fn draw_rows<'py>(py: Python<'py>, sizes: Numbers<'py, f64>, samples: usize, seed: u64) -> Result<Drawn<'py>> {
     let sizes = numbers(&sizes);
     let (rows, weights) = run(py, None, |_| sampled::draw_rows(&sizes, samples, seed))?;
     Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
