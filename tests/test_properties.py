@@ -1,16 +1,16 @@
 """The engines against the oracle over shapes and options drawn by hypothesis."""
 
 import numpy as np
-from conftest import BACKENDS
 from helpers import assert_close, cast, draw, oracle_attention, run_attention
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from limits import ORACLE
 
 import lingrad_rs as lg
 
 DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64)])
-BACKEND = st.sampled_from(BACKENDS)
+# The fixture chooses what computes, for all examples of a test.
+ONE_BACKEND = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.one_of(st.integers(1, 12), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257]))
 
 
@@ -56,16 +56,18 @@ def calls(draw_one):
     return inputs, options
 
 
-@given(calls(), DTYPES, BACKEND)
-def test_any_call_matches_the_oracle(call, dtype, backend):
+@ONE_BACKEND
+@given(call=calls(), dtype=DTYPES)
+def test_any_call_matches_the_oracle(backend, call, dtype):
     inputs, options = call
     inputs = cast(inputs, dtype)
     got = run_attention(backend, inputs, **options)
     assert_close(got, oracle_attention(inputs, **options), ORACLE[dtype])
 
 
-@given(calls(), DTYPES, BACKEND, st.integers(0, 2**32))
-def test_any_layout_matches_the_oracle(call, dtype, backend, seed):
+@ONE_BACKEND
+@given(call=calls(), dtype=DTYPES, seed=st.integers(0, 2**32))
+def test_any_layout_matches_the_oracle(backend, call, dtype, seed):
     inputs, options = call
     inputs = cast(inputs, dtype)
     rng = np.random.default_rng(seed)
@@ -79,8 +81,9 @@ def test_any_layout_matches_the_oracle(call, dtype, backend, seed):
     assert_close(got, oracle_attention(inputs, **options), ORACLE[dtype])
 
 
-@given(calls(), DTYPES, BACKEND)
-def test_gradients_are_linear_in_dout(call, dtype, backend):
+@ONE_BACKEND
+@given(call=calls(), dtype=DTYPES)
+def test_gradients_are_linear_in_dout(backend, call, dtype):
     inputs, options = call
     inputs = cast(inputs, dtype)
     once, twice = (run_attention(backend, inputs | {"dout": c * inputs["dout"]}, **options) for c in (1, 2))
