@@ -11,6 +11,7 @@ from ..engines import Auto, Engine
 from ..plan import Plan
 from . import engines, tolerance
 from .device import Space
+from .engines import AnyEngine
 from .heads import Heads, Saved
 
 __all__ = ["State", "backward", "forward"]
@@ -20,7 +21,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class State:
-    """The forward pass, as the backward pass needs it. It holds its own copy of ``out``: the caller may change theirs."""
+    """The forward pass, as the backward pass needs it, with its own copy of ``out``: the caller may change theirs."""
 
     engine: Engine | Plan
     causal: bool
@@ -48,9 +49,7 @@ class Planned:
 
 
 def _tolerance(engine: Engine | Plan | Planned) -> Auto | None:
-    if isinstance(engine, Auto):
-        return engine
-    return engine.auto if isinstance(engine, Plan | Planned) else None
+    return engine.auto if isinstance(engine, Plan | Planned) else engine if isinstance(engine, Auto) else None
 
 
 def _heads(
@@ -83,10 +82,10 @@ def forward(
 ) -> tuple[Array, State | None]:
     """``out (..., h, n, dv)``, and with ``keep`` what the backward pass needs beside the inputs."""
     auto = _tolerance(engine)
+    if isinstance(engine, AnyEngine):
+        core.check_engine(engine, causal)
     if auto is not None:
         tolerance.check_floor(auto, q.dtype)
-    else:
-        core.check_engine(engine, causal)
     shape = (*q.shape[:-1], v.shape[-1])
     heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
     saved: Saved | list[tolerance.Part] = []
@@ -98,11 +97,12 @@ def forward(
     else:
         names = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
         sp.check_finite(**names)
-        if auto is None:
+        if isinstance(engine, AnyEngine):
             out, saved = engines.forward(sp, engine, heads)
         else:
-            given = list(engine.heads) if isinstance(engine, Plan) else None
+            given = engine.heads if isinstance(engine, Plan) else None
             before = engine.reports if isinstance(engine, Planned) else None
+            auto = engine if isinstance(engine, Auto) else engine.auto
             out, saved, known = tolerance.forward_within(sp, heads, auto, given, before)
         sp.check_results(out=out)
         out = sp.contiguous(sp.xp.reshape(out, shape))
@@ -142,9 +142,7 @@ def backward(
         grads = engines.add_groups(sp, grads, group)
         if samples:
             reports = tolerance.measured(sp, heads, group, state.saved, out, up, grads, samples)
-    results = [
-        None if x is None else sp.contiguous(xp.reshape(x, like.shape))
-        for x, like in zip((grads.dq, grads.dk, grads.dv, grads.dkey_bias), (q, k, v, key_bias), strict=True)
-    ]
-    sp.check_results(dq=results[0], dk=results[1], dv=results[2])
-    return (results[0], results[1], results[2], results[3]), reports
+    dq, dk, dv = (sp.contiguous(xp.reshape(x, y.shape)) for x, y in ((grads.dq, q), (grads.dk, k), (grads.dv, v)))
+    db = None if key_bias is None else sp.contiguous(xp.reshape(grads.dkey_bias, key_bias.shape))
+    sp.check_results(dq=dq, dk=dk, dv=dv)
+    return (dq, dk, dv, db), reports

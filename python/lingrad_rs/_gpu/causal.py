@@ -313,17 +313,18 @@ def _near_by_polynomial(
     bias = sp.astype(cut.queries(run.bias, segment), s.dtype)[..., None, :]
     lowest = sp.full((), -math.inf, s.dtype)
     bias = xp.where(seen, bias, lowest)
+    most: Array = row_max
     if row_max is None:
-        row_max = xp.maximum(xp.max(bias, axis=-1), level)
-        row_max = xp.where(row_max == -math.inf, xp.zeros_like(row_max), row_max)
-    w = scaled(sp, bias, row_max[..., None])
+        most = xp.maximum(xp.max(bias, axis=-1), level)
+        most = xp.where(most == -math.inf, xp.zeros_like(most), most)
+    w = scaled(sp, bias, most[..., None])
     p, slope = xp.zeros_like(s), xp.zeros_like(s)
     for j in range(coefficients.shape[1] - 1, -1, -1):
         slope = slope * s + p
         p = p * s + coefficients[:, j][:, None, None, None]
     gone = w == 0
     zero = xp.zeros_like(p)
-    return xp.where(gone, zero, w * p), xp.where(gone, zero, w * slope), row_max
+    return xp.where(gone, zero, w * p), xp.where(gone, zero, w * slope), most
 
 
 def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Array]:
@@ -365,11 +366,11 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
                 log_far = xp.where(none, level, sp.astype(log, dtype))
         k, v = cut.near_rows(heads.k, segment), cut.near_rows(heads.v, segment)
         s = xp.matmul(heads.scale * q, t(k))
-        if near.coefficients is None:
+        if (coefficients := near.coefficients) is None:
             bias = sp.astype(cut.near_rows(run.plain_bias, segment), dtype) if run.biased else None
             weights, most, sums = tiles.exponentials(sp, s, log_far, bias, *cut.seen(segment))
         else:
-            weights, _, most = _near_by_polynomial(cut, segment, near.coefficients, s, level, None)
+            weights, _, most = _near_by_polynomial(cut, segment, coefficients, s, level, None)
             sums = xp.sum(weights, axis=-1)
         by = scaled(sp, log_far, most)
         if run.row_level is not None:
@@ -440,12 +441,12 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
         scaled_q = heads.scale * q
         s, e = xp.matmul(scaled_q, t(k)), xp.matmul(dout, t(v))
         most, scale = cut.row_factors(row_max, row_scale, segment)
-        if cut.near.coefficients is None:
+        if (coefficients := cut.near.coefficients) is None:
             bias = sp.astype(cut.near_rows(run.plain_bias, segment), dtype) if run.biased else None
             f, ds = tiles.score_gradients(sp, s, e, most, scale, -minus_delta, bias, *cut.seen(segment))
             of_bias = ds
         else:
-            f, slope, _ = _near_by_polynomial(cut, segment, cut.near.coefficients, s, level, most)
+            f, slope, _ = _near_by_polynomial(cut, segment, coefficients, s, level, most)
             f, slope, e = f * scale[..., None], slope * scale[..., None], e + minus_delta[..., None]
             of_bias = f * e
             ds = slope * e if cut.near.consistent else of_bias

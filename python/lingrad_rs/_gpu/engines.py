@@ -13,7 +13,7 @@ from . import exact, landmark, polynomial
 from .device import Space
 from .heads import Grads, Heads, Saved
 
-__all__ = ["add_groups", "backward", "delta_of", "forward", "log_sums"]
+__all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums"]
 
 Array = Any
 AnyEngine = Exact | Polynomial | Landmark

@@ -24,12 +24,12 @@ from .device import Space
 from .features import Gaussians, Map
 from .heads import Grads, Heads
 
-__all__ = ["Constants", "backward", "forward", "numbers"]
+__all__ = ["WINDOW", "Constants", "backward", "forward", "numbers"]
 
 Array = Any
 
 # Tokens before each query that are exact under a mask.
-_WINDOW = 64
+WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _pass(sp: Space, heads: Heads, constants: Constants) -> low_rank.Pass:
 
 def near(engine: Landmark) -> causal.Near:
     """How keys near the diagonal are met under a mask."""
-    return causal.Near(_WINDOW, engine.constants is None)
+    return causal.Near(WINDOW, engine.constants is None)
 
 
 def forward(sp: Space, engine: Landmark, heads: Heads) -> tuple[Array, Array, Array, Array, Constants]:

@@ -23,17 +23,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
 from ..plan import HeadPlan
-from . import measure
+from . import measure, sample
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
 from .heads import Heads
+from .landmark import WINDOW
 from .measure import Draw, Floats, Rows
+from .polynomial import LARGEST_STATE
+from .sample import Tokens
 
 __all__ = ["Probed", "longest", "plan_heads", "short"]
 
@@ -67,13 +69,6 @@ _HOPELESS = 4.0
 _SPREAD = 0.5
 # Beyond this bound of the scores no polynomial is considered.
 _LARGEST_BOUND = 300.0
-# Queries, and keys, that coefficients are fitted to, and that landmarks are drawn from.
-_FIT = 256
-_POOL = 4096
-# Tokens before each block that a causal pass meets one by one.
-_WINDOW = 64
-# Numbers in a state at the most.
-_LARGEST_STATE = 1 << 27
 
 # Numbers that exact attention moves for a pair, beside those of the exponentials: scores are written, weights read; in
 # the backward pass scores and dout.v are written and read, f and dS written, and read by three products.
@@ -196,23 +191,23 @@ class _Size:
 
     def near_start(self, i: int) -> int:
         """The first token near query ``i`` under a causal mask."""
-        return near_start(Near(_WINDOW, self.strict), i)
+        return near_start(Near(WINDOW, self.strict), i)
 
     def _near(self) -> float:
         """The near pairs of a low-rank engine."""
         if not self.causal:
             return 0.0
         last = self.n - 1
-        span = max(last - self.near_start(last) - _WINDOW, 0) / 2
+        span = max(last - self.near_start(last) - WINDOW, 0) / 2
         if self.strict:
             span += PREFIX / 2 * min(PREFIX / max(self.n, 1), 1)
-        return self._exact_pairs(min(self.n * (_WINDOW + span), self.pairs))
+        return self._exact_pairs(min(self.n * (WINDOW + span), self.pairs))
 
     def polynomial(self, degree: int) -> float:
         """Features are written and read once, of a state's tokens, of those that it is applied to, and by gradients."""
         r, potential = (math.comb(self.d + g, g) for g in (degree, degree + 1))
         e = self.dv + 1
-        if potential * e > _LARGEST_STATE:
+        if potential * e > LARGEST_STATE:
             return math.inf
         flops, moved = 2 * e * r, 2.0 * r
         if self.gradients:
@@ -288,7 +283,10 @@ def plan_heads(sp: Space, heads: Heads, auto: Auto) -> tuple[list[HeadPlan], lis
         )
     cheaper = [[rank for rank in ranks if size.landmarks(rank) < plan.cost] for plan in plans]
     which = [i for i, ranks in enumerate(cheaper) if ranks]
-    for i, tokens in zip(which, _pools(sp, heads, which, size.strict), strict=True):
+    pools: list[Tokens] = []
+    if which:
+        pools = sample.first(sp, heads, which) if size.strict else sample.spread(sp, heads, sample.POOL, 2, which)
+    for i, tokens in zip(which, pools, strict=True):
         chosen, reason = _landmarks(tokens, heads, auto, size.strict, cheaper[i], heads.first + i)
         if chosen is not None:
             engine, error = chosen
@@ -325,7 +323,9 @@ def _polynomials(
     shifts = [None] * heads.count if size.strict else _shifts(sp, heads)
     spread = [1.0] * heads.count if auto.gradients else _spreads(sp, heads)
     fits: dict[int, list[list[float] | None]] = {}
-    for i, tokens in enumerate(_fit_samples(sp, heads, size.strict)):
+    # The same tokens as the engine's, or for a plan all through the sequence.
+    samples = sample.first(sp, heads) if size.strict else sample.spread(sp, heads, sample.FIT, 0)
+    for i, tokens in enumerate(samples):
         coefficients, error = _fit(tokens, heads, len(costs), shifts[i])
         if coefficients is None:
             continue
@@ -401,7 +401,7 @@ def _best_polynomial(
 
 def _polynomial(degree: int, coefficients: Any, shift: tuple[Floats, Floats] | None) -> Polynomial:
     by = "none" if shift is None else (shift[0].tolist(), shift[1].tolist())
-    return Polynomial(degree, coefficients, shift=by, window=_WINDOW)
+    return Polynomial(degree, coefficients, shift=by, window=WINDOW)
 
 
 def _live(sp: Space, heads: Heads) -> Array | None:
@@ -448,50 +448,8 @@ def _spreads(sp: Space, heads: Heads) -> list[float]:
         return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Sampled tokens of a head, on the host, and where they stand (None: from the first on)."""
-
-    q: NDArray[Any]
-    k: NDArray[Any]
-    v: NDArray[Any] | None
-    key_bias: NDArray[Any] | None
-    positions: tuple[Rows, Rows] | None
-
-
-def _sampled(
-    sp: Space, heads: Heads, which: Sequence[int], rows: tuple[Rows, Rows], *, values: bool, prefix: bool
-) -> list[_Tokens]:
-    """Queries and keys with these numbers, of some heads."""
-
-    def part(x: Array | None, rows: Rows) -> NDArray[Any] | None:
-        if x is None:
-            return None
-        taken = sp.xp.take(x, sp.asarray(rows, sp.xp.int64), axis=1)
-        return sp.host(measure.chosen(sp, taken, which))
-
-    q, k = part(heads.q, rows[0]), part(heads.k, rows[1])
-    v, bias = part(heads.v if values else None, rows[1]), part(heads.key_bias, rows[1])
-    if q is None or k is None:
-        return []
-    return [
-        _Tokens(q[c], k[c], None if v is None else v[c], None if bias is None else bias[c], None if prefix else rows)
-        for c in range(len(which))
-    ]
-
-
-def _fit_samples(sp: Space, heads: Heads, strict: bool) -> list[_Tokens]:
-    """What coefficients are fitted to: the same tokens as the engine, or for a plan all through the sequence."""
-    n, m, _, _ = heads.sizes
-    if strict:
-        first = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
-        return _sampled(sp, heads, range(heads.count), first, values=False, prefix=True)
-    rows = core.stratified(n, _FIT, 0), core.stratified(m, _FIT, 1)
-    return _sampled(sp, heads, range(heads.count), rows, values=False, prefix=False)
-
-
 def _fit(
-    tokens: _Tokens, heads: Heads, degree: int, shift: tuple[Floats, Floats] | None
+    tokens: Tokens, heads: Heads, degree: int, shift: tuple[Floats, Floats] | None
 ) -> tuple[list[list[float] | None] | None, float]:
     """Coefficients of each degree, and how far weights by the last are off; None where scores are too large."""
     query, key = ([], []) if shift is None else (shift[0].tolist(), shift[1].tolist())
@@ -511,24 +469,10 @@ def _fit(
         return None, math.inf
 
 
-def _pools(sp: Space, heads: Heads, which: Sequence[int], strict: bool) -> list[_Tokens]:
-    """What landmarks are drawn from."""
-    if not which:
-        return []
-    n, m, _, _ = heads.sizes
-    if strict:
-        rows = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
-    else:
-        rows = core.stratified(n, _POOL, 2), core.stratified(m, _POOL, 3)
-    return _sampled(sp, heads, which, rows, values=True, prefix=strict)
-
-
 def _landmarks(
-    tokens: _Tokens, heads: Heads, auto: Auto, strict: bool, ranks: Sequence[int], head: int
+    tokens: Tokens, heads: Heads, auto: Auto, strict: bool, ranks: Sequence[int], head: int
 ) -> tuple[tuple[Landmark, float] | None, str]:
     """The fewest landmarks that are well within the tolerance on a sample, and their error; or why there are none."""
-    if tokens.v is None:
-        return None, ""
     found, reason = core.landmark_candidates(
         tokens.q,
         tokens.k,
