@@ -79,6 +79,8 @@ BACKENDS = [
     GPU_STRICT,
     pytest.param(CUPY, marks=[pytest.mark.gpu, pytest.mark.skipif(_cupy() is None, reason="no GPU that CuPy can use")]),
 ]
+# For tests of many large cases: not the code of a GPU on a CPU.
+FAST_BACKENDS = [BACKENDS[0], BACKENDS[3]]
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name.replace(" ", "-"))
