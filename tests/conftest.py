@@ -63,8 +63,10 @@ GPU_STRICT = Backend(
     (_backend.Kind("array_api_strict._array_object", "Array", "_gpu"),),
 )
 CUPY = Backend("cupy", lambda x: _backend.cupy().asarray(x), _from_cupy)
-NEEDS_GPU = pytest.mark.gpu
-BACKENDS = [RUST, GPU_NUMPY, GPU_STRICT, pytest.param(CUPY, marks=pytest.mark.gpu)]
+ON_CUPY = pytest.param(CUPY, marks=pytest.mark.gpu)
+BACKENDS = [RUST, GPU_NUMPY, GPU_STRICT, ON_CUPY]
+# For tests of many large cases: not the code of a GPU on a CPU.
+FAST_BACKENDS = [RUST, ON_CUPY]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,7 +5,7 @@ import functools
 import cuda_on_cpu
 import numpy as np
 import pytest
-from conftest import CUPY, GPU_NUMPY, NEEDS_GPU
+from conftest import GPU_NUMPY, ON_CUPY
 from helpers import relative_error
 from limits import KERNEL, KERNEL_SUMS, REORDERED
 
@@ -71,7 +71,7 @@ def test_files_hold_the_kernels_that_are_called_by_name():
         # A missing barrier shows in one of them.
         pytest.param("threads in order", marks=NEEDS_COMPILER),
         pytest.param("threads in reverse", marks=NEEDS_COMPILER),
-        pytest.param("gpu", marks=NEEDS_GPU),
+        pytest.param("gpu", marks=pytest.mark.gpu),
     ],
     ids=lambda name: name.replace(" ", "-"),
 )
@@ -342,7 +342,7 @@ def test_grids_of_tokens_are_within_limits_and_cover_the_monomials(arrays, r, sh
     assert (slices - 1) * slice_ < r <= slices * slice_
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(CUPY, marks=NEEDS_GPU)], ids=["gpu"])
+@pytest.mark.parametrize("gpu", [ON_CUPY], ids=["gpu"])
 def test_tables_are_copied_once_for_each_stream(gpu):
     import cupy
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import FAST_BACKENDS, GPU_NUMPY, GPU_STRICT
 from distributions import DISTRIBUTIONS
 from helpers import cast, relative_error, run_attention
 from limits import AS_EXACT, OVER_AT_ALL, OVER_BY, SAME_MODEL, STALE_SCORES
@@ -28,12 +29,33 @@ def drawn(name, n=N, dtype=np.float64):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_every_result_is_within_the_tolerance_or_as_exact_as_can_be(name, causal, dtype, backend):
-    inputs = drawn(name, dtype=dtype)
+    hold_to_tolerances(backend, drawn(name, dtype=dtype), TOLERANCES[dtype], causal)
+
+
+# Each stands for an outcome: low degrees, degrees with shifts, and the exact engine after a look and after none.
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "isotropic, d 16, score std 0.3",
+        "large means, centred score std 0.1",
+        "one huge query",
+        "log-normal lengths, score std 1",
+    ],
+)
+@pytest.mark.parametrize("backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name)
+def test_the_gpu_path_is_within_the_tolerance_too(name, causal, dtype, backend):
+    hold_to_tolerances(backend, drawn(name, n=2048, dtype=dtype), (1e-1, 1e-2), causal)
+
+
+def hold_to_tolerances(backend, inputs, tolerances, causal):
+    """Every result is within each tolerance, or as exact as the exact engine's, and reported as such."""
     want = run_attention(backend, cast(inputs, np.float64), engine=Exact(), causal=causal)
     exact = run_attention(backend, inputs, engine=Exact(), causal=causal)
     rounding = {x: relative_error(exact[x], want[x]) for x in want}
-    for tol in TOLERANCES[dtype]:
+    for tol in tolerances:
         arrays = {x: backend.array(y) for x, y in inputs.items()}
         dout = arrays.pop("dout")
         out, vjp = lg.attention_vjp(**arrays, tol=tol, causal=causal)
@@ -250,7 +272,7 @@ def test_a_plan_refuses_data_of_another_shape_or_dtype(backend):
     x = backend.array(np.ones((2, 6, 4)))
     plan = lg.plan_attention(x, x, x)
     with pytest.raises(lg.ShapeError, match="as the plan"):
-        plan.attention(x[:, :5], x, x)
+        plan.attention(x[:, :5, :], x, x)
     with pytest.raises(lg.ShapeError, match="as the plan"):
         plan.attention(*[backend.array(np.ones((2, 6, 3)))] * 3)
     with pytest.raises(lg.DtypeError, match="as the plan"):

@@ -444,8 +444,7 @@ def _rounded(heads: Heads, x: Floats) -> Floats:
 def _spreads(sp: Space, heads: Heads) -> list[float]:
     """The size of each head's values less their mean, relative to their size."""
     sums, squares, number = _sums(sp, heads.v)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
+    return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
 
 
 def _fit(
@@ -620,8 +619,7 @@ class _Moments:
 
     def _rows(self, sums: Floats) -> tuple[Floats, Floats | None]:
         d, dv = self.size.d, self.size.dv
-        with np.errstate(divide="ignore", invalid="ignore"):
-            sums = sums / sums[:, :1]
+        sums = sums / sums[:, :1]
         out = sums[:, 1 : 1 + dv]
         if not len(self.dout):
             return out, None

@@ -1,0 +1,118 @@
+"""The GPU path draws, fits and measures what the compiled core does, and takes what is known as it is."""
+
+import numpy as np
+import pytest
+from conftest import GPU_NUMPY, GPU_STRICT
+from helpers import draw, relative_error
+from limits import REORDERED, SAME_MODEL
+
+import lingrad_rs as lg
+from lingrad_rs import _cpu
+from lingrad_rs import _lingrad_rs as core
+from lingrad_rs._gpu import device, engines, measure, tolerance
+from lingrad_rs._gpu.heads import Heads
+
+ARRAY_CODE = pytest.mark.parametrize(
+    "backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name
+)
+
+
+def some_heads(backend, rng, *, causal, n=2048, count=2, size=0.5, bias=True):
+    """``(space, heads, dout)``; the first head's scores are small, the second's are not."""
+    inputs = draw(rng, n=n, heads=(count,), d=4, bias=bias, size=size)
+    inputs["q"][1:] *= 12
+    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    dout = arrays.pop("dout")
+    heads = Heads(*(arrays.get(x) for x in ("q", "k", "v", "key_bias")), causal, 0.5)
+    return device.space_of(dout), heads, dout
+
+
+@ARRAY_CODE
+@pytest.mark.parametrize("causal", [False, True])
+def test_equal_seeds_measure_the_same_as_the_core(causal, backend, rng):
+    inputs = draw(rng, n=300, heads=(2, 4), key_heads=(2, 2), bias=True)
+    del inputs["dout"]
+    out = rng.standard_normal((2, 4, 300, 3))
+    options = {"causal": causal, "scale": 0.4, "samples": 50, "seed": 3}
+    want = _cpu.measure_error(*(inputs[x] for x in ("q", "k", "v", "key_bias")), out, **options)
+    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    got = lg.measure_error(**arrays, out=backend.array(out), **options)
+    assert got.rows == want[3]
+    assert relative_error((got.relative, got.low, got.high), want[:3]) <= SAME_MODEL
+
+
+@ARRAY_CODE
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_and_keys_are_exact_in_chunks_of_any_size(causal, backend, rng):
+    sp, heads, dout = some_heads(backend, rng, causal=causal, n=200)
+    out, saved = engines.forward(sp, lg.Exact(), heads)
+    grads = engines.backward(sp, heads, saved, out, dout)
+    logs, delta = engines.log_sums(sp, heads, saved), measure.dots(sp, out, dout)
+    rows = np.array([[0, 7, 150, 199], [3, 3, 4, 90]])
+    for numbers in (1, 1000, sp.numbers):
+        small = device.Space(sp.xp, sp.device, numbers)
+        exact = measure.exact_rows(small, heads, rows, measure.take_rows(sp, dout, rows))
+        keys = measure.key_gradients(small, heads, rows, dout, delta, logs)
+        for got, want in (
+            (exact.out, out),
+            (exact.dq, grads.dq),
+            (keys.dk, grads.dk),
+            (keys.dv, grads.dv),
+            (keys.db, grads.dkey_bias[..., None]),
+        ):
+            want = sp.host(measure.take_rows(sp, want, rows))
+            assert relative_error(sp.host(got), want) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+@ARRAY_CODE
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as where the library calls
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_known_is_not_verified_again(causal, backend, rng, monkeypatch):
+    sp, heads, dout = some_heads(backend, rng, causal=causal)
+    auto = lg.Auto(1e-1)
+    out, _, reports = tolerance.forward_within(sp, heads, auto)
+    assert [report["engine"]["kind"] for report in reports] == ["Polynomial", "Exact"]
+    monkeypatch.setattr(measure, "exact_rows", None)
+    again, parts, known = tolerance.forward_within(sp, heads, auto, known=reports)
+    assert known == reports
+    assert np.array_equal(sp.host(out), sp.host(again))
+    monkeypatch.undo()
+    grads, reports = tolerance.backward_within(sp, heads, 1, auto, parts, known, again, dout)
+    assert set(dict(reports[0]["errors"])) == {"out", "dq", "dk", "dv", "dkey_bias"}
+    assert reports[1]["errors"] == []
+    assert grads.dq.shape == heads.q.shape
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_coefficients_fitted_to_a_sample_are_those_of_the_engine(causal, rng):
+    inputs = draw(rng, n=3000, d=4, size=0.7)
+    q, k, v = (inputs[x] for x in "qkv")
+    every = np.arange(1024), np.arange(1024)
+    rows = every if causal else (core.stratified(3000, 256, 0), core.stratified(3000, 256, 1))
+    options = {"degree": 3, "query_shift": [], "key_shift": [], "causal": causal, "scale": 0.5}
+    a = core.fitted_coefficients(q[rows[0]], k[rows[1]], None, **options)
+    fits, error = core.fitted_polynomials(q[rows[0]], k[rows[1]], None, **options, positions=rows)
+    assert fits[2] == a
+    assert 0 < error < 1
+    engine = lg.Polynomial(degree=3, coefficients="fitted")
+    want = lg.attention(q, k, v, engine=engine, causal=causal, scale=0.5)
+    got = lg.attention(q, k, v, engine=lg.Polynomial(degree=3, coefficients=a), causal=causal, scale=0.5)
+    assert relative_error(got[-1000:], want[-1000:]) <= SAME_MODEL
+
+
+def test_samples_that_do_not_fit_together_are_errors():
+    x = np.ones((3, 2))
+    options = {"degree": 1, "causal": False, "scale": 1.0}
+    with pytest.raises(lg.ArgumentError, match="expected at least 1"):
+        core.draw_rows(np.empty(0), 3, 0)
+    with pytest.raises(lg.ShapeError, match="expected 2"):
+        core.estimate_error(np.ones(2), np.ones(1), np.ones(2), 3)
+    with pytest.raises(lg.ShapeError, match="q, k and v have shapes"):
+        core.fitted_coefficients(x, x[:, :1], None, **options, query_shift=[], key_shift=[])
+    with pytest.raises(lg.ShapeError, match="shift has 1 numbers"):
+        core.fitted_coefficients(x, x, None, **options, query_shift=[1.0], key_shift=[1.0])
+    positions = np.arange(2), np.arange(3)
+    with pytest.raises(lg.ShapeError, match="expected 3"):
+        core.fitted_polynomials(x, x, None, **options, query_shift=[], key_shift=[], positions=positions)
+    with pytest.raises(lg.DenominatorError, match="head 5 has no key"):
+        core.landmark_constants(x, x, x, np.full(3, -np.inf), rank=2, seed=0, causal=False, scale=1.0, head=5)
