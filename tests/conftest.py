@@ -71,9 +71,8 @@ FAST_BACKENDS = [RUST, ON_CUPY]
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what tells nothing new, and skips the tests that need a GPU where there is none, and says why."""
-    repeated = [item for item in items if _is_strict_float64(item)]
-    items[:] = [item for item in items if item not in set(repeated)]
-    config.hook.pytest_deselected(items=repeated)
+    config.hook.pytest_deselected(items=[item for item in items if _is_strict_float64(item)])
+    items[:] = [item for item in items if not _is_strict_float64(item)]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

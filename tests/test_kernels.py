@@ -5,7 +5,7 @@ import functools
 import cuda_on_cpu
 import numpy as np
 import pytest
-from conftest import GPU_NUMPY, ON_CUPY
+from conftest import CUPY, GPU_NUMPY, ON_CUPY
 from helpers import relative_error
 from limits import KERNEL, KERNEL_SUMS, REORDERED
 
