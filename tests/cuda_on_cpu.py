@@ -10,10 +10,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from lingrad_rs._gpu import kernels
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 # The header switches stacks as Linux lets it.
 COMPILER = shutil.which("c++") if sys.platform == "linux" else None
+NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++), or not Linux")
 # Numbers on either side of an array that a kernel must leave alone.
 GUARD = 64
 
@@ -76,3 +80,9 @@ def _guard(x):
 def _guarded(x):
     assert x.flags.c_contiguous
     return np.concatenate([_guard(x), x.reshape(-1), _guard(x)])
+
+
+def run_on_cpu(patch, **options):
+    """Has kernels take NumPy's arrays."""
+    patch.setattr(kernels, "_launch", functools.partial(launch, **options))
+    patch.setattr(kernels, "_table", lambda x, coordinates: np.ascontiguousarray(coordinates))

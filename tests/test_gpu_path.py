@@ -9,12 +9,13 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 from conftest import GPU_NUMPY, GPU_STRICT, RUST, STRICT_DEVICE
+from cuda_on_cpu import NEEDS_COMPILER, run_on_cpu
 from helpers import assert_close, cast, draw, random_params, run_attention, small_config
 from limits import FLOAT32_MODEL, ORACLE, REORDERED_STEPS
 
 import lingrad_rs as lg
 from lingrad_rs import Exact, Landmark, Polynomial, _backend
-from lingrad_rs._gpu import device, engines
+from lingrad_rs._gpu import device, engines, kernels
 
 ENGINES = {
     "exact": Exact(),
@@ -194,3 +195,25 @@ def test_the_gpu_path_without_its_library_says_what_to_install(on, monkeypatch, 
     monkeypatch.setitem(sys.modules, "array_api_compat", None)
     with pytest.raises(lg.DeviceError, match=r"pip install 'lingrad_rs\[cuda12\]'"):
         lg.attention(q, q, q)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("engine", "causal"),
+    [
+        (Exact(), False),
+        (Exact(), True),
+        (Polynomial(), False),
+        (Polynomial(), True),
+        (Polynomial(degree=3, gradient="consistent", diagonal="polynomial"), True),
+        (Polynomial(coefficients="fitted"), True),
+        (Landmark(rank=20), False),
+        (Landmark(rank=20), True),
+    ],
+)
+def test_the_path_by_its_kernels_agrees_with_the_compiled_core(engine, causal, on, monkeypatch, dtype, rng):
+    inputs = cast(draw(rng, n=1300, bias=True, size=0.4), dtype)
+    want = run_attention(on(RUST), inputs, engine=engine, causal=causal)
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    run_on_cpu(monkeypatch)
+    assert_close(run_attention(on(GPU_NUMPY), inputs, engine=engine, causal=causal), want, ORACLE[dtype])

@@ -1,17 +1,15 @@
 """The CUDA kernels: they compile for GPUs, and do what their plain twins do, here on the CPU and on a GPU there is."""
 
-import functools
-
 import cuda_on_cpu
 import numpy as np
 import pytest
 from conftest import CUPY, GPU_NUMPY, ON_CUPY
+from cuda_on_cpu import NEEDS_COMPILER, run_on_cpu
 from helpers import relative_error
 from limits import KERNEL, KERNEL_SUMS, REORDERED
 
 from lingrad_rs._gpu import device, kernels, monomials, tiles
 
-NEEDS_COMPILER = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler (c++), or not Linux")
 # The degrees that each file is compiled for.
 FILES = {"tiles.cu": (None,), "monomials.cu": (1, 2, 4, 8)}
 
@@ -93,12 +91,6 @@ def both(request, monkeypatch):
         return results
 
     return call
-
-
-def run_on_cpu(patch, **options):
-    """Has kernels take NumPy's arrays."""
-    patch.setattr(kernels, "_launch", functools.partial(cuda_on_cpu.launch, **options))
-    patch.setattr(kernels, "_table", lambda x, coordinates: np.ascontiguousarray(coordinates))
 
 
 def assert_near(got, want, limit):
