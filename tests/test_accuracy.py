@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import NUMERIC_BACKENDS
 from helpers import cast, draw, relative_error, run_attention
 from limits import GROSSLY_WRONG, INTERVALS_THAT_HOLD, LONG_FLOAT32, LONG_GROWTH, SAME_MODEL, TABLE
 
@@ -18,6 +19,7 @@ PUBLISHED = {
 DRAWS = 12
 
 
+@pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_errors_are_those_of_the_published_table(backend):
     # Entries of q and k are N(0, 1)/sqrt(d) and the scale is 1: scores have standard deviation 1/sqrt(d) = 0.29.
     def errors(seed):
@@ -47,6 +49,7 @@ def float32_errors(backend, rng, engine, *, n, m):
     [Exact(), Polynomial(), Polynomial(gradient="consistent"), Polynomial(degree=4)],
     ids=["exact", "degree 2", "degree 2, consistent", "degree 4"],
 )
+@pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_float32_error_does_not_grow_with_the_number_of_keys(engine, backend, rng):
     few, many = (float32_errors(backend, rng, engine, n=16, m=m) for m in (1000, 200_000))
     assert np.all(many <= LONG_FLOAT32), many
@@ -54,6 +57,7 @@ def test_float32_error_does_not_grow_with_the_number_of_keys(engine, backend, rn
 
 
 @pytest.mark.parametrize("engine", [Exact(), Polynomial()], ids=["exact", "degree 2"])
+@pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_float32_error_does_not_grow_with_the_number_of_queries(engine, backend, rng):
     few, many = (float32_errors(backend, rng, engine, n=n, m=16) for n in (1000, 200_000))
     assert np.all(many <= LONG_FLOAT32), many

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import NUMERIC_BACKENDS
 from helpers import assert_close, difference_error, draw, on_backend, random_params, run_attention, small_config
 from limits import DIFFERENCE, FITTED, KINK_DIFFERENCE, KINK_STEP, SMALL_STEP
 from oracle import fit
@@ -83,6 +84,7 @@ def test_closed_form_is_not_the_derivative_of_the_approximation(backend, rng):
     ],
     ids=["exact", "no window", "polynomial diagonal", "shift", "score bound", "relu"],
 )
+@pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_every_gradient_of_a_transformer_passes_central_differences(options, backend, rng):
     config = small_config(**options)
     params = random_params(config, rng)

@@ -72,7 +72,8 @@ def attention(
     Parameters
     ----------
     q : ndarray, shape (..., h, n, d)
-        Queries, float32 or float64, any strides. Two axes are one head, three are heads, the others batch.
+        Queries, float32 or float64, any strides. Two axes are one head, three are heads, the others batch. All arrays
+        are NumPy's, or CuPy's on one device; so are the results.
     k : ndarray, shape (..., h_kv, m, d)
         Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
     v : ndarray, shape (..., h_kv, m, dv)

@@ -4,8 +4,9 @@ A module has ``vjp(x) -> (y, pullback)`` with ``pullback(dy) -> (dx, grads)``: `
 respect to ``x`` and ``grads`` a dict of those with respect to the module's parameters, by the module's own names, for
 any loss whose gradient with respect to ``y`` is ``dy``. Any object with that method is a module.
 
-Arrays are ``(..., n, d)``, float32 or float64, any strides; results are new C-contiguous arrays of the same dtype (in a
-`Chain` they are what its modules return). A pullback may be called many times. It reads ``x`` and the parameters'
+Arrays are ``(..., n, d)``, float32 or float64, any strides, NumPy's or CuPy's, parameters and inputs of one kind and on
+one device; results are new C-contiguous arrays of the same dtype and kind (in a `Chain` they are what its modules
+return). A pullback may be called many times. It reads ``x`` and the parameters'
 arrays again, so these must not be written to before it is called; a module's attributes may be set to other arrays.
 
 All modules raise `ShapeError`, `DtypeError` and `DeviceError` for arrays that do not fit, and `NonFiniteError` where

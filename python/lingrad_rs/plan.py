@@ -58,8 +58,8 @@ class HeadPlan:
         The a-priori bound of the relative error of out, before rounding, for a polynomial whose scores the norms keep
         small enough.
     cost, exact_cost : float
-        The expected time of the engine and of exact attention, in seconds of one thread; for forward and backward where
-        gradients are planned for. NaN where the engine was given.
+        The expected time of the engine and of exact attention, in seconds of one thread, or of the GPU; for forward and
+        backward where gradients are planned for. NaN where the engine was given.
     whole_sequence : tuple of str
         With ``causal=True``, the constants of the engine that were taken from the whole sequence.
     reason : str
@@ -256,7 +256,7 @@ def table(heads: Iterable[HeadPlan]) -> list[str]:
         if head.error_bound is not None:
             parts.append(f"bound {head.error_bound:.1e}")
         if head.exact_cost == head.exact_cost:
-            parts.append(f"{1e3 * head.cost:.2f} ms of a thread, exact {1e3 * head.exact_cost:.2f} ms")
+            parts.append(f"{1e3 * head.cost:.2f} ms expected, exact {1e3 * head.exact_cost:.2f} ms")
         if head.whole_sequence:
             parts.append(f"from the whole sequence: {', '.join(head.whole_sequence)}")
         parts.append(head.missed or head.reason)

@@ -135,10 +135,10 @@ class Transformer:
     config : TransformerConfig
         What model.
     params : mapping of str to ndarray, optional
-        Its parameters, all float32 or all float64; see `TransformerConfig.param_shapes`. Arrays are taken as they are,
-        not copied. Unless given, they are drawn by SmallInit: normal with standard deviation ``sqrt(2 / (5 d_model))``,
-        those of ``w_o`` and ``w_out`` divided by ``sqrt(2 n_layers)``, gains 1 and biases 0. Scores start small, where
-        low rank works.
+        Its parameters, all float32 or all float64, NumPy's or CuPy's; see `TransformerConfig.param_shapes`. Arrays are
+        taken as they are, not copied; a model computes where they are. Unless given, they are drawn by SmallInit, on
+        the CPU: normal with standard deviation ``sqrt(2 / (5 d_model))``, those of ``w_o`` and ``w_out`` divided by
+        ``sqrt(2 n_layers)``, gains 1 and biases 0. Scores start small, where low rank works.
     seed : int
         Of the draw.
     dtype : float32 or float64
