@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent
 # One folder for all builds, so that nothing is compiled twice.
 BUILD_ENV = {"CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))}
 DIST = ROOT / "dist"
+# Tests that need every part of a wheel: the compiled module, both backends, the sources of kernels, the command.
+WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "interchange", "cli", "readme")]
 
 
 def dev_tools(session: nox.Session, *names: str) -> None:
@@ -42,7 +44,10 @@ def rust(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Builds the sdist, the wheel from it, and tests that wheel outside the checkout."""
+    """Builds the sdist, the wheel from it, and tests outside the checkout that this wheel is whole.
+
+    `nox -s wheel -- tests` runs all of its tests there.
+    """
     dev_tools(session, "maturin")
     shutil.rmtree(DIST, ignore_errors=True)
     session.run("maturin", "sdist", "--out", str(DIST))
@@ -56,7 +61,7 @@ def wheel(session: nox.Session) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, outside)
     with session.chdir(outside):
-        session.run("pytest", *session.posargs)
+        session.run("pytest", *(session.posargs or WHOLE))
 
 
 @nox.session

@@ -8,7 +8,7 @@ import weakref
 import array_api_strict as strict
 import numpy as np
 import pytest
-from conftest import GPU_NUMPY, GPU_STRICT, RUST, STRICT_DEVICE
+from conftest import CUPY, GPU_NUMPY, GPU_STRICT, RUST, STRICT_DEVICE
 from cuda_on_cpu import NEEDS_COMPILER, run_on_cpu
 from helpers import assert_close, cast, draw, random_params, run_attention, small_config
 from limits import FLOAT32_MODEL, ORACLE, REORDERED_STEPS
@@ -16,6 +16,7 @@ from limits import FLOAT32_MODEL, ORACLE, REORDERED_STEPS
 import lingrad_rs as lg
 from lingrad_rs import Exact, Landmark, Polynomial, _backend
 from lingrad_rs._gpu import device, engines, kernels
+from lingrad_rs._gpu.heads import Heads
 
 ENGINES = {
     "exact": Exact(),
@@ -217,3 +218,29 @@ def test_the_path_by_its_kernels_agrees_with_the_compiled_core(engine, causal, o
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     run_on_cpu(monkeypatch)
     assert_close(run_attention(on(GPU_NUMPY), inputs, engine=engine, causal=causal), want, ORACLE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "causal"), CASES)
+def test_a_backward_pass_never_waits_for_the_gpu(engine, causal, rng):
+    cupyx = pytest.importorskip("cupyx", reason="CuPy is not installed")
+    inputs = {name: CUPY.array(x) for name, x in cast(draw(rng, n=3000, heads=(2,), size=0.4), np.float32).items()}
+    heads = Heads(inputs["q"], inputs["k"], inputs["v"], None, causal, 0.3)
+    sp = device.space_of(heads.q)
+    out, saved = engines.forward(sp, engine, heads)
+    want = engines.backward(sp, heads, saved, out, inputs["dout"])
+    with cupyx.allow_synchronize(False):
+        got = engines.backward(sp, heads, saved, out, inputs["dout"])
+    assert CUPY.numpy(got.dk).tobytes() == CUPY.numpy(want.dk).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "causal"), CASES)
+def test_the_current_stream_is_the_one_that_computes(engine, causal, rng):
+    cupy = _backend.cupy()
+    inputs = cast(draw(rng, n=3000, heads=(2,), size=0.4), np.float32)
+    want = run_attention(CUPY, inputs, engine=engine, causal=causal)
+    with cupy.cuda.Stream(non_blocking=True):
+        got = run_attention(CUPY, inputs, engine=engine, causal=causal)
+    for name, x in want.items():
+        assert got[name].tobytes() == x.tobytes(), name
