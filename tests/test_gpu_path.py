@@ -3,6 +3,7 @@ of any size, it waits for the device a fixed number of times, and memory that ru
 
 import gc
 import sys
+import types
 import weakref
 
 import array_api_strict as strict
@@ -148,6 +149,23 @@ def test_a_step_is_tried_again_smaller_where_memory_runs_out(on, steps, monkeypa
     assert numbers[0] > numbers[2]
 
 
+@pytest.mark.parametrize(("name", "status"), [("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)])
+def test_memory_that_cuda_s_libraries_lack_is_memory_that_runs_out(name, status, on, monkeypatch, rng):
+    on(GPU_NUMPY)
+    q = rng.standard_normal((9, 4))
+    raised = type(name, (RuntimeError,), {"status": status})
+
+    def lacks(*args):
+        raise raised
+
+    monkeypatch.setattr(engines, "forward", lacks)
+    with pytest.raises(lg.DeviceError, match="too little memory"):
+        lg.attention(q, q, q)
+    raised.status = status + 1
+    with pytest.raises(raised):
+        lg.attention(q, q, q)
+
+
 def test_too_little_memory_is_an_error_and_leaves_nothing_allocated(on, monkeypatch, rng):
     on(GPU_NUMPY)
     inputs = draw(rng, n=300, size=0.4)
@@ -174,6 +192,27 @@ def test_arrays_of_two_libraries_are_an_error(on, rng):
         lg.attention(GPU_STRICT.array(q), k, v)
     with pytest.raises(lg.DeviceError, match=r"v is a array_api_strict.* and q is a numpy.ndarray"):
         lg.attention(q, k, GPU_STRICT.array(v))
+
+
+def test_an_array_of_a_subclass_is_an_error(monkeypatch, rng):
+    library = types.ModuleType("library")
+    library.ndarray = type("ndarray", (), {})
+    monkeypatch.setitem(sys.modules, "library", library)
+    monkeypatch.setattr(_backend, "KINDS", [_backend.Kind("library", "ndarray", "_gpu"), *_backend.KINDS])
+    q = rng.standard_normal((6, 4))
+    with pytest.raises(lg.DeviceError, match="k is a .*expected a plain library array"):
+        lg.attention(q, type("Distributed", (library.ndarray,), {})(), q)
+
+
+def test_a_tensor_that_does_not_show_where_it_lies_is_an_error_that_helps(rng):
+    class Tensor:
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
+
+    q = rng.standard_normal((6, 4))
+    with pytest.raises(lg.DeviceError, match=r"k is a .*Tensor on a GPU.*from_dlpack\(k.detach\(\)\)"):
+        lg.attention(q, Tensor(), q)
 
 
 def test_arrays_on_two_devices_are_an_error(on, rng):

@@ -26,11 +26,17 @@ class Kind:
     array_type: str
     backend: str
 
+    def _type(self) -> type | None:
+        return getattr(sys.modules.get(self.library), self.array_type, None)
+
     def holds(self, value: object) -> bool:
         """Whether ``value`` is such an array."""
-        library = sys.modules.get(self.library)
-        array_type = getattr(library, self.array_type, None)
+        array_type = self._type()
         return array_type is not None and isinstance(value, array_type)
+
+    def is_plain(self, value: object) -> bool:
+        """Whether it is one of no subclass."""
+        return type(value) is self._type()
 
 
 KINDS = [Kind("numpy", "ndarray", "_cpu"), Kind("cupy", "ndarray", "_gpu")]
@@ -73,6 +79,8 @@ def cupy() -> Any:
             ) from error
         raise DeviceError(f"CuPy is installed and does not load: {error}") from error
     runtime = library.cuda.runtime
+    if getattr(runtime, "is_hip", False):
+        raise DeviceError("this CuPy computes on AMD GPUs; expected one for CUDA: pip install 'lingrad_rs[cuda12]'")
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _backend
 from .errors import ArgumentError, DeviceError, DtypeError, ShapeError, ToleranceError
@@ -43,15 +42,25 @@ def array(name: str, value: object) -> Any:
         raise DtypeError(f"{name} is a masked array, whose mask would be ignored; expected a plain NumPy array")
     if isinstance(value, np.ndarray):
         return np.asarray(value)
-    if _backend.kind(value) is not None:
-        return value
     kind = type_name(value)
-    if hasattr(value, "__cuda_array_interface__"):
+    library = _backend.kind(value)
+    if library is not None:
+        if not library.is_plain(value):
+            raise DeviceError(f"{name} is a {kind}; expected a plain {library.library} array, not one of a subclass")
+        return value
+    if _is_on_gpu(value):
         raise DeviceError(
             f"{name} is a {kind} on a GPU; expected a CuPy array: lingrad_rs.from_dlpack({name}) is one, of the same "
-            "memory"
+            f"memory (of PyTorch's with a gradient, lingrad_rs.from_dlpack({name}.detach()))"
         )
     raise DtypeError(f"{name} is a {kind}; expected a NumPy array, or a CuPy array")
+
+
+def _is_on_gpu(value: object) -> bool:
+    try:
+        return hasattr(value, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's tensors on a GPU that require a gradient
+        return True
 
 
 def same_device(name: str, x: Any, other: Any, match: str) -> None:
@@ -79,15 +88,16 @@ def floats(**arrays: object) -> list[Any]:
         if checked:
             same_device(name, x, checked[0], match=first)
             same_dtype(name, x, checked[0].dtype, match=first)
-        if isinstance(x, np.ndarray):
+        if hasattr(x, "strides"):
             _aligned(name, x)
         checked.append(x)
     return checked
 
 
-def _aligned(name: str, x: NDArray[Any]) -> None:
+def _aligned(name: str, x: Any) -> None:
+    start = x.flags.aligned if isinstance(x, np.ndarray) else x.data.ptr % x.itemsize == 0
     steps = [step for step, length in zip(x.strides, x.shape, strict=True) if length > 1]
-    if not x.flags.aligned or any(step % x.itemsize for step in steps):
+    if not start or any(step % x.itemsize for step in steps):
         raise DtypeError(
             f"{name} is not aligned to its item size of {x.itemsize} bytes (strides {x.strides}); "
             "expected an aligned array (a copy is one)"

@@ -259,7 +259,7 @@ class Transformer:
         if loss is None:
             report = self.gradient_report(tokens, targets, samples=0, progress=progress)
             return report.loss, report.grads
-        tokens = _check.token_ids("tokens", tokens, self.config.vocab_size, next(iter(self.params.values())))
+        tokens = _check.token_ids("tokens", tokens, self.config.vocab_size, self._checked_params()[0][1])
         y, pullback = self.vjp(tokens)
         result = loss(y)
         if not isinstance(result, tuple) or len(result) != 2:

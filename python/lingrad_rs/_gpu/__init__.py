@@ -18,6 +18,7 @@ from ..plan import Plan
 from . import attention, layers, measure, transformer
 from .attention_block import WEIGHT_NAMES, SelfAttention
 from .device import Space, run
+from .heads import dots
 
 __all__ = [
     "activation_backward",
@@ -85,7 +86,8 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     """The root of the sum of all squares, in float64; waits for the device, once."""
 
     def norm(sp: Space) -> float:
-        return math.sqrt(float(sp.xp.sum(sp.xp.stack([sp.xp.sum(sp.wide(x) ** 2) for x in arrays]))))
+        rows = [sp.xp.reshape(x, (1, -1, x.shape[-1])) for x in arrays]
+        return math.sqrt(float(sp.xp.sum(sp.xp.stack([sp.xp.sum(dots(sp, x, x)) for x in rows]))))
 
     return run(arrays[0], norm)
 
@@ -247,5 +249,14 @@ def transformer_value_and_grad(
     progress: Callable[[float], object] | None,
 ) -> tuple[float, dict[str, Array], list[transformer.Report]]:
     """``(loss, grads, layers)``: of each layer the measured error of its attention, and what is known of its heads."""
-    options = {"samples": samples, "progress": progress}
+    furthest = 0.0
+
+    def forward(fraction: float) -> None:
+        # A step that is tried again with smaller temporary arrays begins anew.
+        nonlocal furthest
+        if progress is not None and fraction > furthest:
+            furthest = fraction
+            progress(fraction)
+
+    options = {"samples": samples, "progress": forward}
     return run(tokens, lambda sp: transformer.value_and_grad(sp, config, params, tokens, targets, **options))

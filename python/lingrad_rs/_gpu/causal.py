@@ -32,6 +32,7 @@ from .low_rank import (
     key_gradients,
     query_gradients,
     scaled,
+    weighted_sum,
     weighted_values,
     whole_state,
     with_ones,
@@ -122,7 +123,8 @@ class _Scan:
         ratios = scaled(sp, levels[:, None, :], levels[:, :, None])
         carried = scaled(sp, self.level, levels)
         sums = self._sums(sp, parts, sp.xp.tril(ratios), carried)
-        self._keep(sp, sums[:, -1, ...], levels[:, -1:])
+        # A copy: a view would keep all of them.
+        self.sum, self.level = sp.xp.asarray(sums[:, -1, ...], copy=True), levels[:, -1:]
         return sums
 
     def reverse(self, sp: Space, parts: Array, levels: Array) -> Array:
@@ -132,7 +134,7 @@ class _Scan:
         ratios = scaled(sp, levels[:, :, None], levels[:, None, :])
         carried = scaled(sp, levels, first)
         sums = self._sums(sp, parts, xp.triu(ratios), carried)
-        self._keep(sp, sums[:, 0, ...], levels[:, :1])
+        self.sum, self.level = xp.asarray(sums[:, 0, ...], copy=True), levels[:, :1]
         return sums
 
     def _sums(self, sp: Space, parts: Array, ratios: Array, carried: Array) -> Array:
@@ -141,9 +143,6 @@ class _Scan:
         sums = xp.reshape(xp.matmul(sp.astype(ratios, parts.dtype), flat), parts.shape)
         axes = (...,) + (None,) * (parts.ndim - 2)
         return sp.wide(sums) + carried[axes] * self.sum[:, None, ...]
-
-    def _keep(self, sp: Space, total: Array, level: Array) -> None:
-        self.sum, self.level = total, level
 
 
 @dataclass(frozen=True)
@@ -287,7 +286,11 @@ class _Floors:
             own = _first_tokens(run, tokens)
             self.scan.level = sp.xp.max(own.plain_bias, axis=-1, keepdims=True)
             w = scaled(sp, own.plain_bias, self.scan.level)
-            self.scan.sum = sp.xp.matmul(w[:, None, :], with_ones(sp, sp.wide(own.heads.k)))[:, 0, :]
+            sums = [
+                weighted_sum(sp, w, own.heads.k),
+                sp.xp.sum(w, axis=-1, keepdims=True) + sp.zeros((run.heads.count, 1), w.dtype),
+            ]
+            self.scan.sum = sp.xp.concat(sums, axis=-1)
 
     def advance(self, segment: _Segment) -> Floor:
         cut, sp, run = self.cut, self.cut.sp, self.cut.run
@@ -351,7 +354,7 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
         shape = q.shape[:3]
         log_far = sp.full(shape, -math.inf, dtype)
         level = log_far
-        far, by, held = sp.zeros((*shape, cut.e), dtype), sp.zeros(shape, dtype), None
+        far, held = sp.zeros((*shape, cut.e), dtype), None
         if cut.any_far(segment):
             parts, levels = _far_parts(cut, segment, scan, False)
             state = features.weigh(sp, "keys", scan.forward(sp, parts, levels), False)
@@ -451,8 +454,8 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
             of_bias = f * e
             ds = slope * e if cut.near.consistent else of_bias
         add_rows(sp, total.dq, segment.starts[0], heads.scale * xp.matmul(ds, k))
-        cut.add_near_rows(total.dk, xp.matmul(t(ds), scaled_q), segment)
-        cut.add_near_rows(total.dv, xp.matmul(t(f), dout), segment)
+        cut.add_near_rows(total.dk, t(xp.matmul(t(scaled_q), ds)), segment)
+        cut.add_near_rows(total.dv, t(xp.matmul(t(dout), f)), segment)
         cut.add_near_rows(total.dkey_bias, xp.sum(of_bias, axis=-2), segment)
     return kept
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import DeviceError, NonFiniteError
+from . import kernels
+from .libraries import is_cupy, library_of
 
 try:
     import array_api_compat
@@ -37,6 +39,8 @@ _MOST = 1 << 26
 _USUAL = 1 << 22
 # Temporary arrays of one step together are about so many of the largest one.
 _ARRAYS = 16
+# Bytes that are left to the libraries of CUDA.
+_LIBRARIES = 1 << 28
 # After running out of memory, a step is tried again with its temporaries so many times smaller.
 _SHRINK = (1, 8, 64, 512)
 
@@ -92,8 +96,7 @@ class Space:
 
     def contiguous(self, x: Array) -> Array:
         """``x`` in C order; itself where it is so already."""
-        library = sys.modules[type(x).__module__.partition(".")[0]]
-        make = getattr(library, "ascontiguousarray", None)
+        make = getattr(library_of(x), "ascontiguousarray", None)
         return x if make is None else make(x)
 
     def tiles(self, count: int, width: int) -> Iterable[tuple[int, int]]:
@@ -150,8 +153,10 @@ def space_of(x: Array) -> Space:
     """The space of an array."""
     xp = array_api_compat.array_namespace(x)
     numbers = _USUAL
-    if _is_cupy(x):
+    if is_cupy(x):
         cupy = sys.modules["cupy"]
+        if cupy.cuda.runtime.is_hip:
+            raise DeviceError("the arrays are on an AMD GPU; expected one with CUDA")
         with x.device:
             free = free_bytes(cupy)
         numbers = min(max(free // (_ARRAYS * x.dtype.itemsize), _LEAST), _MOST)
@@ -160,11 +165,17 @@ def space_of(x: Array) -> Space:
 
 def free_bytes(cupy: Any) -> int:
     """How much memory of the current device arrays may still take: what is free, and what CuPy keeps for them."""
-    return cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+    pool = cupy.get_default_memory_pool()
+    free = cupy.cuda.runtime.memGetInfo()[0] - _LIBRARIES + pool.free_bytes()
+    limit = pool.get_limit()
+    return max(min(free, limit - pool.used_bytes()) if limit else free, 0)
 
 
-def _is_cupy(x: Array) -> bool:
-    return type(x).__module__.partition(".")[0] == "cupy"
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether CuPy's pool, the CUDA runtime or driver, or cuBLAS has found no memory."""
+    statuses = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}
+    status = statuses.get(type(error).__name__)
+    return isinstance(error, MemoryError) or (status is not None and getattr(error, "status", None) == status)
 
 
 def run(x: Array, compute: Callable[[Space], _R]) -> _R:
@@ -176,17 +187,27 @@ def run(x: Array, compute: Callable[[Space], _R]) -> _R:
         There is too little memory with the smallest temporary arrays too; all of them are gone then.
     """
     space = space_of(x)
-    on_device = x.device if _is_cupy(x) else contextlib.nullcontext()
+    on_device = x.device if is_cupy(x) else contextlib.nullcontext()
     for shrink in _SHRINK:
         try:
             # What is not finite is found by checks of inputs, rows and results; -inf - (-inf) is no news.
             with on_device, np.errstate(all="ignore"):
                 return compute(replace(space, numbers=max(space.numbers // shrink, _LEAST)))
-        except MemoryError as error:
+        except ImportError as error:
+            if not is_cupy(x):
+                raise
+            raise DeviceError(
+                f"a library of CUDA does not load: {error}; install them: pip install 'cupy-cuda12x[ctk]', or "
+                "'cupy-cuda13x[ctk]'"
+            ) from error
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
             # Its frames hold the arrays of the attempt.
             traceback.clear_frames(error.__traceback__)
-        if _is_cupy(x):
+        if is_cupy(x):
             with on_device:
+                kernels.forget_tables()
                 sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
     raise DeviceError(
         f"too little memory on {space.device}, even in small steps; free some, use fewer tokens or heads, or compute "

@@ -11,7 +11,7 @@ from ..engines import Exact, Landmark, Polynomial
 from ..errors import DenominatorError
 from . import exact, landmark, polynomial
 from .device import Space
-from .heads import Grads, Heads, Saved
+from .heads import Grads, Heads, Saved, dots
 
 __all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums"]
 
@@ -41,7 +41,9 @@ def _ranges(sp: Space, engine: AnyEngine, heads: Heads) -> Iterator[tuple[int, i
 
 
 def forward(sp: Space, engine: AnyEngine, heads: Heads) -> tuple[Array, Saved]:
-    """``out (heads, n, dv)``, and what the backward pass needs. Waits for the device once, to check the rows.
+    """``out (heads, n, dv)``, and what the backward pass needs.
+
+    Waits for the device to check the rows, and where samples are copied to the host, once for each range of heads.
 
     Raises
     ------
@@ -69,7 +71,7 @@ def _joined(sp: Space, parts: list[Any]) -> Any:
 
 def delta_of(sp: Space, out: Array, dout: Array) -> Array:
     """``delta_i = dout_i.out_i``, summed in float64."""
-    return sp.astype(sp.xp.sum(sp.wide(out) * sp.wide(dout), axis=-1), out.dtype)
+    return sp.astype(dots(sp, out, dout), out.dtype)
 
 
 def backward(sp: Space, heads: Heads, saved: Saved, out: Array, dout: Array) -> Grads:

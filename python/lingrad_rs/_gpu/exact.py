@@ -81,10 +81,12 @@ def backward(sp: Space, heads: Heads, row_max: Array, row_scale: Array, dout: Ar
     Cost: O(n m (d + dv)) time a head; memory beyond the results: tiles.
     """
     xp, t = sp.xp, sp.xp.matrix_transpose
-    dq, dk, dv = (sp.zeros(x.shape, x.dtype) for x in (heads.q, heads.k, heads.v))
+    dq = sp.empty(heads.q.shape, heads.q.dtype)
+    dk, dv = (sp.zeros(x.shape, x.dtype) for x in (heads.k, heads.v))
     db = None if heads.key_bias is None else sp.zeros(heads.key_bias.shape, heads.q.dtype)
     for start, end, ranges in _tiles(sp, heads):
         q, up = heads.scale * heads.q[:, start:end, :], dout[:, start:end, :]
+        own_dq = sp.zeros(q.shape, q.dtype)
         most, scale, own_delta = (x[:, None, start:end] for x in (row_max, row_scale, delta))
         for a, b in ranges:
             s, bias = _scores(sp, heads, q, (a, b))
@@ -92,9 +94,11 @@ def backward(sp: Space, heads: Heads, row_max: Array, row_scale: Array, dout: Ar
             first, last = _limits(sp, heads, (start, end), (a, b))
             f, ds = tiles.score_gradients(sp, s, e, most, scale, own_delta, bias, first, last)
             f, ds = f[:, 0, ...], ds[:, 0, ...]
-            dq[:, start:end, :] += xp.matmul(ds, heads.k[:, a:b, :])
-            dk[:, a:b, :] += xp.matmul(t(ds), q)  # q holds the scale
-            dv[:, a:b, :] += xp.matmul(t(f), up)
+            # The tiles stay as they lie: what is transposed in a product is the smaller factor. And q holds the scale.
+            own_dq += xp.matmul(ds, heads.k[:, a:b, :])
+            dk[:, a:b, :] += t(xp.matmul(t(q), ds))
+            dv[:, a:b, :] += t(xp.matmul(t(up), f))
             if db is not None:
                 db[:, a:b] += xp.sum(ds, axis=-2)
-    return Grads(heads.scale * dq, dk, dv, db)
+        dq[:, start:end, :] = heads.scale * own_dq
+    return Grads(dq, dk, dv, db)

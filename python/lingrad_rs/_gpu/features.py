@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from . import tiles
 from .device import Space
+from .heads import dots
 from .monomials import Monomials
 
 __all__ = ["Features", "Gaussians", "Map", "Polynomials", "Side"]
@@ -123,4 +124,4 @@ class Gaussians:
         return sp.astype(sp.xp.matmul(state, matrix[:, None, ...]), self.query.points.dtype)
 
     def norms(self, sp: Space, side: Side, x: Array) -> Array | None:
-        return self._map(side).half[:, None] * sp.xp.sum(sp.xp.square(sp.wide(x)), axis=-1)
+        return self._map(side).half[:, None] * dots(sp, x, x)

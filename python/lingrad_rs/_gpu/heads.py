@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engines import Exact, Landmark, Polynomial
+from .device import Space
 
-__all__ = ["Grads", "Heads", "Saved"]
+__all__ = ["Grads", "Heads", "Saved", "dots"]
 
 Array = Any
 
@@ -52,10 +53,6 @@ class Heads:
         q, k, v = (x[start:end, ...] for x in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v, key_bias=bias, first=self.first + start)
 
-    def one(self, i: int) -> Heads:
-        """One of them."""
-        return self.part(i, i + 1)
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -86,3 +83,13 @@ class Grads:
     dk: Array
     dv: Array
     dkey_bias: Array | None
+
+
+def dots(sp: Space, x: Array, y: Array) -> Array:
+    """``x_i.y_i`` of rows ``(heads, rows, width)`` in float64, ``(heads, rows)``."""
+    count, rows, width = x.shape
+    result = sp.empty((count, rows), sp.xp.float64)
+    for start, end in sp.tiles(rows, 3 * count * width):
+        product = sp.wide(x[:, start:end, :]) * sp.wide(y[:, start:end, :])
+        result[:, start:end] = sp.xp.sum(product, axis=-1)
+    return result

@@ -2,7 +2,8 @@
 
 Each function is the twin of plain code in `monomials` or `tiles`, which says what it computes; the kernels are in
 ``monomials.cu`` and ``tiles.cu``. They are launched on the current stream of the current device, which is the arrays';
-nothing waits. Inputs that are no contiguous arrays are copied into some; results always are.
+nothing waits, but the first call with other monomials. Inputs that are no contiguous arrays are copied into some;
+results always are.
 
 All kernels are deterministic: no atomics, and sums in an order that only the shapes decide.
 """
@@ -18,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["exponentials", "gaussian", "monomial_features", "monomial_pullback", "score_gradients", "usable"]
+from .libraries import is_cupy, library_of
+
+__all__ = [
+    "exponentials",
+    "forget_tables",
+    "gaussian",
+    "monomial_features",
+    "monomial_pullback",
+    "score_gradients",
+    "usable",
+]
 
 Array = Any
 
@@ -53,7 +64,7 @@ class Kernel:
 
 def usable(x: Array) -> bool:
     """Whether the kernels take an array: one of CuPy."""
-    return type(x).__module__.partition(".")[0] == "cupy"
+    return is_cupy(x)
 
 
 def monomial_features(x: Array, coordinates: np.ndarray[Any, Any]) -> Array:
@@ -61,7 +72,7 @@ def monomial_features(x: Array, coordinates: np.ndarray[Any, Any]) -> Array:
 
     ``coordinates (r, degree)`` is that of `Monomials` of d coordinates, up to a degree.
     """
-    library = _library(x)
+    library = library_of(x)
     r, degree = coordinates.shape
     *batch, d, tokens = x.shape
     if degree == 0:
@@ -80,7 +91,7 @@ def monomial_pullback(x: Array, u: Array, coordinates: np.ndarray[Any, Any]) -> 
 
     ``coordinates`` is that of `monomial_features`.
     """
-    library = _library(x)
+    library = library_of(x)
     r, degree = coordinates.shape
     d = x.shape[-2]
     if degree == 0 or not x.size:
@@ -102,7 +113,7 @@ def exponentials(
     s: Array, most: Array, bias: Array | None, first: Array | None, last: Array | None
 ) -> tuple[Array, Array, Array]:
     """``e^(s + bias - M)`` in place of ``s``, the rows' M and their sums."""
-    library = _library(s)
+    library = library_of(s)
     s, most = library.ascontiguousarray(s), _fitted(most, s.shape[:-1], s.dtype)
     greatest, sums = library.empty(most.shape, dtype=s.dtype), library.empty(most.shape, dtype=s.dtype)
     if most.size:
@@ -126,7 +137,7 @@ def score_gradients(
     last: Array | None,
 ) -> tuple[Array, Array]:
     """``f = e^(s + bias - M) scale`` in place of ``s``, and ``f (e - delta)`` in place of ``e``."""
-    library = _library(s)
+    library = library_of(s)
     s, e = library.ascontiguousarray(s), library.ascontiguousarray(e)
     if s.size:
         rows = [_fitted(x, s.shape[:-1], s.dtype) for x in (most, scale, delta)]
@@ -137,7 +148,7 @@ def score_gradients(
 
 def gaussian(products: Array, offsets: Array, norms: Array) -> Array:
     """``e^(products + offsets - norms)`` in place of ``products``, of exponents no greater than 0."""
-    products = _library(products).ascontiguousarray(products)
+    products = library_of(products).ascontiguousarray(products)
     if products.size:
         batch, blocks, r, tokens = products.shape
         offsets = _fitted(offsets, (batch, r), products.dtype)
@@ -202,37 +213,35 @@ def _seen(s: Array, bias: Array | None, first: Array | None, last: Array | None)
     )
 
 
-def _library(x: Array) -> Any:
-    return sys.modules[type(x).__module__.partition(".")[0]]
-
-
 def _fitted(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """``x`` as a contiguous array of a shape; itself where it is one."""
-    library = _library(x)
+    library = library_of(x)
     return library.ascontiguousarray(library.broadcast_to(x, shape), dtype=dtype)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Coordinates, for a stream of a device: one stream does not wait for what another one copies."""
+    """Coordinates, on a device."""
 
     device: int
-    stream: int
     d: int
     degree: int
     coordinates: np.ndarray[Any, Any] = field(compare=False)  # the rest decides them
 
 
 def _table(x: Array, coordinates: np.ndarray[Any, Any]) -> Array:
-    cuda = _library(x).cuda
-    stream = cuda.get_current_stream().ptr
-    return _on_device(_Table(cuda.Device().id, stream, x.shape[-2], coordinates.shape[1], coordinates))
+    return _on_device(_Table(library_of(x).cuda.Device().id, x.shape[-2], coordinates.shape[1], coordinates))
 
 
 @functools.lru_cache(maxsize=16)
 def _on_device(table: _Table) -> Array:
-    # CuPy copies through pinned memory, on the stream.
-    return sys.modules["cupy"].asarray(np.ascontiguousarray(table.coordinates))
+    # This once the host waits: afterwards any stream may read it.
+    return sys.modules["cupy"].asarray(np.ascontiguousarray(table.coordinates), blocking=True)
+
+
+def forget_tables() -> None:
+    """Lets go of all memory that is kept on devices."""
+    _on_device.cache_clear()
 
 
 def _kernel(name: str, x: Array, degree: int | None = None) -> Kernel:

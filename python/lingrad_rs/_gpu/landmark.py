@@ -24,7 +24,7 @@ from .device import Space
 from .features import Gaussians, Map
 from .heads import Grads, Heads
 
-__all__ = ["WINDOW", "Constants", "backward", "forward", "numbers"]
+__all__ = ["WINDOW", "Constants", "backward", "forward", "left_out", "numbers"]
 
 Array = Any
 

@@ -29,9 +29,27 @@ from typing import Any
 
 from .device import Space
 from .features import Features, Side
-from .heads import Grads, Heads
+from .heads import Grads, Heads, dots
 
-__all__ = ["Floor", "Pass", "TokenGrads", "backward", "forward", "make_pass", "scaled", "with_ones"]
+__all__ = [
+    "Floor",
+    "Pass",
+    "TokenGrads",
+    "add_up",
+    "backward",
+    "columns",
+    "finish",
+    "forward",
+    "key_gradients",
+    "left_out",
+    "make_pass",
+    "query_gradients",
+    "scaled",
+    "weighted_sum",
+    "weighted_values",
+    "whole_state",
+    "with_ones",
+]
 
 Array = Any
 
@@ -91,8 +109,7 @@ def make_pass(
         plain = sp.wide(heads.key_bias)
         k = xp.where((plain == -math.inf)[..., None], xp.zeros_like(k), k)
     if query_shift is not None:
-        along = xp.matmul(sp.wide(k), sp.wide(query_shift)[..., None])[..., 0]
-        plain = plain + heads.scale * along
+        plain = plain + heads.scale * dots(sp, k, xp.broadcast_to(query_shift[:, None, :], k.shape))
     norms = features.norms(sp, "keys", k)
     return Pass(
         heads=Heads(q, k, heads.v, heads.key_bias, heads.causal, heads.scale, heads.first),
@@ -164,8 +181,8 @@ def add_up(sp: Space, values: Array, features: Array) -> Array:
 
     ``values (heads, blocks, tokens, e)``, ``features (heads, blocks, r, tokens)``.
     """
-    t = sp.xp.matrix_transpose
-    return sp.xp.matmul(t(values), t(features))
+    # The features, the larger array by far, stay as they lie.
+    return sp.xp.matrix_transpose(sp.xp.matmul(features, values))
 
 
 def whole_state(sp: Space, run: Pass, side: Side, values: Array, potential: bool) -> Array:
@@ -223,6 +240,15 @@ def forward(sp: Space, run: Pass) -> tuple[Array, Array, Array, Array]:
     return out, xp.zeros_like(row_scale), row_scale, good
 
 
+def weighted_sum(sp: Space, w: Array, x: Array) -> Array:
+    """``sum_j w_j x_j`` in float64, ``(heads, d)``: weights ``(heads or 1, tokens)``, tokens ``(heads, tokens, d)``."""
+    count, tokens, d = x.shape
+    total = sp.zeros((count, 1, d), sp.xp.float64)
+    for start, end in sp.tiles(tokens, 2 * count * d):
+        total += sp.xp.matmul(sp.wide(w[:, None, start:end]), sp.wide(x[:, start:end, :]))
+    return total[:, 0, :]
+
+
 def whole_floor(sp: Space, run: Pass) -> Floor:
     """Jensen's bound over all keys."""
     xp = sp.xp
@@ -230,7 +256,7 @@ def whole_floor(sp: Space, run: Pass) -> Floor:
     level = xp.where(level == -math.inf, xp.zeros_like(level), level)
     w = scaled(sp, run.plain_bias, level)
     total = xp.sum(w, axis=-1)
-    mean = xp.matmul(w[:, None, :], sp.wide(run.heads.k))[:, 0, :] / total[..., None]
+    mean = weighted_sum(sp, w, run.heads.k) / total[..., None]
     return Floor(level[..., 0] + xp.log(total), run.heads.scale * mean)
 
 
@@ -305,7 +331,7 @@ def finish(sp: Space, run: Pass, dq: Array, dk: Array, dv: Array, db: Array) -> 
         dk = dk + heads.scale * db[..., None] * alpha[:, None, :]
     if run.through_means:
         sums = [xp.sum(x, axis=1, keepdims=True, dtype=xp.float64) for x in (dq, dk)]
-        through_bias = xp.matmul(sp.wide(db)[:, None, :], sp.wide(heads.k))
+        through_bias = weighted_sum(sp, db, heads.k)[:, None, :]
         dalpha = (heads.scale * through_bias - sums[0]) / heads.q.shape[1]
         dq = dq + sp.astype(dalpha, dq.dtype)
         dk = dk - sp.astype(sums[1] / heads.k.shape[1], dk.dtype)
@@ -320,7 +346,7 @@ def left_out(sp: Space, run: Pass, heads: Heads, key_shift: Array | None) -> Arr
     """
     total = sp.zeros(heads.q.shape[:2], sp.xp.float64)
     if key_shift is not None:
-        total += heads.scale * sp.xp.matmul(sp.wide(heads.q), sp.wide(key_shift)[..., None])[..., 0]
+        total += heads.scale * dots(sp, heads.q, sp.xp.broadcast_to(key_shift[:, None, :], heads.q.shape))
     if not heads.causal:
         total += whole_level(sp, run)
         if run.row_level is not None:

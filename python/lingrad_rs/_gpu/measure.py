@@ -19,7 +19,7 @@ from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from ..plan import ErrorEstimate
 from .device import Space
-from .heads import Heads
+from .heads import Heads, dots
 
 __all__ = [
     "Draw",
@@ -60,16 +60,6 @@ class Draw:
         exact, got = (x[: len(self.rows)].astype(np.float64, copy=False) for x in (exact, got))
         errors, sizes = np.sum((exact - got) ** 2, axis=1), np.sum(exact**2, axis=1)
         return ErrorEstimate(*core.estimate_error(errors, sizes, self.weights, self.total))
-
-
-def dots(sp: Space, x: Array, y: Array) -> Array:
-    """``x_i.y_i`` of rows ``(heads, rows, width)`` in float64, ``(heads, rows)``."""
-    count, rows, width = x.shape
-    result = sp.empty((count, rows), sp.xp.float64)
-    for start, end in sp.tiles(rows, 3 * count * width):
-        product = sp.wide(x[:, start:end, :]) * sp.wide(y[:, start:end, :])
-        result[:, start:end] = sp.xp.sum(product, axis=-1)
-    return result
 
 
 def draw_rows(sp: Space, x: Array, samples: int, seed: int) -> list[Draw]:

@@ -23,7 +23,7 @@ from .features import Polynomials
 from .heads import Grads, Heads
 from .monomials import monomials, rank
 
-__all__ = ["LARGEST_STATE", "Constants", "backward", "forward", "near", "numbers"]
+__all__ = ["LARGEST_STATE", "Constants", "backward", "forward", "left_out", "near", "numbers"]
 
 Array = Any
 
@@ -81,7 +81,8 @@ def shifts(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array | None, A
     if engine.shift == "none":
         return None, None
     if engine.shift == "mean":
-        query, key = (sp.astype(xp.mean(sp.wide(x), axis=1), dtype) for x in (heads.q, heads.k))
+        sums = ((xp.sum(x, axis=1, dtype=xp.float64), x.shape[1]) for x in (heads.q, heads.k))
+        query, key = (sp.astype(total / count, dtype) for total, count in sums)
         return query, key
     d = heads.sizes[2]
     for name, by in zip(("query", "key"), engine.shift, strict=True):
