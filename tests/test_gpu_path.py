@@ -200,7 +200,7 @@ def test_an_array_of_a_subclass_is_an_error(monkeypatch, rng):
     monkeypatch.setitem(sys.modules, "library", library)
     monkeypatch.setattr(_backend, "KINDS", [_backend.Kind("library", "ndarray", "_gpu"), *_backend.KINDS])
     q = rng.standard_normal((6, 4))
-    with pytest.raises(lg.DeviceError, match="k is a .*expected a plain library array"):
+    with pytest.raises(lg.DeviceError, match=r"k is a .*expected a plain library array"):
         lg.attention(q, type("Distributed", (library.ndarray,), {})(), q)
 
 
