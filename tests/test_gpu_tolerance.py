@@ -83,6 +83,53 @@ def test_what_is_known_is_not_verified_again(causal, backend, rng, monkeypatch):
     assert grads.dq.shape == heads.q.shape
 
 
+@ARRAY_CODE
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as where the library calls
+@pytest.mark.parametrize("engine", [lg.Polynomial(degree=1, coefficients="fitted"), lg.Landmark(rank=8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, backend, rng, monkeypatch):
+    # Of the first five heads of one engine, the second errs too much, and the fourth has no answer.
+    inputs = draw(rng, n=1500, heads=(6,), d=4, bias=True, size=0.1)
+    inputs["q"][1] *= 40
+    inputs["q"][3] *= 1e4
+    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    dout = arrays.pop("dout")
+    sp, heads = device.space_of(dout), Heads(*(arrays.get(x) for x in ("q", "k", "v", "key_bias")), causal, 0.5)
+    given = [tolerance._given(engine)] * 5 + [tolerance._given(lg.Exact())]
+    calls, forward = [], engines.forward
+
+    def counted(sp, engine, heads):
+        calls.append((type(engine), heads.first, heads.count))
+        return forward(sp, engine, heads)
+
+    monkeypatch.setattr(engines, "forward", counted)
+    auto = lg.Auto(5e-2)
+    out, parts, reports = tolerance.forward_within(sp, heads, auto, given)
+    one_by_one = [(type(engine), i, 1) for i in range(5)]
+    exactly = [(lg.Exact, 1, 1), (lg.Exact, 3, 1), (lg.Exact, 5, 1)]
+    assert calls == [(type(engine), 0, 5), *one_by_one, *exactly]
+    assert [report["missed"] is not None for report in reports] == [False, True, False, True, False, False]
+    assert "errs by" not in reports[3]["missed"]
+    assert "errs by" in reports[1]["missed"]
+
+    # The same without the head that has no answer: they ran together, and what is left of that is taken apart.
+    some = measure.select(sp, heads, [0, 1, 2, 4, 5])
+    up = measure.chosen(sp, dout, [0, 1, 2, 4, 5])
+    calls.clear()
+    out, parts, reports = tolerance.forward_within(sp, some, auto, [*given[:4], given[5]])
+    assert calls == [(type(engine), 0, 4), (lg.Exact, 1, 1), (lg.Exact, 4, 1)]
+    assert sorted((part.start, part.end) for part in parts) == [(0, 1), (1, 2), (2, 4), (4, 5)]
+    grads, known = tolerance.backward_within(sp, some, 1, auto, parts, reports, out, up)
+    assert [len(dict(report["errors"])) for report in known] == [5, 0, 5, 5, 0]
+    for i in (0, 2, 3):
+        want, saved = forward(sp, engine, some.one(i))
+        wanted = engines.backward(sp, some.one(i), saved, want, up[i : i + 1, ...])
+        assert relative_error(sp.host(out[i, ...]), sp.host(want[0, ...])) <= REORDERED[np.dtype(np.float64)]
+        for name in ("dq", "dk", "dv", "dkey_bias"):
+            got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
+            assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_coefficients_fitted_to_a_sample_are_those_of_the_engine(causal, rng):
     inputs = draw(rng, n=3000, d=4, size=0.7)
