@@ -9,7 +9,7 @@ from limits import REORDERED, SAME_MODEL
 import lingrad_rs as lg
 from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
-from lingrad_rs._gpu import device, engines, measure, tolerance
+from lingrad_rs._gpu import device, engines, measure, plan, tolerance
 from lingrad_rs._gpu.heads import Heads
 
 ARRAY_CODE = pytest.mark.parametrize(
@@ -128,6 +128,30 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
         for name in ("dq", "dk", "dv", "dkey_bias"):
             got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
             assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+def test_rates_from_small_arrays_are_not_kept_for_calls_with_more_room(monkeypatch):
+    sides = []
+
+    def on_device(sp, work, side, dtype):
+        sides.append(side)
+        return taken
+
+    monkeypatch.setattr(plan, "_measured", {})
+    monkeypatch.setattr(plan, "_on_device", on_device)
+    usual = device.space_of(np.ones(1))
+
+    def largest(numbers):
+        sides.clear()
+        plan._rates(device.Space(usual.xp, usual.device, numbers), np.float32)
+        return max(sides, default=None)
+
+    taken = 1e-6
+    # In a second try after memory ran out, in one like it, as usual, again, and with all the room that there may be.
+    assert [largest(1 << e) for e in (12, 12, 22, 22, 12, 26, 26)] == [256, None, 2048, None, None, 4096, None]
+    plan._measured.clear()
+    taken = 1e-2
+    assert [largest(1 << e) for e in (12, 26)] == [256, None]
 
 
 @pytest.mark.parametrize("causal", [False, True])
