@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import GPU_NUMPY, GPU_STRICT
+from conftest import GPU_NUMPY, GPU_STRICT, RUST
 from helpers import draw, relative_error
 from limits import REORDERED, SAME_MODEL
 
@@ -187,3 +187,37 @@ def test_samples_that_do_not_fit_together_are_errors():
         core.fitted_polynomials(x, x, None, **options, query_shift=[], key_shift=[], positions=positions)
     with pytest.raises(lg.DenominatorError, match="head 5 has no key"):
         core.landmark_constants(x, x, x, np.full(3, -np.inf), rank=2, seed=0, causal=False, scale=1.0, head=5)
+
+
+# Keys of sixteen, first and last, that are looked at, of scores with a residue under any polynomial of degree 1.
+LOOKED_AT = np.flatnonzero(np.isin(np.arange(4096) % 16, (0, 15)))
+SCORES = np.resize([-1.0, 0.5, 1.0, 0.5, -1.0], 4096)
+
+
+def weights_of(backend, engine, causal):
+    """What 4096 queries, all equal, make of the keys that are looked at, relative to those of ``exp``."""
+    q, k, v = np.ones((4096, 1)), SCORES[:, None], np.eye(4096)[:, LOOKED_AT]
+    weights = lg.attention(*map(backend.array, (q, k, v)), engine=engine, causal=causal, scale=1.0)
+    return backend.numpy(weights) / np.exp(SCORES[LOOKED_AT])
+
+
+@pytest.mark.parametrize("backend", [GPU_NUMPY], indirect=True, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("causal", [False, True])
+def test_both_paths_meet_the_same_keys_one_by_one(causal, backend, monkeypatch):
+    polynomials = [lg.Polynomial(1, x, window=64) for x in ("taylor", "fitted", (1.0, 0.9))]
+    own = [weights_of(backend, engine, causal) for engine in polynomials]
+    monkeypatch.undo()
+    core_s = [weights_of(RUST, engine, causal) for engine in polynomials]
+    queries = np.arange(4096)[:, None]
+    for engine, got, want in zip(polynomials, own, core_s, strict=True):
+        assert relative_error(got, want) <= SAME_MODEL
+        if not causal:
+            continue
+        # A query meets the last key that it sees by exp, and far ones by more or less than that.
+        last = np.searchsorted(LOOKED_AT, queries, side="right") - 1
+        near = [np.abs(x / np.take_along_axis(x, last, axis=1) - 1) < 1e-3 for x in (got, want)]
+        assert np.array_equal(near[0], near[1])
+        # What a plan's model takes for near.
+        expected = plan.Near(plan.WINDOW, from_prefix=engine.coefficients == "fitted")
+        starts = [plan.near_start(expected, i) for i in range(4096)]
+        assert np.array_equal(near[1], (np.array(starts)[:, None] <= LOOKED_AT) & (queries >= LOOKED_AT))
