@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from limits import CLI_COMPARE, FLOAT32_MODEL, HANG_SECONDS, NOT_EXACT
 
 import lingrad_rs as lg
 from lingrad_rs import _backend, _bench, cli
-from lingrad_rs._devices import Gpu
+from lingrad_rs._devices import Gpu, Host
 
 COMMAND = Path(sys.executable).with_name("lingrad" + (".exe" if sys.platform == "win32" else ""))
 SMALL = ("--tokens", "2048", "--d", "8", "--rounds", "1")
@@ -241,6 +242,36 @@ def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
     )
     assert [row.method for row in measured] == ["exact", "degree 1", "degree 1 fitted", "degree 1 consistent"]
     assert told == ["greedy is left out at n = 64: too little memory on the device"]
+
+
+@pytest.mark.parametrize("error", [lg.DeviceError, MemoryError])
+def test_a_length_whose_arrays_cannot_be_made_is_left_out_and_told(error):
+    made, told = [], []
+
+    class Tight(Host):
+        """Has no room for the second length, nor for arrays of two lengths."""
+
+        def array(self, x):
+            assert not [n for n, array in made if array() is not None and n != x.shape[1]]
+            if x.shape[1] == 128 and made[-1][0] == 128:
+                raise error("too little memory on the device")
+            made.append((x.shape[1], weakref.ref(x)))
+            return x
+
+    measured = _bench.scaling(
+        _bench.engines([1], 4),
+        [64, 128, 256],
+        _bench.Case(64, 4, 1, True),
+        score_std=0.3,
+        dtype="float32",
+        rounds=1,
+        limit=1e4,
+        progress=lambda n: None,
+        tell=told.append,
+        device=Tight(),
+    )
+    assert [row.n for row in measured] == [64] * 4 + [256] * 4
+    assert told == ["n = 128 is left out: too little memory on the device"]
 
 
 def test_without_a_gpu_its_bench_exits_with_2_and_says_why(on_gpu):

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from conftest import GPU_NUMPY, GPU_STRICT
+from conftest import GPU_NUMPY, GPU_STRICT, RUST
 from helpers import draw, relative_error
 from limits import REORDERED, SAME_MODEL
 
 import lingrad_rs as lg
 from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
-from lingrad_rs._gpu import device, engines, measure, tolerance
+from lingrad_rs._gpu import device, engines, measure, plan, tolerance
 from lingrad_rs._gpu.heads import Heads
 
 ARRAY_CODE = pytest.mark.parametrize(
@@ -83,6 +83,77 @@ def test_what_is_known_is_not_verified_again(causal, backend, rng, monkeypatch):
     assert grads.dq.shape == heads.q.shape
 
 
+@ARRAY_CODE
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as where the library calls
+@pytest.mark.parametrize("engine", [lg.Polynomial(degree=1, coefficients="fitted"), lg.Landmark(rank=8)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, backend, rng, monkeypatch):
+    # Of the first five heads of one engine, the second errs too much, and the fourth has no answer.
+    inputs = draw(rng, n=1500, heads=(6,), d=4, bias=True, size=0.1)
+    inputs["q"][1] *= 40
+    inputs["q"][3] *= 1e4
+    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    dout = arrays.pop("dout")
+    sp, heads = device.space_of(dout), Heads(*(arrays.get(x) for x in ("q", "k", "v", "key_bias")), causal, 0.5)
+    given = [tolerance._given(engine)] * 5 + [tolerance._given(lg.Exact())]
+    calls, forward = [], engines.forward
+
+    def counted(sp, engine, heads):
+        calls.append((type(engine), heads.first, heads.count))
+        return forward(sp, engine, heads)
+
+    monkeypatch.setattr(engines, "forward", counted)
+    auto = lg.Auto(5e-2)
+    out, parts, reports = tolerance.forward_within(sp, heads, auto, given)
+    one_by_one = [(type(engine), i, 1) for i in range(5)]
+    exactly = [(lg.Exact, 1, 1), (lg.Exact, 3, 1), (lg.Exact, 5, 1)]
+    assert calls == [(type(engine), 0, 5), *one_by_one, *exactly]
+    assert [report["missed"] is not None for report in reports] == [False, True, False, True, False, False]
+    assert "errs by" not in reports[3]["missed"]
+    assert "errs by" in reports[1]["missed"]
+
+    # The same without the head that has no answer: they ran together, and what is left of that is taken apart.
+    some = measure.select(sp, heads, [0, 1, 2, 4, 5])
+    up = measure.chosen(sp, dout, [0, 1, 2, 4, 5])
+    calls.clear()
+    out, parts, reports = tolerance.forward_within(sp, some, auto, [*given[:4], given[5]])
+    assert calls == [(type(engine), 0, 4), (lg.Exact, 1, 1), (lg.Exact, 4, 1)]
+    assert sorted((part.start, part.end) for part in parts) == [(0, 1), (1, 2), (2, 4), (4, 5)]
+    grads, known = tolerance.backward_within(sp, some, 1, auto, parts, reports, out, up)
+    assert [len(dict(report["errors"])) for report in known] == [5, 0, 5, 5, 0]
+    for i in (0, 2, 3):
+        want, saved = forward(sp, engine, some.one(i))
+        wanted = engines.backward(sp, some.one(i), saved, want, up[i : i + 1, ...])
+        assert relative_error(sp.host(out[i, ...]), sp.host(want[0, ...])) <= REORDERED[np.dtype(np.float64)]
+        for name in ("dq", "dk", "dv", "dkey_bias"):
+            got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
+            assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+def test_rates_from_small_arrays_are_not_kept_for_calls_with_more_room(monkeypatch):
+    sides = []
+
+    def on_device(sp, work, side, dtype):
+        sides.append(side)
+        return taken
+
+    monkeypatch.setattr(plan, "_measured", {})
+    monkeypatch.setattr(plan, "_on_device", on_device)
+    usual = device.space_of(np.ones(1))
+
+    def largest(numbers):
+        sides.clear()
+        plan._rates(device.Space(usual.xp, usual.device, numbers), np.float32)
+        return max(sides, default=None)
+
+    taken = 1e-6
+    # In a second try after memory ran out, in one like it, as usual, again, and with all the room that there may be.
+    assert [largest(1 << e) for e in (12, 12, 22, 22, 12, 26, 26)] == [256, None, 2048, None, None, 4096, None]
+    plan._measured.clear()
+    taken = 1e-2
+    assert [largest(1 << e) for e in (12, 26)] == [256, None]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_coefficients_fitted_to_a_sample_are_those_of_the_engine(causal, rng):
     inputs = draw(rng, n=3000, d=4, size=0.7)
@@ -116,3 +187,37 @@ def test_samples_that_do_not_fit_together_are_errors():
         core.fitted_polynomials(x, x, None, **options, query_shift=[], key_shift=[], positions=positions)
     with pytest.raises(lg.DenominatorError, match="head 5 has no key"):
         core.landmark_constants(x, x, x, np.full(3, -np.inf), rank=2, seed=0, causal=False, scale=1.0, head=5)
+
+
+# Keys of sixteen, first and last, that are looked at, of scores with a residue under any polynomial of degree 1.
+LOOKED_AT = np.flatnonzero(np.isin(np.arange(4096) % 16, (0, 15)))
+SCORES = np.resize([-1.0, 0.5, 1.0, 0.5, -1.0], 4096)
+
+
+def weights_of(backend, engine, causal):
+    """What 4096 queries, all equal, make of the keys that are looked at, relative to those of ``exp``."""
+    q, k, v = np.ones((4096, 1)), SCORES[:, None], np.eye(4096)[:, LOOKED_AT]
+    weights = lg.attention(*map(backend.array, (q, k, v)), engine=engine, causal=causal, scale=1.0)
+    return backend.numpy(weights) / np.exp(SCORES[LOOKED_AT])
+
+
+@pytest.mark.parametrize("backend", [GPU_NUMPY], indirect=True, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("causal", [False, True])
+def test_both_paths_meet_the_same_keys_one_by_one(causal, backend, monkeypatch):
+    polynomials = [lg.Polynomial(1, x, window=64) for x in ("taylor", "fitted", (1.0, 0.9))]
+    own = [weights_of(backend, engine, causal) for engine in polynomials]
+    monkeypatch.undo()
+    core_s = [weights_of(RUST, engine, causal) for engine in polynomials]
+    queries = np.arange(4096)[:, None]
+    for engine, got, want in zip(polynomials, own, core_s, strict=True):
+        assert relative_error(got, want) <= SAME_MODEL
+        if not causal:
+            continue
+        # A query meets the last key that it sees by exp, and far ones by more or less than that.
+        last = np.searchsorted(LOOKED_AT, queries, side="right") - 1
+        near = [np.abs(x / np.take_along_axis(x, last, axis=1) - 1) < 1e-3 for x in (got, want)]
+        assert np.array_equal(near[0], near[1])
+        # What a plan's model takes for near.
+        expected = plan.Near(plan.WINDOW, from_prefix=engine.coefficients == "fitted")
+        starts = [plan.near_start(expected, i) for i in range(4096)]
+        assert np.array_equal(near[1], (np.array(starts)[:, None] <= LOOKED_AT) & (queries >= LOOKED_AT))

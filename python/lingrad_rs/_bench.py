@@ -261,8 +261,7 @@ def scaling(
         if free is not None and needed > free:
             tell(f"n = {n:,} is left out: its arrays take {_mebibytes(needed)}, and {_mebibytes(free)} are free")
         else:
-            arrays = tuple(device.array(x) for x in inputs(at, score_std, dtype))
-            measured = _measured(chosen, at, arrays, rounds=rounds, tell=tell, device=device)
+            measured = _at_size(chosen, at, score_std=score_std, dtype=dtype, rounds=rounds, tell=tell, device=device)
             expected |= {row.method: row.both.median for row in measured}
             rows += measured
         progress(n)
@@ -277,6 +276,25 @@ def _bytes(case: Case, methods: int, dtype: str) -> int:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def _at_size(
+    methods: list[Method],
+    case: Case,
+    *,
+    score_std: float,
+    dtype: str,
+    rounds: int,
+    tell: Callable[[str], None],
+    device: Device,
+) -> list[Row]:
+    """What `_measured` returns, of arrays that are gone then; nothing where there is no memory for them."""
+    try:
+        arrays = tuple(device.array(x) for x in inputs(case, score_std, dtype))
+    except (DeviceError, MemoryError) as error:
+        tell(f"n = {case.n:,} is left out: {error}")
+        return []
+    return _measured(methods, case, arrays, rounds=rounds, tell=tell, device=device)
 
 
 def _measured(

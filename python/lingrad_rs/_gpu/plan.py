@@ -9,8 +9,8 @@ of the same rows every polynomial's output and dq are linear combinations, so th
 measured before any of them is run. Landmarks are judged on a sample, by the core. The cheapest engine within the
 tolerance is taken, or the exact one; `tolerance` runs it and verifies what comes out.
 
-All heads go through each step together, and the device is waited for once a step; copied to the host are squared sizes,
-means, samples of 256 to 4096 tokens, and moments.
+All heads go through each step together, so that the device is waited for a few times, however many heads there are;
+copied to the host are squared sizes, means, samples of 256 to 4096 tokens, and moments.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ _MOVED_FORWARD = 2
 _MOVED_BACKWARD = 7
 # Operations on arrays of a forward pass, and of a backward one: exact, low-rank.
 _CALLS = {"exact": (12, 20), "low rank": (40, 120)}
+# Sides of the square arrays that rates are measured with, and the seconds that suffice.
+_SIDES = (256, 4096)
+_LONG_ENOUGH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,46 +103,72 @@ class _Rates:
         return flops / self.flops + exps / self.exps + moved / self.moved + calls * self.call
 
 
-_measured: dict[tuple[str, str, str], _Rates] = {}
+@dataclass(frozen=True)
+class _Measured:
+    """Rates, and the side of the largest arrays that there was room to measure them with."""
+
+    rates: _Rates
+    side: int
+
+
+_measured: dict[tuple[str, str, str], _Measured] = {}
 
 
 def _rates(sp: Space, dtype: Any) -> _Rates:
-    """Those of the device for a dtype: measured once, and kept."""
+    """Those of the device for a dtype: measured once, and kept until there is room for larger arrays that tell more."""
     key = (sp.xp.__name__, str(sp.device), str(dtype))
-    if key not in _measured:
-        _measured[key] = _measure_rates(sp, dtype)
-    return _measured[key]
+    largest = _largest_side(sp.numbers)
+    kept = _measured.get(key)
+    if kept is None or kept.side < largest:
+        kept = _measured[key] = _measure_rates(sp, dtype, largest)
+    return kept.rates
 
 
-def _measure_rates(sp: Space, dtype: Any) -> _Rates:
-    """From ever larger arrays, until one takes long enough to be timed, or is as large as temporary arrays may be."""
+def _largest_side(numbers: int) -> int:
+    """That of square arrays that rates are measured with, where temporary arrays hold so many numbers."""
+    side = _SIDES[0]
+    while side < _SIDES[1] and (2 * side) ** 2 <= numbers:
+        side *= 2
+    return side
+
+
+def _measure_rates(sp: Space, dtype: Any, largest: int) -> _Measured:
+    """From ever larger arrays, until one takes long enough to be timed, or is as large as it may be."""
+    # Whether larger arrays would tell more.
+    cut_short = False
 
     def seconds(work: Callable[[Array], Array]) -> tuple[int, float]:
-        side = 256
-        while True:
-            taken = _best(sp, work, side, dtype)
-            if taken >= 1e-3 or 4 * side * side > min(sp.numbers, 1 << 24):
-                return side, taken
+        nonlocal cut_short
+        side = _SIDES[0]
+        while (taken := _on_device(sp, work, side, dtype)) < _LONG_ENOUGH and side < largest:
             side *= 2
+        cut_short |= taken < _LONG_ENOUGH
+        return side, taken
 
     multiply, exponentiate, move = (seconds(work) for work in (lambda x: x @ x, sp.xp.exp, lambda x: x + 1.0))
-    return _Rates(
+    rates = _Rates(
         flops=2 * multiply[0] ** 3 / multiply[1],
         exps=exponentiate[0] ** 2 / exponentiate[1],
         moved=2 * move[0] ** 2 / move[1],
-        call=_best(sp, lambda x: x + 1.0, 1, dtype),
+        call=_on_device(sp, lambda x: x + 1.0, 1, dtype),
     )
+    return _Measured(rates, largest if cut_short else _SIDES[1])
 
 
-def _best(sp: Space, work: Callable[[Array], Array], side: int, dtype: Any) -> float:
-    """Seconds of the fastest of a few runs on a square array."""
+def _on_device(sp: Space, work: Callable[[Array], Array], side: int, dtype: Any) -> float:
+    """Seconds that work on a square array takes."""
     x = sp.full((side, side), 0.5, dtype)
+    return _seconds(lambda: work(x), sp.synchronize)
+
+
+def _seconds(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
+    """Those of the fastest of a few calls."""
     times = []
     for _ in range(4):
-        sp.synchronize()
+        wait()
         start = time.perf_counter()
-        work(x)
-        sp.synchronize()
+        call()
+        wait()
         times.append(time.perf_counter() - start)
     return max(min(times), 1e-9)
 
@@ -148,7 +177,7 @@ def _best(sp: Space, work: Callable[[Array], Array], side: int, dtype: Any) -> f
 def _host_flops() -> float:
     """Additions and multiplications a second in float64 of the host, which landmarks are drawn on."""
     x = np.full((256, 256), 0.5)
-    return 2 * 256**3 / _best(Space(np, "cpu", x.size), lambda x: x @ x, 256, np.float64)
+    return 2 * 256**3 / _seconds(lambda: x @ x)
 
 
 @dataclass(frozen=True)
@@ -409,41 +438,43 @@ def _live(sp: Space, heads: Heads) -> Array | None:
     return None if heads.key_bias is None else heads.key_bias != -math.inf
 
 
-def _sums(sp: Space, x: Array, live: Array | None = None) -> tuple[Floats, Floats, Floats]:
-    """Of live rows ``(heads, rows, width)``: column sums, the sum of squares, and how many; on the host."""
+def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
+    """Of live rows ``(heads, rows, width)``: column sums, the sum of squares, and how many; ``(heads, width + 2)``."""
     xp = sp.xp
     count, rows, width = x.shape
-    sums, squares = sp.zeros((count, width), xp.float64), sp.zeros((count,), xp.float64)
+    sums, squares = sp.zeros((count, width), xp.float64), sp.zeros((count, 1), xp.float64)
     for a, b in sp.tiles(rows, 2 * count * width):
         part = sp.wide(x[:, a:b, :])
         if live is not None:
             part = xp.where(live[:, a:b, None], part, xp.zeros_like(part))
         sums = sums + xp.sum(part, axis=1)
-        squares = squares + xp.sum(part * part, axis=(1, 2))
-    number = np.full(count, float(rows)) if live is None else sp.host(xp.sum(sp.wide(live), axis=1))
-    return sp.host(sums), sp.host(squares), number
+        squares = squares + xp.sum(part * part, axis=(1, 2))[:, None]
+    number = sp.full((count, 1), rows, xp.float64)
+    if live is not None:
+        number = xp.sum(sp.wide(live), axis=1, keepdims=True)
+    return xp.concat([sums, squares, number], axis=1)
 
 
 def _shifts(sp: Space, heads: Heads) -> list[tuple[Floats, Floats] | None]:
     """The means of each head's queries and keys, in its dtype, where subtracting them makes scores smaller."""
-    means, large = [], np.zeros(heads.count, bool)
-    for x, live in ((heads.q, None), (heads.k, _live(sp, heads))):
-        sums, squares, number = _sums(sp, x, live)
-        number = np.maximum(number, 1)
-        mean = sums / number[:, None]
-        large |= np.sum(mean**2, axis=1) > _SMALL_MEAN**2 * squares / number
-        means.append(_rounded(heads, mean))
-    return [(means[0][i], means[1][i]) if large[i] else None for i in range(heads.count)]
+    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, _live(sp, heads))]))
+    number = np.maximum(sums[..., -1], 1)
+    mean = sums[..., :-2] / number[..., None]
+    large = np.sum(mean**2, axis=-1) > _SMALL_MEAN**2 * sums[..., -2] / number
+    query, key = _rounded(sp, heads, mean)
+    return [(query[i], key[i]) if large[:, i].any() else None for i in range(heads.count)]
 
 
-def _rounded(heads: Heads, x: Floats) -> Floats:
+def _rounded(sp: Space, heads: Heads, x: Floats) -> Floats:
     """As the pass will have it."""
-    return x.astype(np.float32 if "32" in str(heads.q.dtype) else np.float64).astype(np.float64)
+    single = sp.xp.finfo(heads.q.dtype).bits == 32
+    return x.astype(np.float32 if single else np.float64).astype(np.float64)
 
 
 def _spreads(sp: Space, heads: Heads) -> list[float]:
     """The size of each head's values less their mean, relative to their size."""
-    sums, squares, number = _sums(sp, heads.v)
+    of_heads = sp.host(_sums(sp, heads.v))
+    sums, squares, number = of_heads[:, :-2], of_heads[:, -2], of_heads[:, -1]
     return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
 
 

@@ -5,16 +5,16 @@ against exact ones *given the row sums* ``D_i`` and ``delta_i`` of the forward p
 a relative error of those enters ``dk`` and ``dv`` as one of the same size times numbers that average out over the
 queries.
 
-Low-rank engines run head by head; the samples of all heads are computed together, and compared on the host, where some
-rows of results are copied to.
+Consecutive heads with equal engines run together; the samples of all heads are computed together, and compared on the
+host, where some rows of results are copied to.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,17 +75,68 @@ def _name(engine: object) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """What the forward pass of heads ``start .. end`` has left: one by one, but for those that are exact."""
+    """What the forward pass of heads ``start .. end`` has left, which ran together."""
 
     start: int
     end: int
     saved: Saved
+
+    @property
+    def heads(self) -> range:
+        """Their numbers."""
+        return range(self.start, self.end)
+
+    def part(self, start: int, end: int) -> Part:
+        """That of some of them."""
+        a, b, saved = start - self.start, end - self.start, self.saved
+        constants = [
+            (max(first, a) - a, min(last, b) - a, _part_of(each, max(a - first, 0), min(b, last) - first))
+            for first, last, each in saved.constants
+            if max(first, a) < min(last, b)
+        ]
+        rows = {"row_max": saved.row_max[a:b, :], "row_scale": saved.row_scale[a:b, :]}
+        return Part(start, end, replace(saved, constants=constants, **rows))
+
+
+def _part_of(constants: Any, start: int, end: int) -> Any:
+    """What an engine took from the data of some of its heads: they are the first axis of all arrays."""
+    if constants is None:
+        return None
+    if is_dataclass(constants):
+        return type(constants)(
+            **{of.name: _part_of(getattr(constants, of.name), start, end) for of in fields(constants)}
+        )
+    return constants[start:end, ...]
+
+
+def _ranges(which: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Heads in order, as ranges of those that follow each other."""
+    for _, run in itertools.groupby(enumerate(which), key=lambda at: at[1] - at[0]):
+        together = [i for _, i in run]
+        yield together[0], together[-1] + 1
 
 
 def _run(sp: Space, engine: Any, heads: Heads, start: int, end: int, out: Array) -> Part:
     """Writes ``out`` of some heads."""
     out[start:end, ...], saved = engines.forward(sp, engine, heads.part(start, end))
     return Part(start, end, saved)
+
+
+def _try(
+    sp: Space, engine: Any, heads: Heads, start: int, end: int, out: Array
+) -> tuple[list[Part], dict[int, Exception]]:
+    """Writes ``out`` of those of some heads that the engine has an answer for; and why it has none for the others."""
+    try:
+        return [_run(sp, engine, heads, start, end, out)], {}
+    except (DenominatorError, NonFiniteError) as error:
+        if end - start == 1:
+            return [], {start: error}
+    parts, errors = [], {}
+    for i in range(start, end):
+        part, error = _try(sp, engine, heads, i, i + 1, out)
+        parts += part
+        errors |= error
+    return parts, errors
 
 
 def forward_within(
@@ -133,38 +184,41 @@ def forward_within(
     else:
         plans, probed = plan_heads(sp, heads, auto)
     out = sp.empty((heads.count, n, dv), heads.q.dtype)
-    parts: dict[int, Part] = {}
+    parts: list[Part] = []
     missed: dict[int, str] = {}
-    for i, plan in enumerate(plans):
-        if plan.engine == Exact():
+    for engine, run in itertools.groupby(range(heads.count), key=lambda i: plans[i].engine):
+        if engine == Exact():
             continue
-        try:
-            parts[i] = _run(sp, plan.engine, heads, i, i + 1, out)
-        except (DenominatorError, NonFiniteError) as error:
-            missed[i] = f"{stale}{error}"
+        together = list(run)
+        done, errors = _try(sp, engine, heads, together[0], together[-1] + 1, out)
+        parts += done
+        missed |= {i: f"{stale}{error}" for i, error in errors.items()}
     if known is None and parts:
-        tried = list(parts)
+        tried = [i for part in parts for i in part.heads]
         references = {i: (probe.draw, probe.out) for i in tried if (probe := probed[i]) is not None}
         references |= _references(sp, heads, [i for i in tried if i not in references], auto.seed ^ 0xF0)
         draws = [references[i][0] for i in tried]
         got = sp.host(measure.take_rows(sp, measure.chosen(sp, out, tried), measure.padded(draws)))
         finite = _all_finite(sp, [out[i, ...] for i in tried])
-        bounds = _error_bounds(sp, heads, out, list(parts.values()))
+        bounds = _error_bounds(sp, heads, out, parts)
         for c, i in enumerate(tried):
             error = draws[c].compare(references[i][1], got[c, : len(draws[c].rows)])
             if error.high <= auto.tol and finite[c]:
                 plans[i] = replace(plans[i], errors={"out": error}, measured_error=error, error_bound=bounds.get(i))
             else:
                 missed[i] = f"{stale}{_name(plans[i].engine)} errs by up to {short(error.high)} in out"
-                del parts[i]
-    exactly = [i for i in range(heads.count) if i not in parts]
-    for _, run in itertools.groupby(exactly, key=lambda i: i - exactly.index(i)):
-        together = list(run)
-        parts[together[0]] = _run(sp, Exact(), heads, together[0], together[-1] + 1, out)
+        parts = [
+            part.part(start, end)
+            for part in parts
+            for start, end in _ranges([i for i in part.heads if i not in missed])
+        ]
+    approximate = {i for part in parts for i in part.heads}
+    for start, end in _ranges([i for i in range(heads.count) if i not in approximate]):
+        parts.append(_run(sp, Exact(), heads, start, end, out))
     for i, why in missed.items():
         cost = plans[i].exact_cost
         plans[i] = replace(plans[i], engine=Exact(), cost=cost, predicted_error=None, whole_sequence=(), missed=why)
-    return out, list(parts.values()), [head_report(plan) for plan in plans]
+    return out, parts, [head_report(plan) for plan in plans]
 
 
 def _references(sp: Space, heads: Heads, which: Sequence[int], seed: int) -> dict[int, tuple[Draw, Floats]]:
@@ -294,7 +348,7 @@ def backward_within(
     for part in parts:
         of, own = slice(part.start, part.end), heads.part(part.start, part.end)
         sums.add(part.start, engines.backward(sp, own, part.saved, out[of, ...], dout[of, ...]))
-    approximate = [part.start for part in parts if part.saved.engine != Exact()]
+    approximate = {i for part in parts if part.saved.engine != Exact() for i in part.heads}
     groups = sorted({i // group for i in approximate})
     if not groups:
         return sums.grads, [head_report(plan) for plan in plans]
@@ -369,7 +423,7 @@ class _Sample:
 
     groups: Sequence[int]
     group: int
-    of_dq: Sequence[int]
+    of_dq: Container[int]
     samples: int
     seed: int
 
