@@ -85,7 +85,7 @@ def forward(
     if isinstance(engine, AnyEngine):
         core.check_engine(engine, causal)
     if auto is not None:
-        tolerance.check_floor(auto, q.dtype)
+        tolerance.check_floor(sp, auto, q.dtype)
     shape = (*q.shape[:-1], v.shape[-1])
     heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
     saved: Saved | list[tolerance.Part] = []

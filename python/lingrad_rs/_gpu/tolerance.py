@@ -40,14 +40,14 @@ _SAMPLES = 64
 _FLOOR = {4: 1e-5, 8: 1e-12}
 
 
-def check_floor(auto: Auto, dtype: Any) -> None:
+def check_floor(sp: Space, auto: Auto, dtype: Any) -> None:
     """Raise where the tolerance is below what the dtype allows.
 
     Raises
     ------
     ToleranceError
     """
-    size = 4 if "32" in str(dtype) else 8
+    size = sp.xp.finfo(dtype).bits // 8
     if auto.tol < _FLOOR[size]:
         tol, floor = (np.format_float_scientific(x, trim="-", exp_digits=1) for x in (auto.tol, _FLOOR[size]))
         raise ToleranceError(f"tol is {tol}; expected at least {floor} for numbers of {size} bytes")
