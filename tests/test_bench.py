@@ -165,7 +165,7 @@ def fake_cupy(free=1 << 34):
         get_elapsed_time=FakeEvent.milliseconds_until,
         runtime=runtime,
     )
-    pool = SimpleNamespace(free_bytes=lambda: free // 2)
+    pool = SimpleNamespace(free_bytes=lambda: free // 2, get_limit=lambda: 0, used_bytes=lambda: 0)
     return SimpleNamespace(__version__="14.9", cuda=cuda, asarray=np.copy, get_default_memory_pool=lambda: pool)
 
 

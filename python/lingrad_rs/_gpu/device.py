@@ -158,7 +158,7 @@ def space_of(x: Array) -> Space:
         if cupy.cuda.runtime.is_hip:
             raise DeviceError("the arrays are on an AMD GPU; expected one with CUDA")
         with x.device:
-            free = free_bytes(cupy)
+            free = max(free_bytes(cupy) - _LIBRARIES, 0)
         numbers = min(max(free // (_ARRAYS * x.dtype.itemsize), _LEAST), _MOST)
     return Space(xp, array_api_compat.device(x), numbers)
 
@@ -166,7 +166,7 @@ def space_of(x: Array) -> Space:
 def free_bytes(cupy: Any) -> int:
     """How much memory of the current device arrays may still take: what is free, and what CuPy keeps for them."""
     pool = cupy.get_default_memory_pool()
-    free = cupy.cuda.runtime.memGetInfo()[0] - _LIBRARIES + pool.free_bytes()
+    free = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
     limit = pool.get_limit()
     return max(min(free, limit - pool.used_bytes()) if limit else free, 0)
 
