@@ -72,7 +72,10 @@ FAST_BACKENDS = [RUST, ON_CUPY]
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what tells nothing new, and skips the tests that need a GPU where there is none, and says why."""
+    """Leaves out what tells nothing new, and skips the tests that need a GPU where there is none.
+
+    The reason is what a user is told who asks for a GPU: no CuPy, no driver, or no device.
+    """
     config.hook.pytest_deselected(items=[item for item in items if _is_strict_float64(item)])
     items[:] = [item for item in items if not _is_strict_float64(item)]
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -82,10 +82,7 @@ def forward(
 ) -> tuple[Array, State | None]:
     """``out (..., h, n, dv)``, and with ``keep`` what the backward pass needs beside the inputs."""
     auto = _tolerance(engine)
-    if isinstance(engine, AnyEngine):
-        core.check_engine(engine, causal)
-    if auto is not None:
-        tolerance.check_floor(sp, auto, q.dtype)
+    core.check_engine(engine.auto if isinstance(engine, Planned) else engine, causal, sp.xp.finfo(q.dtype).bits // 8)
     shape = (*q.shape[:-1], v.shape[-1])
     heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
     saved: Saved | list[tolerance.Part] = []

@@ -12,6 +12,11 @@ With the keys ``K_c`` that are near block ``c - 1`` or its window and far from b
 ``K_c``; these are met through the state by blocks ``c`` and later, whose state ``R_c`` is ``R_{c+1}`` and the queries
 of block ``c``. Blocks are taken in segments: all of a segment's parts at once, then their running sums, as one product
 with a triangle of ratios of levels, then all of its blocks.
+
+Backward, with the rows' own ``M_i`` and ``D_i``, the gradient is the sum of both parts': of the near keys that of
+`exact` (with the polynomial, ``f_ij = w_j p(s_ij) e^(-M_i) / D_i``, and where the gradient is consistent
+``w_j p'(s_ij) e^(-M_i) / D_i`` in its place as the factor of the score's gradient), of the far ones that of `low_rank`
+with ``e^(l - M_i) / D_i`` for ``1 / D_i``.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from .low_rank import (
     scaled,
     weighted_sum,
     weighted_values,
+    whole_level,
     whole_state,
     with_ones,
 )
@@ -147,7 +153,7 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Blocks ``first .. end``, and the data of their near and far keys."""
+    """Blocks ``first .. end``, and where their tokens begin."""
 
     first: int
     end: int
@@ -262,8 +268,7 @@ def _start_keys(cut: _Cut, scan: _Scan, potential: bool) -> None:
     sp, run = cut.sp, cut.run
     own = _first_tokens(run, tokens)
     scan.level = sp.xp.max(own.bias, axis=-1, keepdims=True)
-    safe = sp.xp.where(scan.level == -math.inf, sp.xp.zeros_like(scan.level), scan.level)
-    scan.sum = whole_state(sp, own, "keys", weighted_values(sp, own, safe), potential)[:, 0, ...]
+    scan.sum = whole_state(sp, own, "keys", weighted_values(sp, own, whole_level(sp, own.bias)), potential)[:, 0, ...]
 
 
 def _first_tokens(run: Pass, tokens: int) -> Pass:
@@ -303,31 +308,34 @@ class _Floors:
         return Floor(levels + sp.xp.log(weight), run.heads.scale * sums[..., :-1] / weight[..., None])
 
 
-def _near_by_polynomial(
-    cut: _Cut, segment: _Segment, coefficients: Array, s: Array, level: Array, row_max: Array | None
-) -> tuple[Array, Array, Array]:
-    """The polynomial's weights of a block's own keys, those by its derivative, and M.
+def _near_weights(cut: _Cut, segment: _Segment, level: Array, row_max: Array | None) -> tuple[Array, Array]:
+    """``w e^-M`` of a block's own keys for each query, 0 for those that it does not see, and M.
 
     M is the largest bias that each query sees, unless it is given.
     """
     sp, xp, run = cut.sp, cut.sp.xp, cut.run
     first, last = cut.seen(segment)
-    seen = tiles.keep(sp, s.shape[-1], first, last)
-    bias = sp.astype(cut.queries(run.bias, segment), s.dtype)[..., None, :]
-    lowest = sp.full((), -math.inf, s.dtype)
-    bias = xp.where(seen, bias, lowest)
+    bias = sp.astype(cut.queries(run.bias, segment), level.dtype)[..., None, :]
+    bias = xp.where(tiles.keep(sp, bias.shape[-1], first, last), bias, sp.full((), -math.inf, bias.dtype))
     most: Array = row_max
     if row_max is None:
         most = xp.maximum(xp.max(bias, axis=-1), level)
         most = xp.where(most == -math.inf, xp.zeros_like(most), most)
-    w = scaled(sp, bias, most[..., None])
-    p, slope = xp.zeros_like(s), xp.zeros_like(s)
+    return scaled(sp, bias, most[..., None]), most
+
+
+def _weighted(sp: Space, w: Array, coefficients: Array, s: Array) -> Array:
+    """``w p(s)`` for coefficients ``(heads, degree + 1)``; 0 where the weight is, whatever the score."""
+    p = sp.xp.zeros_like(s)
     for j in range(coefficients.shape[1] - 1, -1, -1):
-        slope = slope * s + p
         p = p * s + coefficients[:, j][:, None, None, None]
-    gone = w == 0
-    zero = xp.zeros_like(p)
-    return xp.where(gone, zero, w * p), xp.where(gone, zero, w * slope), most
+    return sp.xp.where(w == 0, sp.xp.zeros_like(p), w * p)
+
+
+def _derivative(sp: Space, coefficients: Array) -> Array:
+    """The coefficients of p'."""
+    factors = sp.astype(sp.arange(1, coefficients.shape[1]), coefficients.dtype)
+    return coefficients[:, 1:] * factors[None, :]
 
 
 def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Array]:
@@ -373,7 +381,8 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
             bias = sp.astype(cut.near_rows(run.plain_bias, segment), dtype) if run.biased else None
             weights, most, sums = tiles.exponentials(sp, s, log_far, bias, *cut.seen(segment))
         else:
-            weights, _, most = _near_by_polynomial(cut, segment, coefficients, s, level, None)
+            w, most = _near_weights(cut, segment, level, None)
+            weights = _weighted(sp, w, coefficients, s)
             sums = xp.sum(weights, axis=-1)
         by = scaled(sp, log_far, most)
         if run.row_level is not None:
@@ -449,10 +458,10 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
             f, ds = tiles.score_gradients(sp, s, e, most, scale, -minus_delta, bias, *cut.seen(segment))
             of_bias = ds
         else:
-            f, slope, _ = _near_by_polynomial(cut, segment, coefficients, s, level, most)
-            f, slope, e = f * scale[..., None], slope * scale[..., None], e + minus_delta[..., None]
+            w, e = _near_weights(cut, segment, level, most)[0] * scale[..., None], e + minus_delta[..., None]
+            f = _weighted(sp, w, coefficients, s)
             of_bias = f * e
-            ds = slope * e if cut.near.consistent else of_bias
+            ds = _weighted(sp, w, _derivative(sp, coefficients), s) * e if cut.near.consistent else of_bias
         add_rows(sp, total.dq, segment.starts[0], heads.scale * xp.matmul(ds, k))
         cut.add_near_rows(total.dk, t(xp.matmul(t(scaled_q), ds)), segment)
         cut.add_near_rows(total.dv, t(xp.matmul(t(dout), f)), segment)
@@ -490,13 +499,8 @@ def _reverse_scan(
         add(segment.starts[2], cut.far(heads.k, segment), cut.far(heads.v, segment), w, state)
     tokens = cut.far_of_prefix
     if tokens and levels and levels[0] is not None:
-        step = max(1, cut.segments(True)[0].end - cut.prefix) * BLOCK
-        state = scan.sum[:, None, ...]
+        step = (cut.segments(True)[0].end - cut.prefix) * BLOCK
         for start in range(0, tokens, step):
-            end = min(start + step, tokens)
-            k, v = (
-                rows(sp, x[:, :tokens, :], start, start + -(-(end - start) // BLOCK) * BLOCK)
-                for x in (heads.k, heads.v)
-            )
-            bias = rows(sp, run.bias[:, :tokens], start, start + -(-(end - start) // BLOCK) * BLOCK, -math.inf)
-            add(start, k, v, weights(bias, scan.level), state)
+            k, v = (rows(sp, x[:, :tokens, :], start, start + step) for x in (heads.k, heads.v))
+            bias = rows(sp, run.bias[:, :tokens], start, start + step, -math.inf)
+            add(start, k, v, weights(bias, scan.level), scan.sum[:, None, ...])

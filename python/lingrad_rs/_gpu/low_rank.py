@@ -47,6 +47,7 @@ __all__ = [
     "scaled",
     "weighted_sum",
     "weighted_values",
+    "whole_level",
     "whole_state",
     "with_ones",
 ]
@@ -206,9 +207,9 @@ def weighted_values(sp: Space, run: Pass, level: Array) -> Array:
     return with_ones(sp, run.heads.v) * key_weights(sp, run, level)[..., None]
 
 
-def whole_level(sp: Space, run: Pass) -> Array:
+def whole_level(sp: Space, bias: Array) -> Array:
     """The largest bias of each head, ``(heads or 1, 1)``; 0 where every key is removed."""
-    level = sp.xp.max(run.bias, axis=-1, keepdims=True)
+    level = sp.xp.max(bias, axis=-1, keepdims=True)
     return sp.xp.where(level == -math.inf, sp.xp.zeros_like(level), level)
 
 
@@ -222,7 +223,7 @@ def forward(sp: Space, run: Pass) -> tuple[Array, Array, Array, Array]:
     xp = sp.xp
     heads = run.heads
     n, _, _, dv = heads.sizes
-    level = whole_level(sp, run)
+    level = whole_level(sp, run.bias)
     state = whole_state(sp, run, "keys", weighted_values(sp, run, level), False)
     state = run.features.weigh(sp, "keys", state, False)
     out, row_scale = sp.empty((heads.count, n, dv), heads.q.dtype), sp.empty((heads.count, n), heads.q.dtype)
@@ -252,8 +253,7 @@ def weighted_sum(sp: Space, w: Array, x: Array) -> Array:
 def whole_floor(sp: Space, run: Pass) -> Floor:
     """Jensen's bound over all keys."""
     xp = sp.xp
-    level = xp.max(run.plain_bias, axis=-1, keepdims=True)
-    level = xp.where(level == -math.inf, xp.zeros_like(level), level)
+    level = whole_level(sp, run.plain_bias)
     w = scaled(sp, run.plain_bias, level)
     total = xp.sum(w, axis=-1)
     mean = weighted_sum(sp, w, run.heads.k) / total[..., None]
@@ -302,7 +302,7 @@ def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) 
     heads, features = run.heads, run.features
     n, m, d, dv = heads.sizes
     dtype = heads.q.dtype
-    level = whole_level(sp, run)
+    level = whole_level(sp, run.bias)
     state = features.weigh(sp, "keys", whole_state(sp, run, "keys", weighted_values(sp, run, level), True), True)
     upstream = xp.concat([dout, -delta[..., None]], axis=-1)
     dq = sp.empty((heads.count, n, d), dtype)
@@ -348,7 +348,7 @@ def left_out(sp: Space, run: Pass, heads: Heads, key_shift: Array | None) -> Arr
     if key_shift is not None:
         total += heads.scale * dots(sp, heads.q, sp.xp.broadcast_to(key_shift[:, None, :], heads.q.shape))
     if not heads.causal:
-        total += whole_level(sp, run)
+        total += whole_level(sp, run.bias)
         if run.row_level is not None:
             total += run.row_level
     return total

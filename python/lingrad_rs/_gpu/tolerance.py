@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, Polynomial
-from ..errors import DenominatorError, NonFiniteError, ToleranceError
+from ..errors import DenominatorError, NonFiniteError
 from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report
 from . import engines, measure
 from .device import Space
@@ -29,28 +29,13 @@ from .heads import Grads, Heads, Saved
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
 
-__all__ = ["Part", "backward_within", "check_floor", "forward_within", "measured", "of_nothing"]
+__all__ = ["Part", "backward_within", "forward_within", "measured", "of_nothing"]
 
 Array = Any
 Report = dict[str, Any]
 
 # Rows, and keys, of each head that results are held against.
 _SAMPLES = 64
-# The least tolerance that numbers of so many bytes allow.
-_FLOOR = {4: 1e-5, 8: 1e-12}
-
-
-def check_floor(sp: Space, auto: Auto, dtype: Any) -> None:
-    """Raise where the tolerance is below what the dtype allows.
-
-    Raises
-    ------
-    ToleranceError
-    """
-    size = sp.xp.finfo(dtype).bits // 8
-    if auto.tol < _FLOOR[size]:
-        tol, floor = (np.format_float_scientific(x, trim="-", exp_digits=1) for x in (auto.tol, _FLOOR[size]))
-        raise ToleranceError(f"tol is {tol}; expected at least {floor} for numbers of {size} bytes")
 
 
 def of_nothing(heads: int) -> list[Report]:

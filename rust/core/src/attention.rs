@@ -7,7 +7,7 @@ use faer::{ColRef, MatRef};
 use rayon::prelude::*;
 
 use crate::context::Context;
-use crate::engine::{self, Engine, Planned};
+use crate::engine::{Engine, Planned};
 use crate::error::{Error, Result, expect_len};
 use crate::monomials::Monomials;
 use crate::real::{Real, vectorised};
@@ -237,16 +237,7 @@ pub(crate) fn all_finite<T: Real>(x: &[T]) -> bool {
 impl Attention {
     fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
         self.engine.validate(self.causal)?;
-        let floor = engine::floor(size_of::<T>());
-        if let Some(auto) = self.engine.tolerance()
-            && auto.tol < floor
-        {
-            return Err(Error::Tolerance(format!(
-                "tol is {:e}; expected at least {floor:e} for numbers of {} bytes",
-                auto.tol,
-                size_of::<T>()
-            )));
-        }
+        self.engine.check_floor(size_of::<T>())?;
         if !self.scale.is_finite() {
             return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
         }

@@ -205,6 +205,18 @@ impl Engine {
         }
     }
 
+    /// An error where there is a tolerance below the [`floor`] of numbers of so many bytes.
+    pub fn check_floor(&self, bytes: usize) -> Result<()> {
+        match self.tolerance() {
+            Some(auto) if auto.tol < floor(bytes) => Err(Error::Tolerance(format!(
+                "tol is {:e}; expected at least {:e} for numbers of {bytes} bytes",
+                auto.tol,
+                floor(bytes)
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Checks everything that does not depend on the data.
     pub fn validate(&self, causal: bool) -> Result<()> {
         let p = match self {

@@ -134,8 +134,9 @@ impl Polynomial {
     }
 }
 
-/// An error where an engine's options do not fit together, or not with a causal mask.
+/// An error where an engine's options do not fit together, or not with a causal mask or numbers of so many bytes.
 #[pyfunction]
-pub fn check_engine(engine: AnyEngine, causal: bool) -> Result<()> {
-    Ok(engine.0.validate(causal)?)
+pub fn check_engine(engine: AnyEngine, causal: bool, itemsize: usize) -> Result<()> {
+    engine.0.validate(causal)?;
+    Ok(engine.0.check_floor(itemsize)?)
 }
