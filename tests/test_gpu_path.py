@@ -125,7 +125,7 @@ def waits(monkeypatch, n, engine, causal, rng):
 @pytest.mark.parametrize(("engine", "causal"), CASES)
 def test_waits_for_the_device_do_not_grow_with_the_tokens(engine, causal, on, steps, monkeypatch, rng):
     on(GPU_STRICT)
-    steps(1 << 12)
+    steps(1 << 13)  # the sampled tokens fit
     few, many = (waits(monkeypatch, n, engine, causal, rng) for n in (130, 700))
     assert 0 < few == many
 
@@ -171,7 +171,7 @@ def test_too_little_memory_is_an_error_and_leaves_nothing_allocated(on, monkeypa
     inputs = draw(rng, n=300, size=0.4)
     kept = []
 
-    def never(sp, engine, heads):
+    def never(sp, own, heads):
         room = np.zeros(1000)
         kept.append(weakref.ref(room))
         raise MemoryError
@@ -266,7 +266,7 @@ def test_a_backward_pass_never_waits_for_the_gpu(engine, causal, rng):
     inputs = {name: CUPY.array(x) for name, x in cast(draw(rng, n=3000, heads=(2,), size=0.4), np.float32).items()}
     heads = Heads(inputs["q"], inputs["k"], inputs["v"], None, causal, 0.3)
     sp = device.space_of(heads.q)
-    out, saved = engines.forward(sp, engine, heads)
+    out, saved = engines.forward(sp, [engine] * 2, heads)
     want = engines.backward(sp, heads, saved, out, inputs["dout"])
     with cupyx.allow_synchronize(False):
         got = engines.backward(sp, heads, saved, out, inputs["dout"])

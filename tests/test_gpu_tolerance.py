@@ -11,6 +11,7 @@ from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
 from lingrad_rs._gpu import device, engines, measure, plan, tolerance
 from lingrad_rs._gpu.heads import Heads
+from lingrad_rs.plan import head_plans
 
 ARRAY_CODE = pytest.mark.parametrize(
     "backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name
@@ -45,7 +46,7 @@ def test_equal_seeds_measure_the_same_as_the_core(causal, backend, rng):
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_and_keys_are_exact_in_chunks_of_any_size(causal, backend, rng):
     sp, heads, dout = some_heads(backend, rng, causal=causal, n=200)
-    out, saved = engines.forward(sp, lg.Exact(), heads)
+    out, saved = engines.forward(sp, [lg.Exact()] * heads.count, heads)
     grads = engines.backward(sp, heads, saved, out, dout)
     logs, delta = engines.log_sums(sp, heads, saved), measure.dots(sp, out, dout)
     rows = np.array([[0, 7, 150, 199], [3, 3, 4, 90]])
@@ -98,9 +99,9 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
     given = [tolerance._given(engine)] * 5 + [tolerance._given(lg.Exact())]
     calls, forward = [], engines.forward
 
-    def counted(sp, engine, heads):
-        calls.append((type(engine), heads.first, heads.count))
-        return forward(sp, engine, heads)
+    def counted(sp, own, heads):
+        calls.append((type(own[0]), heads.first, heads.count))
+        return forward(sp, own, heads)
 
     monkeypatch.setattr(engines, "forward", counted)
     auto = lg.Auto(5e-2)
@@ -122,12 +123,62 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
     grads, known = tolerance.backward_within(sp, some, 1, auto, parts, reports, out, up)
     assert [len(dict(report["errors"])) for report in known] == [5, 0, 5, 5, 0]
     for i in (0, 2, 3):
-        want, saved = forward(sp, engine, some.part(i, i + 1))
+        want, saved = forward(sp, [engine], some.part(i, i + 1))
         wanted = engines.backward(sp, some.part(i, i + 1), saved, want, up[i : i + 1, ...])
         assert relative_error(sp.host(out[i, ...]), sp.host(want[0, ...])) <= REORDERED[np.dtype(np.float64)]
         for name in ("dq", "dk", "dv", "dkey_bias"):
             got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
             assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+def with_numbers(heads, kind):
+    """An engine for each of three heads, which are the same but for numbers."""
+    if kind == "polynomials":
+        return [
+            lg.Polynomial(coefficients=(1.01, 0.98, 0.5), shift=([0.1, 0, 0, 0], [0, 0.2, 0, 0])),
+            lg.Polynomial(coefficients=(0.99, 1.02, 0.51)),
+            lg.Polynomial(),
+        ]
+    options = {"rank": 8, "causal": False, "scale": heads.scale}
+    return [
+        lg.Landmark(
+            seed=i,
+            constants=lg.LandmarkConstants(
+                **core.landmark_constants(
+                    *(np.asarray(x[i]) for x in (heads.q, heads.k, heads.v)), None, seed=i, head=i, **options
+                )
+            ),
+        )
+        for i in range(3)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # as where the library calls
+@pytest.mark.parametrize("kind", ["polynomials", "landmarks"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("numbers", [1, 1 << 22])
+def test_heads_whose_engines_differ_in_numbers_run_together(numbers, causal, kind, rng, monkeypatch):
+    inputs = draw(rng, n=1500, heads=(3,), d=4, size=0.2)
+    sp = device.Space(device.space_of(inputs["q"]).xp, "cpu", numbers)
+    heads = Heads(inputs["q"], inputs["k"], inputs["v"], None, causal, 0.5)
+    own = with_numbers(heads, kind)
+    calls, forward = [], engines.forward
+    monkeypatch.setattr(engines, "forward", lambda sp, own, heads: calls.append(own) or forward(sp, own, heads))
+    given = [tolerance._given(engine) for engine in own]
+    auto = lg.Auto(0.5)
+    out, parts, reports = tolerance.forward_within(sp, heads, auto, given)
+    assert calls == [own]
+    assert [plan.engine for plan in head_plans(reports)] == own
+    grads, _ = tolerance.backward_within(sp, heads, 1, auto, parts, reports, out, inputs["dout"])
+    assert calls == [own]
+    for i, engine in enumerate(own):
+        alone = heads.part(i, i + 1)
+        want, saved = forward(sp, [engine], alone)
+        wanted = engines.backward(sp, alone, saved, want, inputs["dout"][i : i + 1])
+        assert relative_error(out[i], want[0]) <= REORDERED[np.dtype(np.float64)]
+        for name in ("dq", "dk", "dv"):
+            got = getattr(grads, name)[i]
+            assert relative_error(got, getattr(wanted, name)[0]) <= 10 * REORDERED[np.dtype(np.float64)]
 
 
 def test_rates_from_small_arrays_are_not_kept_for_calls_with_more_room(monkeypatch):

@@ -95,7 +95,7 @@ def forward(
         names = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
         sp.check_finite(**names)
         if isinstance(engine, AnyEngine):
-            out, saved = engines.forward(sp, engine, heads)
+            out, saved = engines.forward(sp, [engine] * heads.count, heads)
         else:
             given = engine.heads if isinstance(engine, Plan) else None
             before = engine.reports if isinstance(engine, Planned) else None

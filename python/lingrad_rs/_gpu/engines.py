@@ -1,9 +1,13 @@
-"""The engines, each forward and backward, on heads that share no keys."""
+"""The engines, each forward and backward, on heads that share no keys.
+
+Heads run together where their engines are the same but for numbers: coefficients, constant shifts, landmarks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -11,9 +15,9 @@ from ..engines import Exact, Landmark, Polynomial
 from ..errors import DenominatorError
 from . import exact, landmark, polynomial
 from .device import Space
-from .heads import Grads, Heads, Saved, dots
+from .heads import Grads, Heads, Saved, dots, part_of
 
-__all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums"]
+__all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums", "without_numbers"]
 
 Array = Any
 AnyEngine = Exact | Polynomial | Landmark
@@ -25,6 +29,17 @@ _NO_KEY_REMEDY = (
 _LANDMARK_REMEDY = (
     "its weights are not resolved by these landmarks; use a higher rank, tol= in place of an engine, or Exact()"
 )
+
+
+def without_numbers(engine: AnyEngine) -> tuple[AnyEngine, bool]:
+    """What engines of heads that run together have in common; the second says whether landmarks are given."""
+    if isinstance(engine, Polynomial):
+        coefficients = "fitted" if engine.coefficients == "fitted" else "taylor"
+        return replace(engine, coefficients=coefficients, shift="mean" if engine.shift == "mean" else "none"), False
+    if isinstance(engine, Landmark):
+        given = engine.constants is not None
+        return replace(engine, constants=None, seed=0 if given else engine.seed), given
+    return engine, False
 
 
 def _ranges(sp: Space, engine: AnyEngine, heads: Heads) -> Iterator[tuple[int, int]]:
@@ -40,28 +55,39 @@ def _ranges(sp: Space, engine: AnyEngine, heads: Heads) -> Iterator[tuple[int, i
     return ((start, min(start + step, heads.count)) for start in range(0, heads.count, step))
 
 
-def forward(sp: Space, engine: AnyEngine, heads: Heads) -> tuple[Array, Saved]:
+def forward(sp: Space, own: Sequence[AnyEngine], heads: Heads) -> tuple[Array, Saved]:
     """``out (heads, n, dv)``, and what the backward pass needs.
 
-    Waits for the device to check the rows, and where samples are copied to the host, once for each range of heads.
+    Waits for the device to check the rows, and before that where samples are copied to the host.
+
+    Parameters
+    ----------
+    own : sequence of Exact, Polynomial or Landmark
+        One a head, the same `without_numbers`.
+    heads : Heads
+        At least one.
 
     Raises
     ------
     DenominatorError
         A row sums to a number that is not positive, or not finite, or has no key to attend to.
     """
-    ranges, parts = list(_ranges(sp, engine, heads)), []
+    engine, constants, parts = own[0], None, []
+    ranges = list(_ranges(sp, engine, heads))
+    if isinstance(engine, Polynomial):
+        constants = polynomial.constants(sp, cast(Sequence[Polynomial], own), heads)
+    elif isinstance(engine, Landmark):
+        constants = landmark.constants(sp, cast(Sequence[Landmark], own), heads)
     for start, end in ranges:
-        own = heads.part(start, end)
+        some, numbers = heads.part(start, end), part_of(constants, start, end)
         if isinstance(engine, Exact):
-            parts.append((*exact.forward(sp, own), None, None))
+            parts.append((*exact.forward(sp, some), None))
         elif isinstance(engine, Polynomial):
-            parts.append(polynomial.forward(sp, engine, own))
+            parts.append(polynomial.forward(sp, engine, some, numbers))
         else:
-            parts.append(landmark.forward(sp, engine, own))
+            parts.append(landmark.forward(sp, engine, some, numbers))
     out, row_max, row_scale, good = (_joined(sp, [part[i] for part in parts]) for i in range(4))
     _check_rows(sp, engine, heads, row_scale, good)
-    constants = [(start, end, part[4]) for (start, end), part in zip(ranges, parts, strict=True)]
     return out, Saved(engine, row_max, row_scale, constants)
 
 
@@ -77,15 +103,15 @@ def delta_of(sp: Space, out: Array, dout: Array) -> Array:
 def backward(sp: Space, heads: Heads, saved: Saved, out: Array, dout: Array) -> Grads:
     """The gradients for ``dout (heads, n, dv)``, from the output and what the forward pass has left."""
     engine, grads = saved.engine, []
-    for start, end, constants in saved.constants:
-        own, o, up = heads.part(start, end), out[start:end, ...], dout[start:end, ...]
-        rows = (saved.row_max[start:end, :], saved.row_scale[start:end, :], up, delta_of(sp, o, up))
+    for start, end in _ranges(sp, engine, heads):
+        own, some, up = saved.part(start, end), heads.part(start, end), dout[start:end, ...]
+        rows = (own.row_max, own.row_scale, up, delta_of(sp, out[start:end, ...], up))
         if isinstance(engine, Exact):
-            grads.append(exact.backward(sp, own, *rows))
+            grads.append(exact.backward(sp, some, *rows))
         elif isinstance(engine, Polynomial):
-            grads.append(polynomial.backward(sp, engine, own, constants, *rows))
+            grads.append(polynomial.backward(sp, engine, some, own.constants, *rows))
         else:
-            grads.append(landmark.backward(sp, engine, own, constants, *rows))
+            grads.append(landmark.backward(sp, engine, some, own.constants, *rows))
     names = ("dq", "dk", "dv", "dkey_bias")
     return Grads(*(_joined(sp, [getattr(part, name) for part in grads]) for name in names))
 
@@ -104,13 +130,13 @@ def add_groups(sp: Space, grads: Grads, group: int) -> Grads:
 def log_sums(sp: Space, heads: Heads, saved: Saved) -> Array:
     """``ln sum_j A_ij`` of every query in the original scores, ``(heads, n)``, float64."""
     parts = []
-    for start, end, constants in saved.constants:
-        own = heads.part(start, end)
-        logs = sp.wide(saved.row_max[start:end, :]) - sp.xp.log(sp.wide(saved.row_scale[start:end, :]))
+    for start, end in _ranges(sp, saved.engine, heads):
+        own, some = saved.part(start, end), heads.part(start, end)
+        logs = sp.wide(own.row_max) - sp.xp.log(sp.wide(own.row_scale))
         if isinstance(saved.engine, Polynomial):
-            logs = logs + polynomial.left_out(sp, saved.engine, own, constants)
+            logs = logs + polynomial.left_out(sp, saved.engine, some, own.constants)
         elif isinstance(saved.engine, Landmark):
-            logs = logs + landmark.left_out(sp, own, constants)
+            logs = logs + landmark.left_out(sp, some, own.constants)
         parts.append(logs)
     return _joined(sp, parts)
 

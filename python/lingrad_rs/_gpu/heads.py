@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..engines import Exact, Landmark, Polynomial
 from .device import Space
 
-__all__ = ["Grads", "Heads", "Saved", "dots"]
+__all__ = ["Grads", "Heads", "Saved", "dots", "part_of"]
 
 Array = Any
 
@@ -64,15 +64,31 @@ class Saved:
     Attributes
     ----------
     engine : Exact, Polynomial or Landmark
+        That of the first head; those of the others differ in numbers alone, which `constants` holds.
     row_max, row_scale : arrays, shape (heads, n)
-    constants : list of (int, int, object)
-        What the engine took from the data: of heads from one number to another.
+    constants : object
+        The numbers of each head that its engine holds, or took from the data; see `part_of`.
     """
 
     engine: Exact | Polynomial | Landmark
     row_max: Array
     row_scale: Array
-    constants: list[tuple[int, int, Any]]
+    constants: Any
+
+    def part(self, start: int, end: int) -> Saved:
+        """That of some heads."""
+        rows = {"row_max": self.row_max[start:end, :], "row_scale": self.row_scale[start:end, :]}
+        return replace(self, **rows, constants=part_of(self.constants, start, end))
+
+
+def part_of(constants: Any, start: int, end: int) -> Any:
+    """Constants of some heads: arrays whose first axis they are, None, or a dataclass of such."""
+    if constants is None:
+        return None
+    if hasattr(constants, "shape"):
+        return constants[start:end, ...]
+    each = {of.name: part_of(getattr(constants, of.name), start, end) for of in fields(constants)}
+    return type(constants)(**each)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ drawn and fitted by the compiled core, from a sample that is copied to the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from .device import Space
 from .features import Gaussians, Map
 from .heads import Grads, Heads
 
-__all__ = ["WINDOW", "Constants", "backward", "forward", "left_out", "numbers"]
+__all__ = ["WINDOW", "Constants", "backward", "constants", "forward", "left_out", "numbers"]
 
 Array = Any
 
@@ -46,14 +47,16 @@ def numbers(engine: Landmark, d: int, dv: int) -> int:
     return 8 * engine.rank * (dv + 1 + d + causal.BLOCK)
 
 
+def _checked(given: LandmarkConstants, heads: Heads) -> LandmarkConstants:
+    if len(given.query_shift) != heads.sizes[2]:
+        raise ShapeError(f"landmarks are of width {len(given.query_shift)}; expected d = {heads.sizes[2]}")
+    if given.scale != heads.scale:
+        raise ArgumentError(f"scale is {heads.scale}; expected {given.scale}, for which the landmarks were made")
+    return given
+
+
 def _drawn(sp: Space, engine: Landmark, heads: Heads) -> list[LandmarkConstants]:
-    if engine.constants is not None:
-        given = engine.constants
-        if len(given.query_shift) != heads.sizes[2]:
-            raise ShapeError(f"landmarks are of width {len(given.query_shift)}; expected d = {heads.sizes[2]}")
-        if given.scale != heads.scale:
-            raise ArgumentError(f"scale is {heads.scale}; expected {given.scale}, for which the landmarks were made")
-        return [given] * heads.count
+    """Waits for the device."""
     tokens = sample.first(sp, heads) if heads.causal else sample.spread(sp, heads, sample.POOL, 2)
     return [
         LandmarkConstants(
@@ -73,8 +76,10 @@ def _drawn(sp: Space, engine: Landmark, heads: Heads) -> list[LandmarkConstants]
     ]
 
 
-def _constants(sp: Space, engine: Landmark, heads: Heads) -> Constants:
-    drawn = _drawn(sp, engine, heads)
+def constants(sp: Space, own: Sequence[Landmark], heads: Heads) -> Constants:
+    """Those of one engine a head, where all or none are given; in the latter case it is the same engine for all."""
+    given = [_checked(engine.constants, heads) for engine in own if engine.constants is not None]
+    drawn = given or _drawn(sp, own[0], heads)
     r = max(len(x.landmarks) for x in drawn)
     c, sign, dtype = abs(heads.scale), -1.0 if heads.scale < 0 else 1.0, heads.q.dtype
     points, offsets, matrices = [], [], []
@@ -106,12 +111,10 @@ def near(engine: Landmark) -> causal.Near:
     return causal.Near(WINDOW, engine.constants is None)
 
 
-def forward(sp: Space, engine: Landmark, heads: Heads) -> tuple[Array, Array, Array, Array, Constants]:
-    """``out``, the row factors, whether rows are not below Jensen's bound, and the constants of the heads."""
-    constants = _constants(sp, engine, heads)
+def forward(sp: Space, engine: Landmark, heads: Heads, constants: Constants) -> tuple[Array, Array, Array, Array]:
+    """``out``, the row factors, and whether rows are not below Jensen's bound."""
     run = _pass(sp, heads, constants)
-    result = causal.forward(sp, run, near(engine)) if heads.causal else low_rank.forward(sp, run)
-    return *result, constants
+    return causal.forward(sp, run, near(engine)) if heads.causal else low_rank.forward(sp, run)
 
 
 def backward(

@@ -75,8 +75,10 @@ def padded(draws: Sequence[Draw]) -> Rows:
 
 def take_rows(sp: Space, x: Array, rows: Rows) -> Array:
     """Rows ``(heads, rows)`` of ``x (heads, all rows, width)``, in float64."""
-    index = sp.asarray(rows, sp.xp.int64)
-    return sp.wide(sp.xp.stack([sp.xp.take(x[i, ...], index[i, ...], axis=0) for i in range(len(rows))]))
+    count, n, width = x.shape
+    index = (np.arange(count)[:, None] * n + rows).reshape(-1)
+    taken = sp.xp.take(sp.xp.reshape(x, (count * n, width)), sp.asarray(index, sp.xp.int64), axis=0)
+    return sp.wide(sp.xp.reshape(taken, (*rows.shape, width)))
 
 
 def chosen(sp: Space, x: Array, which: Sequence[int]) -> Array:

@@ -9,6 +9,7 @@ derivative of the forward pass, through ``p`` itself. The one that is differenti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from .features import Polynomials
 from .heads import Grads, Heads
 from .monomials import monomials, rank
 
-__all__ = ["LARGEST_STATE", "Constants", "backward", "forward", "left_out", "near", "numbers"]
+__all__ = ["LARGEST_STATE", "Constants", "backward", "constants", "forward", "left_out", "near", "numbers"]
 
 Array = Any
 
@@ -65,33 +66,34 @@ def near(sp: Space, engine: Polynomial, constants: Constants, dtype: Any) -> cau
     return causal.Near(0, fitted, coefficients, engine.gradient == "consistent")
 
 
-def _constants(sp: Space, engine: Polynomial, heads: Heads) -> Constants:
-    query, key = shifts(sp, engine, heads)
-    a = engine.coefficients
-    if a == "taylor":
-        a = [1 / math.factorial(j) for j in range(engine.degree + 1)]
-    if a == "fitted":
-        return Constants(_fitted(sp, engine, heads, query, key), query, key)
-    return Constants(np.broadcast_to(np.asarray(a, np.float64), (heads.count, engine.degree + 1)), query, key)
+def constants(sp: Space, own: Sequence[Polynomial], heads: Heads) -> Constants:
+    """Those of one engine a head, which differ in coefficients and shifts that are given, if in anything."""
+    query, key = _shifts(sp, own, heads)
+    if own[0].coefficients == "fitted":
+        return Constants(_fitted(sp, own[0], heads, query, key), query, key)
+    taylor = [1 / math.factorial(j) for j in range(own[0].degree + 1)]
+    a = [taylor if engine.coefficients == "taylor" else engine.coefficients for engine in own]
+    return Constants(np.array(a, np.float64), query, key)
 
 
-def shifts(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array | None, Array | None]:
+def _shifts(sp: Space, own: Sequence[Polynomial], heads: Heads) -> tuple[Array | None, Array | None]:
     """``alpha`` and ``beta``, ``(heads, d)`` in the arrays' dtype."""
     xp, dtype = sp.xp, heads.q.dtype
-    if engine.shift == "none":
-        return None, None
-    if engine.shift == "mean":
+    if own[0].shift == "mean":
         sums = ((xp.sum(x, axis=1, dtype=xp.float64), x.shape[1]) for x in (heads.q, heads.k))
         query, key = (sp.astype(total / count, dtype) for total, count in sums)
         return query, key
-    d = heads.sizes[2]
-    for name, by in zip(("query", "key"), engine.shift, strict=True):
-        if len(by) != d:
-            raise ShapeError(f"shift has {len(by)} numbers for the {name}; expected d = {d}")
-    query, key = (
-        xp.broadcast_to(sp.asarray(np.array(by, np.float64), dtype)[None, :], (heads.count, d)) for by in engine.shift
-    )
-    return query, key
+    if all(engine.shift == "none" for engine in own):
+        return None, None
+    by = np.zeros((2, heads.count, heads.sizes[2]))
+    for i, engine in enumerate(own):
+        if engine.shift == "none":
+            continue
+        for side, (name, given) in enumerate(zip(("query", "key"), engine.shift, strict=True)):
+            if len(given) != by.shape[2]:
+                raise ShapeError(f"shift has {len(given)} numbers for the {name}; expected d = {by.shape[2]}")
+            by[side, i] = given
+    return sp.asarray(by[0], dtype), sp.asarray(by[1], dtype)
 
 
 def _fitted(
@@ -131,15 +133,16 @@ def _pass(sp: Space, engine: Polynomial, heads: Heads, constants: Constants) -> 
     )
 
 
-def forward(sp: Space, engine: Polynomial, heads: Heads) -> tuple[Array, Array, Array, Array | None, Constants]:
-    """``out``, the row factors, None, and the constants of the heads."""
-    constants = _constants(sp, engine, heads)
+def forward(
+    sp: Space, engine: Polynomial, heads: Heads, constants: Constants
+) -> tuple[Array, Array, Array, Array | None]:
+    """``out``, the row factors, and None."""
     run = _pass(sp, engine, heads, constants)
     if heads.causal:
         result = causal.forward(sp, run, near(sp, engine, constants, heads.q.dtype))
     else:
         result = low_rank.forward(sp, run)
-    return *result[:3], None, constants
+    return *result[:3], None
 
 
 def backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .. import _lingrad_rs as core
 from .causal import PREFIX
 from .device import Space
 from .heads import Heads
+from .measure import chosen
 
 __all__ = ["FIT", "POOL", "Tokens", "first", "spread"]
 
@@ -56,13 +58,13 @@ def _taken(
     rows: tuple[NDArray[np.int64], NDArray[np.int64]],
     positions: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
 ) -> list[Tokens]:
-    """Waits for the device."""
+    """Waits for the device: for as many heads at once as temporary arrays hold."""
+    which = range(heads.count) if which is None else which
 
     def part(x: Array, rows: NDArray[np.int64]) -> NDArray[Any]:
-        taken = sp.xp.take(x, sp.asarray(rows, sp.xp.int64), axis=1)
-        if which is not None:
-            taken = sp.xp.take(taken, sp.asarray(np.array(which), sp.xp.int64), axis=0)
-        return sp.host(taken)
+        index, width = sp.asarray(rows, sp.xp.int64), len(rows) * math.prod(x.shape[2:])
+        heads_at_once = sp.tiles(len(which), width)
+        return np.concatenate([sp.host(sp.xp.take(chosen(sp, x, which[a:b]), index, axis=1)) for a, b in heads_at_once])
 
     q, k, v = part(heads.q, rows[0]), part(heads.k, rows[1]), part(heads.v, rows[1])
     bias = None if heads.key_bias is None else part(heads.key_bias, rows[1])

@@ -5,8 +5,8 @@ against exact ones *given the row sums* ``D_i`` and ``delta_i`` of the forward p
 a relative error of those enters ``dk`` and ``dv`` as one of the same size times numbers that average out over the
 queries.
 
-Consecutive heads with equal engines run together; the samples of all heads are computed together, and compared on the
-host, where some rows of results are copied to.
+Consecutive heads whose engines differ in numbers alone run together; the samples of all heads are computed together,
+and compared on the host, where some rows of results are copied to.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, Polynomial
@@ -25,6 +26,7 @@ from ..errors import DenominatorError, NonFiniteError
 from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report
 from . import engines, measure
 from .device import Space
+from .engines import AnyEngine
 from .heads import Grads, Heads, Saved
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
@@ -73,25 +75,7 @@ class Part:
 
     def part(self, start: int, end: int) -> Part:
         """That of some of them."""
-        a, b, saved = start - self.start, end - self.start, self.saved
-        constants = [
-            (max(first, a) - a, min(last, b) - a, _part_of(each, max(a - first, 0), min(b, last) - first))
-            for first, last, each in saved.constants
-            if max(first, a) < min(last, b)
-        ]
-        rows = {"row_max": saved.row_max[a:b, :], "row_scale": saved.row_scale[a:b, :]}
-        return Part(start, end, replace(saved, constants=constants, **rows))
-
-
-def _part_of(constants: Any, start: int, end: int) -> Any:
-    """What an engine took from the data of some of its heads: they are the first axis of all arrays."""
-    if constants is None:
-        return None
-    if is_dataclass(constants):
-        return type(constants)(
-            **{of.name: _part_of(getattr(constants, of.name), start, end) for of in fields(constants)}
-        )
-    return constants[start:end, ...]
+        return Part(start, end, self.saved.part(start - self.start, end - self.start))
 
 
 def _ranges(which: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -101,24 +85,24 @@ def _ranges(which: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield together[0], together[-1] + 1
 
 
-def _run(sp: Space, engine: Any, heads: Heads, start: int, end: int, out: Array) -> Part:
-    """Writes ``out`` of some heads."""
-    out[start:end, ...], saved = engines.forward(sp, engine, heads.part(start, end))
+def _run(sp: Space, own: Sequence[AnyEngine], heads: Heads, start: int, end: int, out: Array) -> Part:
+    """Writes ``out`` of some heads, each by its own engine."""
+    out[start:end, ...], saved = engines.forward(sp, own, heads.part(start, end))
     return Part(start, end, saved)
 
 
 def _try(
-    sp: Space, engine: Any, heads: Heads, start: int, end: int, out: Array
+    sp: Space, own: Sequence[AnyEngine], heads: Heads, start: int, end: int, out: Array
 ) -> tuple[list[Part], dict[int, Exception]]:
-    """Writes ``out`` of those of some heads that the engine has an answer for; and why it has none for the others."""
+    """Writes ``out`` of those heads that their engines have an answer for; and why they have none for the others."""
     try:
-        return [_run(sp, engine, heads, start, end, out)], {}
+        return [_run(sp, own, heads, start, end, out)], {}
     except (DenominatorError, NonFiniteError) as error:
         if end - start == 1:
             return [], {start: error}
     parts, errors = [], {}
     for i in range(start, end):
-        part, error = _try(sp, engine, heads, i, i + 1, out)
+        part, error = _try(sp, own[i - start : i - start + 1], heads, i, i + 1, out)
         parts += part
         errors |= error
     return parts, errors
@@ -171,11 +155,13 @@ def forward_within(
     out = sp.empty((heads.count, n, dv), heads.q.dtype)
     parts: list[Part] = []
     missed: dict[int, str] = {}
-    for engine, run in itertools.groupby(range(heads.count), key=lambda i: plans[i].engine):
+    own: list[Any] = [plan.engine for plan in plans]
+    for (engine, _), run in itertools.groupby(range(heads.count), key=lambda i: engines.without_numbers(own[i])):
         if engine == Exact():
             continue
         together = list(run)
-        done, errors = _try(sp, engine, heads, together[0], together[-1] + 1, out)
+        start, end = together[0], together[-1] + 1
+        done, errors = _try(sp, own[start:end], heads, start, end, out)
         parts += done
         missed |= {i: f"{stale}{error}" for i, error in errors.items()}
     if known is None and parts:
@@ -184,7 +170,7 @@ def forward_within(
         references |= _references(sp, heads, [i for i in tried if i not in references], auto.seed ^ 0xF0)
         draws = [references[i][0] for i in tried]
         got = sp.host(measure.take_rows(sp, measure.chosen(sp, out, tried), measure.padded(draws)))
-        finite = _all_finite(sp, [out[i, ...] for i in tried])
+        finite = _all_finite(sp, measure.chosen(sp, out, tried))
         bounds = _error_bounds(sp, heads, out, parts)
         for c, i in enumerate(tried):
             error = draws[c].compare(references[i][1], got[c, : len(draws[c].rows)])
@@ -199,7 +185,7 @@ def forward_within(
         ]
     approximate = {i for part in parts for i in part.heads}
     for start, end in _ranges([i for i in range(heads.count) if i not in approximate]):
-        parts.append(_run(sp, Exact(), heads, start, end, out))
+        parts.append(_run(sp, [Exact()] * (end - start), heads, start, end, out))
     for i, why in missed.items():
         cost = plans[i].exact_cost
         plans[i] = replace(plans[i], engine=Exact(), cost=cost, predicted_error=None, whole_sequence=(), missed=why)
@@ -219,10 +205,9 @@ def _references(sp: Space, heads: Heads, which: Sequence[int], seed: int) -> dic
     return {i: (draw, out[c, : len(draw.rows)]) for c, (i, draw) in enumerate(zip(which, draws, strict=True))}
 
 
-def _all_finite(sp: Space, arrays: Sequence[Array]) -> list[bool]:
-    """Of each array; waits for the device, once."""
-    flags = [sp.xp.all(sp.xp.isfinite(x)) for x in arrays]
-    return sp.host(sp.xp.stack(flags)).tolist() if flags else []
+def _all_finite(sp: Space, x: Array) -> NDArray[np.bool_]:
+    """Of each element of the first axis; waits for the device, once."""
+    return sp.host(sp.xp.all(sp.xp.isfinite(x), axis=tuple(range(1, x.ndim))))
 
 
 def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) -> dict[int, float]:
@@ -233,11 +218,10 @@ def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) ->
     """
     xp = sp.xp
     constants = {
-        part.start + i: (each, i - start)
+        i: (part.saved.constants, i - part.start)
         for part in parts
         if isinstance(part.saved.engine, Polynomial)
-        for start, end, each in part.saved.constants
-        for i in range(start, end)
+        for i in part.heads
     }
     if not constants:
         return {}
@@ -298,12 +282,11 @@ class _Sums:
             for i in range(count):
                 total[(start + i) // self.group, ...] += x[i, ...]
 
-    def all_finite(self, sp: Space, groups: Sequence[int]) -> list[bool]:
+    def all_finite(self, sp: Space, groups: Sequence[int]) -> NDArray[np.bool_]:
         """Of each of some key heads."""
-        dq = [self.grads.dq[g * self.group : (g + 1) * self.group, ...] for g in groups]
-        parts = [_all_finite(sp, dq)]
-        parts += [_all_finite(sp, [x[g, ...] for g in groups]) for x in (self.grads.dk, self.grads.dv)]
-        return [all(flags) for flags in zip(*parts, strict=True)]
+        dq = self.grads.dq
+        shared = [sp.xp.reshape(dq, (-1, self.group, *dq.shape[1:])), self.grads.dk, self.grads.dv]
+        return np.all([_all_finite(sp, measure.chosen(sp, x, groups)) for x in shared], axis=0)
 
 
 def backward_within(
@@ -352,7 +335,7 @@ def backward_within(
         why = f"{of} errs by up to {short(worst)}" if worst > auto.tol else "overflow"
         sums.clear(g)
         own = heads.part(g * group, (g + 1) * group)
-        exact, saved = engines.forward(sp, Exact(), own)
+        exact, saved = engines.forward(sp, [Exact()] * group, own)
         sums.add(g * group, engines.backward(sp, own, saved, exact, dout[g * group : (g + 1) * group, ...]))
         for i in range(g * group, (g + 1) * group):
             if i in approximate:
