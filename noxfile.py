@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent
 BUILD_ENV = {"CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))}
 DIST = ROOT / "dist"
 # Tests that need every part of a wheel: the compiled module, both backends, the sources of kernels, the command.
-WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "interchange", "cli", "readme")]
+WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "cupy", "interchange", "cli", "readme")]
+# It imports, and tells what functions it has, without a GPU too.
+CUPY = "cupy-cuda12x>=14; sys_platform == 'linux'"
 
 
 def dev_tools(session: nox.Session, *names: str) -> None:
@@ -54,7 +56,7 @@ def wheel(session: nox.Session) -> None:
     (sdist,) = DIST.glob("*.tar.gz")
     session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(DIST), str(sdist), env=BUILD_ENV)
     (built,) = DIST.glob("*.whl")
-    session.install(f"{built}[test]")
+    session.install(f"{built}[test]", CUPY)
     outside = Path(session.create_tmp()).resolve() / "outside"
     shutil.rmtree(outside, ignore_errors=True)
     shutil.copytree(ROOT / "tests", outside / "tests")
