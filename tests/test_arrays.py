@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import memory_of
 from helpers import assert_close, cast, draw, random_params, run_attention, small_config
 from limits import REORDERED
 
@@ -48,6 +49,15 @@ ENGINES = {"exact": Exact(), "polynomial": Polynomial(), "consistent": Polynomia
 
 def layouts(names=LAYOUTS):
     return pytest.mark.parametrize("layout", [LAYOUTS[name] for name in names], ids=names)
+
+
+@layouts()
+def test_a_layout_is_kept_where_its_memory_is_copied(layout, rng):
+    # As arrays of a GPU are made, in these tests.
+    x = layout(rng.standard_normal((2, 3, 4, 5)))
+    memory, offset = memory_of(x)
+    copy = np.ndarray(x.shape, x.dtype, memory.copy(), offset, x.strides)
+    assert np.array_equal(copy, x)
 
 
 @layouts()

@@ -165,7 +165,9 @@ def fake_cupy(free=1 << 34):
         get_elapsed_time=FakeEvent.milliseconds_until,
         runtime=runtime,
     )
-    pool = SimpleNamespace(free_bytes=lambda: free // 2, get_limit=lambda: 0, used_bytes=lambda: 0)
+    pool = SimpleNamespace(
+        free_bytes=lambda: free // 2, get_limit=lambda: 0, used_bytes=lambda: 0, free_all_blocks=lambda: None
+    )
     return SimpleNamespace(__version__="14.9", cuda=cuda, asarray=np.copy, get_default_memory_pool=lambda: pool)
 
 
@@ -242,6 +244,68 @@ def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
     )
     assert [row.method for row in measured] == ["exact", "degree 1", "degree 1 fitted", "degree 1 consistent"]
     assert told == ["greedy is left out at n = 64: too little memory on the device"]
+
+
+@pytest.mark.parametrize("error", [lg.DeviceError, MemoryError])
+def test_a_length_whose_methods_do_not_fit_side_by_side_is_left_out_and_told(error):
+    calls, told = [], []
+
+    def prepare(q, k, v, dout, causal):
+        def both():
+            calls.append(len(q[0]))
+            if calls == [64, 64]:
+                raise error("too little memory on the device")
+            return ()
+
+        return lambda: None, both
+
+    measured = _bench.scaling(
+        [_bench.Method("greedy", prepare, 1)],
+        [64, 128],
+        _bench.Case(64, 4, 1, True),
+        score_std=0.3,
+        dtype="float32",
+        rounds=1,
+        limit=1.0,
+        progress=lambda n: None,
+        tell=told.append,
+        device=Gpu(fake_cupy()),
+    )
+    assert [row.n for row in measured] == [128]
+    assert told == ["n = 64 is left out: too little memory on the device"]
+
+
+class NoMemory(Exception):
+    """As PyTorch has one."""
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_pytorch_without_memory_is_tried_again_after_what_others_keep_is_given_back(enough):
+    torch, done = SimpleNamespace(cuda=SimpleNamespace(OutOfMemoryError=NoMemory)), []
+
+    def call():
+        done.append("called")
+        if not (enough and "released" in done):
+            raise NoMemory
+        return 3
+
+    device = SimpleNamespace(release=lambda: done.append("released"))
+    telling = _bench._telling_of_memory(torch, call, device)
+    if enough:
+        assert telling() == 3
+    else:
+        with pytest.raises(lg.DeviceError, match="too little memory"):
+            telling()
+    assert done == ["called", "released", "called"]
+
+
+def test_a_gpu_is_given_back_what_both_libraries_keep(monkeypatch):
+    cupy, done = fake_cupy(), []
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: done.append("cupy"))
+    torch = SimpleNamespace(cuda=SimpleNamespace(empty_cache=lambda: done.append("torch")))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    Gpu(cupy).release()
+    assert done == ["cupy", "torch"]
 
 
 @pytest.mark.parametrize("error", [lg.DeviceError, MemoryError])

@@ -1,6 +1,7 @@
 """What is particular to the GPU path, under NumPy and array-api-strict: it agrees with the compiled core, its steps are
 of any size, it waits for the device a fixed number of times, and memory that runs out is no end of it."""
 
+import contextlib
 import gc
 import sys
 import types
@@ -149,8 +150,11 @@ def test_a_step_is_tried_again_smaller_where_memory_runs_out(on, steps, monkeypa
     assert numbers[0] > numbers[2]
 
 
-@pytest.mark.parametrize(("name", "status"), [("CUDARuntimeError", 2), ("CUDADriverError", 2), ("CUBLASError", 3)])
-def test_memory_that_cuda_s_libraries_lack_is_memory_that_runs_out(name, status, on, monkeypatch, rng):
+@pytest.mark.parametrize(
+    ("name", "status", "other"),
+    [("CUDARuntimeError", 2, 1), ("CUDADriverError", 2, 1), ("CUBLASError", 3, 2), ("CUBLASError", 1, 4)],
+)
+def test_memory_that_cuda_s_libraries_lack_is_memory_that_runs_out(name, status, other, on, monkeypatch, rng):
     on(GPU_NUMPY)
     q = rng.standard_normal((9, 4))
     raised = type(name, (RuntimeError,), {"status": status})
@@ -161,9 +165,33 @@ def test_memory_that_cuda_s_libraries_lack_is_memory_that_runs_out(name, status,
     monkeypatch.setattr(engines, "forward", lacks)
     with pytest.raises(lg.DeviceError, match="too little memory"):
         lg.attention(q, q, q)
-    raised.status = status + 1
+    raised.status = other
     with pytest.raises(raised):
         lg.attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_missing"),
+    [
+        (ImportError("libcublas.so.12"), True),
+        (type("DynamicLibNotFoundError", (RuntimeError,), {})("nvrtc"), True),
+        (RuntimeError("Failed to find CUDA headers."), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_a_library_of_cuda_that_is_missing_is_a_device_error_that_helps(error, is_missing, on, monkeypatch):
+    def fails(sp):
+        raise error
+
+    space = device.Space(np, "GPU", 1)
+    monkeypatch.setattr(device, "is_cupy", lambda x: True)
+    monkeypatch.setattr(device, "space_of", lambda x: space)
+    on_gpu = types.SimpleNamespace(device=contextlib.nullcontext())
+    with pytest.raises(
+        lg.DeviceError if is_missing else RuntimeError, match=r"\[ctk\]" if is_missing else "else"
+    ) as raised:
+        device.run(on_gpu, fails)
+    assert is_missing == (raised.value.__cause__ is error)
 
 
 def test_too_little_memory_is_an_error_and_leaves_nothing_allocated(on, monkeypatch, rng):
@@ -260,6 +288,7 @@ def test_the_path_by_its_kernels_agrees_with_the_compiled_core(engine, causal, o
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:cupyx.allow_synchronize:UserWarning")
 @pytest.mark.parametrize(("engine", "causal"), CASES)
 def test_a_backward_pass_never_waits_for_the_gpu(engine, causal, rng):
     cupyx = pytest.importorskip("cupyx", reason="CuPy is not installed")

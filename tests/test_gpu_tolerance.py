@@ -1,5 +1,8 @@
 """The GPU path draws, fits and measures what the compiled core does, and takes what is known as it is."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from conftest import GPU_NUMPY, GPU_STRICT, RUST
@@ -129,6 +132,25 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
         for name in ("dq", "dk", "dv", "dkey_bias"):
             got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
             assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # as where the library calls
+def test_heads_without_an_answer_keep_nothing_alive(rng):
+    def run():
+        inputs = draw(rng, n=300, heads=(2,), d=4, size=0.1)
+        inputs["q"] *= 1e4
+        heads = Heads(inputs["q"], inputs["k"], inputs["v"], None, False, 0.5)
+        given = [tolerance._given(lg.Polynomial(degree=1))] * 2
+        out, _, reports = tolerance.forward_within(device.space_of(heads.q), heads, lg.Auto(5e-2), given)
+        assert all("denominator" in report["missed"] for report in reports)
+        return [weakref.ref(x) for x in (heads.q, heads.k, heads.v, out)]
+
+    # Not until somebody looks for cycles: a GPU's memory makes nobody look.
+    gc.disable()
+    try:
+        assert all(x() is None for x in run())
+    finally:
+        gc.enable()
 
 
 def with_numbers(heads, kind):

@@ -8,6 +8,7 @@ from cuda_on_cpu import NEEDS_COMPILER, run_on_cpu
 from helpers import relative_error
 from limits import KERNEL, KERNEL_SUMS, REORDERED
 
+from lingrad_rs import _backend
 from lingrad_rs._gpu import device, kernels, monomials, tiles
 
 # The degrees that each file is compiled for.
@@ -340,5 +341,5 @@ def test_tables_are_copied_once_and_can_be_let_go(gpu):
     table = kernels._table(x, coordinates)
     assert np.array_equal(gpu.numpy(table), coordinates)
     assert kernels._table(x, coordinates) is table
-    kernels.forget_tables()
+    kernels.forget_tables(_backend.cupy())
     assert kernels._table(x, coordinates) is not table

@@ -160,15 +160,19 @@ def torch_sdpa(device: Device = HOST) -> Method | None:
             dq, dk, dv = (from_dlpack(leaf.grad[0]) for leaf in leaves)
             return from_dlpack(out.detach()[0]), dq, dk, dv
 
-        return _telling_of_memory(torch, forward), _telling_of_memory(torch, both)
+        return _telling_of_memory(torch, forward, device), _telling_of_memory(torch, both, device)
 
     return Method(f"PyTorch {torch.__version__.split('+')[0]} SDPA", prepare, 2)
 
 
-def _telling_of_memory(torch: Any, call: Callable[[], _R]) -> Callable[[], _R]:
-    """The call, which where PyTorch runs out of a GPU's memory raises what this library would."""
+def _telling_of_memory(torch: Any, call: Callable[[], _R], device: Device) -> Callable[[], _R]:
+    """The call, which where PyTorch runs out of a GPU's memory does as this library would: once more, then raises."""
 
     def telling() -> _R:
+        try:
+            return call()
+        except torch.cuda.OutOfMemoryError:
+            device.release()
         try:
             return call()
         except torch.cuda.OutOfMemoryError as error:
@@ -310,6 +314,7 @@ def _measured(
     passes: dict[tuple[str, str], Callable[[], object]] = {}
     results: dict[str, Results] = {}
     for method in methods:
+        device.release()
         try:
             forward, both = method.prepare(*arrays, case.causal)
             # First calls, which are not timed: a GPU's kernels are compiled in them.
@@ -327,7 +332,11 @@ def _measured(
             tell(f"errors at n = {case.n:,} are left out: {error}")
     names = list(results)
     results.clear()
-    times = interleaved(passes, rounds, device)
+    try:
+        times = interleaved(passes, rounds, device)
+    except (DeviceError, MemoryError) as error:
+        tell(f"n = {case.n:,} is left out: {error}")
+        return []
     return [Row(name, case.n, times[name, "forward"], times[name, "both"], errors.get(name)) for name in names]
 
 

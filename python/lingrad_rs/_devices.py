@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Device(Protocol):
         """How much memory arrays may still take; None where that is not known."""
         ...
 
+    def release(self) -> None:
+        """Gives back the memory that libraries keep for later arrays."""
+        ...
+
     def describe(self) -> str:
         """Its name, and what of its software times depend on."""
         ...
@@ -66,6 +71,9 @@ class Host:
     def free_bytes(self) -> int | None:
         """Unknown: the system may lend more than there is."""
         return None
+
+    def release(self) -> None:
+        """Nothing: the system is given what is no longer in use."""
 
     def describe(self) -> str:
         """The processor, the threads and the vector instructions in use."""
@@ -113,6 +121,12 @@ class Gpu:
         from ._gpu.device import free_bytes
 
         return free_bytes(self.cupy)
+
+    def release(self) -> None:
+        """What CuPy keeps, and PyTorch: each would leave the other without."""
+        self.cupy.get_default_memory_pool().free_all_blocks()
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.cuda.empty_cache()
 
     def describe(self) -> str:
         """The GPU, the CUDA that its driver is for, and CuPy."""

@@ -41,14 +41,15 @@ def from_dlpack(x: Any) -> Any:
     -------
     ndarray
         NumPy's or CuPy's, of the dtype, shape and strides of ``x``. It keeps the memory of ``x`` alive, and what is
-        written to one is seen in the other; of a read-only array (JAX's) it is read-only too, which suffices as input.
-        On a GPU, CuPy's current stream waits for what has been asked of ``x``.
+        written to one is seen in the other; of a read-only array (JAX's) NumPy's is read-only too, which suffices as
+        input, and CuPy's, which knows no such thing, must not be written to. On a GPU, CuPy's current stream waits for
+        what has been asked of ``x``.
 
     Raises
     ------
     DtypeError
         ``x`` does not speak DLPack, or is something that cannot be handed over as it is: a tensor that requires grad
-        (``x.detach()`` can), a sparse or lazily negated one, a dtype that NumPy does not have (bfloat16).
+        (``x.detach()`` can), a sparse or lazily negated one, on the CPU a dtype that NumPy does not have (bfloat16).
     DeviceError
         ``x`` is on a device of another kind, or on an NVIDIA GPU where CuPy is missing or finds no driver or device.
 

@@ -173,9 +173,15 @@ def free_bytes(cupy: Any) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether CuPy's pool, the CUDA runtime or driver, or cuBLAS has found no memory."""
-    statuses = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}
-    status = statuses.get(type(error).__name__)
-    return isinstance(error, MemoryError) or (status is not None and getattr(error, "status", None) == status)
+    # cuBLAS that finds no memory when it starts says that it has not been initialised: 1.
+    statuses = {"CUDARuntimeError": (2,), "CUDADriverError": (2,), "CUBLASError": (1, 3)}
+    return isinstance(error, MemoryError) or getattr(error, "status", None) in statuses.get(type(error).__name__, ())
+
+
+def _is_missing_library(error: Exception) -> bool:
+    """Whether CuPy has not found a library of CUDA, the compiler of its kernels, or the headers for that."""
+    missing = isinstance(error, ImportError) or type(error).__name__ == "DynamicLibNotFoundError"
+    return missing or (isinstance(error, RuntimeError) and "CUDA headers" in str(error))
 
 
 def run(x: Array, compute: Callable[[Space], _R]) -> _R:
@@ -193,22 +199,21 @@ def run(x: Array, compute: Callable[[Space], _R]) -> _R:
             # What is not finite is found by checks of inputs, rows and results; -inf - (-inf) is no news.
             with on_device, np.errstate(all="ignore"):
                 return compute(replace(space, numbers=max(space.numbers // shrink, _LEAST)))
-        except ImportError as error:
-            if not is_cupy(x):
-                raise
-            raise DeviceError(
-                f"a library of CUDA does not load: {error}; install them: pip install 'cupy-cuda12x[ctk]', or "
-                "'cupy-cuda13x[ctk]'"
-            ) from error
         except Exception as error:
+            if is_cupy(x) and _is_missing_library(error):
+                raise DeviceError(
+                    f"a library of CUDA does not load: {error}; install them: pip install 'cupy-cuda12x[ctk]', or "
+                    "'cupy-cuda13x[ctk]'"
+                ) from error
             if not _is_out_of_memory(error):
                 raise
             # Its frames hold the arrays of the attempt.
             traceback.clear_frames(error.__traceback__)
         if is_cupy(x):
             with on_device:
-                kernels.forget_tables()
-                sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+                cupy = sys.modules["cupy"]
+                kernels.forget_tables(cupy)
+                cupy.get_default_memory_pool().free_all_blocks()
     raise DeviceError(
         f"too little memory on {space.device}, even in small steps; free some, use fewer tokens or heads, or compute "
         "with NumPy arrays"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -219,29 +219,26 @@ def _fitted(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return library.ascontiguousarray(library.broadcast_to(x, shape), dtype=dtype)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Coordinates, on a device."""
-
-    device: int
-    d: int
-    degree: int
-    coordinates: np.ndarray[Any, Any] = field(compare=False)  # the rest decides them
+_tables: dict[tuple[int, int, int], Array] = {}
+"""Coordinates of monomials on devices, by the device, d, and the degree: some megabytes of each at the most."""
 
 
 def _table(x: Array, coordinates: np.ndarray[Any, Any]) -> Array:
-    return _on_device(_Table(library_of(x).cuda.Device().id, x.shape[-2], coordinates.shape[1], coordinates))
+    library = library_of(x)
+    key = (library.cuda.Device().id, x.shape[-2], coordinates.shape[1])
+    if (table := _tables.get(key)) is None:
+        # This once the host waits: afterwards any stream may read it.
+        table = _tables.setdefault(key, library.asarray(np.ascontiguousarray(coordinates), blocking=True))
+    return table
 
 
-@functools.lru_cache(maxsize=16)
-def _on_device(table: _Table) -> Array:
-    # This once the host waits: afterwards any stream may read it.
-    return sys.modules["cupy"].asarray(np.ascontiguousarray(table.coordinates), blocking=True)
-
-
-def forget_tables() -> None:
-    """Lets go of all memory that is kept on devices."""
-    _on_device.cache_clear()
+def forget_tables(cupy: Any) -> None:
+    """Lets go of all memory that is kept on the current device, once nothing there reads it any more."""
+    device = cupy.cuda.Device()
+    device.synchronize()
+    for key in list(_tables):
+        if key[0] == device.id:
+            _tables.pop(key, None)
 
 
 def _kernel(name: str, x: Array, degree: int | None = None) -> Kernel:

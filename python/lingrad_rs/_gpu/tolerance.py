@@ -93,18 +93,19 @@ def _run(sp: Space, own: Sequence[AnyEngine], heads: Heads, start: int, end: int
 
 def _try(
     sp: Space, own: Sequence[AnyEngine], heads: Heads, start: int, end: int, out: Array
-) -> tuple[list[Part], dict[int, Exception]]:
+) -> tuple[list[Part], dict[int, str]]:
     """Writes ``out`` of those heads that their engines have an answer for; and why they have none for the others."""
     try:
         return [_run(sp, own, heads, start, end, out)], {}
     except (DenominatorError, NonFiniteError) as error:
         if end - start == 1:
-            return [], {start: error}
+            # Not the error itself: its frames would keep arrays alive.
+            return [], {start: str(error)}
     parts, errors = [], {}
     for i in range(start, end):
-        part, error = _try(sp, own[i - start : i - start + 1], heads, i, i + 1, out)
+        part, why = _try(sp, own[i - start : i - start + 1], heads, i, i + 1, out)
         parts += part
-        errors |= error
+        errors |= why
     return parts, errors
 
 
