@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import GPU_NUMPY, RUST
 from helpers import draw, random_params, small_config
 
 import lingrad_rs as lg
@@ -214,6 +215,18 @@ NOT_FINITE = {
         "head holds NaN or infinity",
     ),
     "NaN in embeddings": (lambda: model().vjp(spoiled(np.zeros((10, 16)))), "x holds NaN or infinity"),
+    "huge values": (lambda: lg.attention(Q, K, np.full((32, 3), 1e308)), "out overflows in head 0"),
+    "huge values and gradients": (
+        lambda: lg.attention_vjp(Q, K, 1e200 * V)[1](1e200 * DOUT),
+        "overflows in head 0 (counting from 0)",
+    ),
+    "a huge gradient of the bias": (
+        # Of queries and keys of 0, all gradients but this one are sums of a few small numbers.
+        lambda: lg.attention_vjp(0 * Q[:4], 0 * K[:2], np.array([[1e154], [-1e154]]), key_bias=np.zeros(2))[1](
+            np.full((4, 1), 1.5e154)
+        ),
+        "dkey_bias overflows in head 0",
+    ),
     "NaN in coefficients": (
         lambda: Polynomial(coefficients=(1, np.nan, 0.5)),
         "coefficients is (1, nan, 0.5); expected",
@@ -380,24 +393,33 @@ DENOMINATORS = {
 }
 
 
+# The GPU path under NumPy has the same arrays, and is to say the same of them.
+ON_BOTH_PATHS = pytest.mark.parametrize(
+    "backend", [RUST, GPU_NUMPY], indirect=True, ids=lambda backend: backend.name.replace(" ", "-")
+)
+
+
 def cases(table):
     return pytest.mark.parametrize(("call", "message"), table.values(), ids=table.keys())
 
 
+@ON_BOTH_PATHS
 @cases(SHAPES)
-def test_wrong_shape_is_a_shape_error(call, message):
+def test_wrong_shape_is_a_shape_error(call, message, backend):
     with pytest.raises(lg.ShapeError, match=re.escape(message)):
         call()
 
 
+@ON_BOTH_PATHS
 @cases(DTYPES)
-def test_wrong_dtype_is_a_dtype_error(call, message):
+def test_wrong_dtype_is_a_dtype_error(call, message, backend):
     with pytest.raises(lg.DtypeError, match=re.escape(message)):
         call()
 
 
+@ON_BOTH_PATHS
 @cases(NOT_FINITE)
-def test_nan_and_infinity_are_a_non_finite_error(call, message):
+def test_nan_and_infinity_are_a_non_finite_error(call, message, backend):
     with pytest.raises(lg.NonFiniteError, match=re.escape(message)):
         call()
 
@@ -408,8 +430,9 @@ def test_an_array_on_a_gpu_is_a_device_error(call, message):
         call()
 
 
+@ON_BOTH_PATHS
 @cases(ARGUMENTS)
-def test_wrong_option_is_an_argument_error(call, message):
+def test_wrong_option_is_an_argument_error(call, message, backend):
     with pytest.raises(lg.ArgumentError, match=re.escape(message)):
         call()
 
@@ -426,8 +449,9 @@ def test_odd_rope_width_of_a_config_is_an_argument_error():
         small_config(d_model=12)
 
 
+@ON_BOTH_PATHS
 @cases(DENOMINATORS)
-def test_a_row_without_a_positive_denominator_is_a_denominator_error(call, message):
+def test_a_row_without_a_positive_denominator_is_a_denominator_error(call, message, backend):
     with pytest.raises(lg.DenominatorError, match=re.escape(message)):
         call()
 

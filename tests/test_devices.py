@@ -67,6 +67,10 @@ MIXED = {
     ),
     "embeddings": (lambda: model(there).vjp(np.ones((5, 16))), "x is a numpy.ndarray and params is a array_api_strict"),
     "dy of a model": (lambda: model(there).vjp(there(TOKENS))[1](np.ones((5, 13))), "dy is a numpy.ndarray and y is a"),
+    "landmarks": (
+        lambda: lg.LandmarkConstants(1.0, X[0], X[0], 1.0, there(X), np.eye(5)),
+        "landmarks is a array_api_strict",
+    ),
     "a saved array": (lambda: lg.save("unused", {"a": there(X)}), "expected a NumPy array: nothing is copied"),
     "a saved model": (lambda: lg.save("unused", model(there)), "embed is a array_api_strict"),
 }
@@ -77,6 +81,13 @@ MIXED = {
 def test_arrays_of_two_libraries_are_a_device_error(call, message, backend):
     with pytest.raises(lg.DeviceError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("backend", [GPU_STRICT], indirect=True, ids=["strict"])
+@pytest.mark.parametrize("shift", [lambda: there(W[:2]), lambda: (there(W[0]), W[1])])
+def test_a_shift_is_not_copied_from_a_device_number_by_number(shift, backend):
+    with pytest.raises(lg.ArgumentError, match="expected 'none', 'mean' or two sequences of d numbers"):
+        lg.Polynomial(shift=shift())
 
 
 def modules(p):

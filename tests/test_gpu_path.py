@@ -79,6 +79,39 @@ def test_both_paths_agree(engine, causal, bias, on, dtype, rng):
     assert_close(got, want, ORACLE[dtype])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "scale"), [(3e5, 1e-12), (3e-7, 1e12)])
+def test_both_paths_agree_where_only_the_scores_are_of_a_usual_size(size, scale, causal, on, rng):
+    inputs = cast(draw(rng, n=300, size=size), np.float32)
+    results = [
+        run_attention(on(backend), inputs, engine=Polynomial(degree=4), causal=causal, scale=scale)
+        for backend in (RUST, GPU_NUMPY)
+    ]
+    assert_close(results[1], results[0], ORACLE[np.dtype(np.float32)])
+
+
+def test_features_that_nothing_meets_may_overflow(on, rng):
+    inputs = draw(rng, n=300, size=0.4)
+    inputs["q"][5] *= 1e9  # a block that no key is far from
+    inputs["k"] *= 1e-9
+    inputs = cast(inputs, np.float32)
+    want, got = (
+        run_attention(on(backend), inputs, engine=Polynomial(degree=4), causal=True) for backend in (RUST, GPU_NUMPY)
+    )
+    assert_close(got, want, ORACLE[np.dtype(np.float32)])
+
+
+@pytest.mark.parametrize("engine", [Polynomial(coefficients="fitted"), Landmark(rank=40)])
+@pytest.mark.parametrize("last", [False, True])
+def test_where_few_keys_are_left_samples_are_of_those(last, engine, on, rng):
+    inputs = draw(rng, n=300, m=9000, size=0.4)
+    live = np.arange(8960, 9000) if last else rng.choice(9000, 40, replace=False)
+    inputs["key_bias"] = np.full(9000, -np.inf)
+    inputs["key_bias"][live] = rng.standard_normal(40)
+    want, got = (run_attention(on(backend), inputs, engine=engine) for backend in (RUST, GPU_NUMPY))
+    assert_close(got, want, ORACLE[np.dtype(np.float64)])
+
+
 @pytest.mark.parametrize("numbers", [1, 3000, 1 << 16])
 @pytest.mark.parametrize(("engine", "causal"), CASES)
 def test_steps_of_any_size_give_the_same(engine, causal, numbers, on, steps, rng):
@@ -129,6 +162,27 @@ def test_waits_for_the_device_do_not_grow_with_the_tokens(engine, causal, on, st
     steps(1 << 13)  # the sampled tokens fit
     few, many = (waits(monkeypatch, n, engine, causal, rng) for n in (130, 700))
     assert 0 < few == many
+
+
+def test_temporary_arrays_are_sized_by_the_free_memory(monkeypatch):
+    free = 1 << 33
+    runtime = types.SimpleNamespace(is_hip=False, memGetInfo=lambda: (free, 1 << 40))
+    pool = types.SimpleNamespace(free_bytes=lambda: 1 << 20, get_limit=lambda: 0, used_bytes=lambda: 0)
+    cupy = types.ModuleType("cupy")
+    cupy.cuda, cupy.get_default_memory_pool = types.SimpleNamespace(runtime=runtime), lambda: pool
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(device, "is_cupy", lambda x: True)
+    monkeypatch.setattr(device.array_api_compat, "array_namespace", lambda x: np)
+    monkeypatch.setattr(device.array_api_compat, "device", lambda x: "GPU")
+    for dtype in (np.float32, np.float64):
+        x = types.SimpleNamespace(device=contextlib.nullcontext(), dtype=np.dtype(dtype))
+        for free in (1 << 20, 1 << 30, 1 << 33, 1 << 40):
+            together = device._ARRAYS * device.space_of(x).numbers * x.dtype.itemsize
+            most = device._ARRAYS * device._MOST * x.dtype.itemsize
+            assert together <= max(free, device._ARRAYS * device._LEAST * x.dtype.itemsize)
+            assert together >= min(most, free - (1 << 29))
+    pool.get_limit = lambda: 1 << 30
+    assert device._ARRAYS * device.space_of(x).numbers * x.dtype.itemsize <= 1 << 30
 
 
 def test_a_step_is_tried_again_smaller_where_memory_runs_out(on, steps, monkeypatch, rng):

@@ -14,7 +14,7 @@ from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
 from lingrad_rs._gpu import device, engines, measure, plan, tolerance
 from lingrad_rs._gpu.heads import Heads
-from lingrad_rs.plan import head_plans
+from lingrad_rs.plan import head_plans, unplanned
 
 ARRAY_CODE = pytest.mark.parametrize(
     "backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name
@@ -99,7 +99,7 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
     arrays = {name: backend.array(x) for name, x in inputs.items()}
     dout = arrays.pop("dout")
     sp, heads = device.space_of(dout), Heads(*(arrays.get(x) for x in ("q", "k", "v", "key_bias")), causal, 0.5)
-    given = [tolerance._given(engine)] * 5 + [tolerance._given(lg.Exact())]
+    given = [unplanned(engine)] * 5 + [unplanned(lg.Exact())]
     calls, forward = [], engines.forward
 
     def counted(sp, own, heads):
@@ -140,7 +140,7 @@ def test_heads_without_an_answer_keep_nothing_alive(rng):
         inputs = draw(rng, n=300, heads=(2,), d=4, size=0.1)
         inputs["q"] *= 1e4
         heads = Heads(inputs["q"], inputs["k"], inputs["v"], None, False, 0.5)
-        given = [tolerance._given(lg.Polynomial(degree=1))] * 2
+        given = [unplanned(lg.Polynomial(degree=1))] * 2
         out, _, reports = tolerance.forward_within(device.space_of(heads.q), heads, lg.Auto(5e-2), given)
         assert all("denominator" in report["missed"] for report in reports)
         return [weakref.ref(x) for x in (heads.q, heads.k, heads.v, out)]
@@ -186,7 +186,7 @@ def test_heads_whose_engines_differ_in_numbers_run_together(numbers, causal, kin
     own = with_numbers(heads, kind)
     calls, forward = [], engines.forward
     monkeypatch.setattr(engines, "forward", lambda sp, own, heads: calls.append(own) or forward(sp, own, heads))
-    given = [tolerance._given(engine) for engine in own]
+    given = [unplanned(engine) for engine in own]
     auto = lg.Auto(0.5)
     out, parts, reports = tolerance.forward_within(sp, heads, auto, given)
     assert calls == [own]

@@ -4,6 +4,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import array_api_strict as strict
 import numpy as np
 import pytest
 from helpers import assert_close, draw
@@ -115,6 +116,40 @@ def test_jax_s_read_only_arrays_are_read_in_place_and_results_go_back(jax, rng):
     # JAX copies what is not aligned to 64 bytes.
     assert (back.unsafe_buffer_pointer() == out.ctypes.data) == (out.ctypes.data % 64 == 0)
     assert np.array_equal(back, out)
+
+
+class Tensor:
+    """An array of a library that nobody knows, and that speaks DLPack."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+@pytest.mark.parametrize("of", [Tensor, lambda x: strict.asarray(x, copy=False)], ids=["unknown", "array-api-strict"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_any_library_s_memory_is_read_in_place_and_kept_alive(dtype, of):
+    x = np.arange(24, dtype=dtype).reshape(4, 6)[::2, 1::2].T
+    y = lg.from_dlpack(of(x))
+    assert type(y) is np.ndarray
+    assert (y.dtype, y.shape, y.strides, y.ctypes.data) == (x.dtype, x.shape, x.strides, x.ctypes.data)
+    want = x.copy()
+    del x
+    assert np.array_equal(y, want)
+
+
+def test_attention_takes_what_dlpack_hands_over_and_its_results_go_back(rng):
+    q, k, v, dout = (rng.standard_normal((30, 4)) for _ in range(4))
+    want, want_vjp = lg.attention_vjp(q, k, v)
+    out, vjp = lg.attention_vjp(*(lg.from_dlpack(Tensor(x)) for x in (q, k, v)))
+    back = [strict.from_dlpack(x) for x in (out, *vjp(lg.from_dlpack(Tensor(dout))))]
+    for got, x in zip(back, (want, *want_vjp(dout)), strict=True):
+        assert np.array_equal(np.asarray(got), x)
 
 
 def test_arrays_of_numpy_come_back_as_they_are():

@@ -1,6 +1,7 @@
 """A tolerance is kept: over drawn distributions, masks, dtypes and tolerances, results are within it or exact."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -285,6 +286,16 @@ def test_a_plan_refuses_data_of_another_shape_or_dtype(backend):
 def test_a_text_that_holds_no_plan_is_an_error(text):
     with pytest.raises(lg.ArgumentError, match="holds no plan"):
         lg.Plan.from_json(text)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0, 4), (0, 2, 0, 4)])
+def test_a_plan_of_nothing_is_exact(shape, backend):
+    x = backend.array(np.zeros(shape))
+    plan = lg.plan_attention(x, x, x, tol=0.1)
+    assert [head.engine for head in plan.heads] == [lg.Exact()] * math.prod(shape[:-2])
+    assert lg.Plan.from_json(plan.to_json()).shapes == plan.shapes
+    out, vjp = plan.attention_vjp(x, x, x)
+    assert [y.shape for y in (out, *vjp(out))] == [shape] * 4
 
 
 def test_landmark_constants_are_checked(backend):

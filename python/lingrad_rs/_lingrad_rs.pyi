@@ -141,6 +141,7 @@ def fitted_coefficients(
     key_shift: Sequence[float],
     causal: bool,
     scale: float,
+    head: int = 0,
 ) -> list[float]: ...
 def fitted_polynomials(
     q: _Array,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _backend, _check
-from .engines import Auto, Engine, Polynomial, check_engine
+from .engines import Auto, Engine, Exact, Polynomial, check_engine
 from .errors import ArgumentError, DtypeError, ShapeError
-from .plan import ErrorEstimate, HeadPlan, Plan, head_plans
+from .plan import ErrorEstimate, HeadPlan, Plan, head_plans, unplanned
 
 __all__ = ["Pullback", "attention", "attention_vjp", "measure_error", "plan_attention"]
 
@@ -214,7 +215,8 @@ def plan_attention(
     auto = Auto(tol, gradients=gradients, strict_causal=strict_causal, seed=seed)
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, auto, causal, scale)
     _, state = _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=True)
-    heads = () if state is None else head_plans(state.reports())
+    # Without queries and keys there is nothing to report.
+    heads = (unplanned(Exact()),) * math.prod(q.shape[:-2]) if state is None else head_plans(state.reports())
     del options["engine"]
     return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=str(q.dtype), **options)
 

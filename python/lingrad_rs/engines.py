@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
-from .errors import ArgumentError, DtypeError, NonFiniteError, ShapeError
+from .errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError
 
 __all__ = ["Auto", "Engine", "Exact", "Landmark", "LandmarkConstants", "Polynomial"]
 
@@ -185,6 +185,8 @@ class LandmarkConstants:
     ------
     ArgumentError, DtypeError, ShapeError, NonFiniteError
         A number is out of range; arrays are not float64, do not fit together, or are not finite.
+    DeviceError
+        An array is not NumPy's.
     """
 
     scale: float
@@ -199,7 +201,12 @@ class LandmarkConstants:
         object.__setattr__(self, "balance", _check.positive("balance", self.balance))
         shapes: dict[str, tuple[str | int, ...]] = {"landmarks": ("r", "d")}
         for name in ("landmarks", "query_shift", "key_shift", "matrix"):
-            array = _check.array(name, getattr(self, name)).copy()
+            array = _check.array(name, getattr(self, name))
+            if not isinstance(array, np.ndarray):
+                raise DeviceError(
+                    f"{name} is a {_check.type_name(array)}; expected a NumPy array, which CuPy's get() makes"
+                )
+            array = array.copy()
             if array.dtype != np.float64:
                 raise DtypeError(f"{name} has dtype {array.dtype}; expected float64")
             _check.shape(name, array, shapes.get(name, ()), match="the landmarks")
@@ -333,7 +340,10 @@ def _shift(value: object) -> str | tuple[tuple[float, ...], ...]:
         _check.choice("shift", value, ("none", "mean"))
         return value
     try:
-        query, key = (tuple(float(x) for x in part) for part in value)  # type: ignore[attr-defined]
+        query, key = value  # type: ignore[misc]
+        if not all(isinstance(part, Sequence | np.ndarray) for part in (query, key)):
+            raise TypeError  # nothing is copied from a device number by number
+        query, key = (tuple(float(x) for x in part) for part in (query, key))
     except (TypeError, ValueError):
         raise ArgumentError(f"shift is {value!r}; expected 'none', 'mean' or two sequences of d numbers") from None
     if not all(map(math.isfinite, query + key)):

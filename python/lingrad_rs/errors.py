@@ -41,4 +41,7 @@ class ToleranceError(LingradError, ValueError):
 
 
 class DeviceError(LingradError, TypeError):
-    """An array lies on a device where the library cannot compute, or not on the same one as the others."""
+    """An array lies on a device where the library cannot compute, or not on the same one as the others.
+
+    Also: what computing there needs is missing (CuPy, a driver, CUDA's libraries), or its memory does not suffice.
+    """

@@ -96,6 +96,11 @@ def head_plans(reports: Iterable[Mapping[str, Any]]) -> tuple[HeadPlan, ...]:
     return tuple(_head_plan(dict(report)) for report in reports)
 
 
+def unplanned(engine: Engine) -> HeadPlan:
+    """What is known of an engine that no plan chose."""
+    return HeadPlan(engine, None, None, None, math.nan, math.nan, reason="given")
+
+
 def _head_plan(report: dict[str, Any]) -> HeadPlan:
     errors = {name: ErrorEstimate(*estimate) for name, estimate in report.pop("errors")}
     return HeadPlan(

@@ -243,8 +243,8 @@ class Transformer:
             given, the loss is the mean over tokens of the cross-entropy ``log sum_c exp(y_c) - y_target``, computed
             tile by tile without an ``n x vocab_size`` array.
         progress : callable, optional
-            Called with the fraction done, about 20 times a second (not with ``loss``). An exception stops the
-            computation.
+            Called with the fraction done, about 20 times a second, with parameters on a GPU once a stage of a layer
+            (not with ``loss``). An exception stops the computation.
 
         Returns
         -------

@@ -141,5 +141,5 @@ def backward(
             reports = tolerance.measured(sp, heads, group, state.saved, out, up, grads, samples)
     dq, dk, dv = (sp.contiguous(xp.reshape(x, y.shape)) for x, y in ((grads.dq, q), (grads.dk, k), (grads.dv, v)))
     db = None if key_bias is None else sp.contiguous(xp.reshape(grads.dkey_bias, key_bias.shape))
-    sp.check_results(dq=dq, dk=dk, dv=dv)
+    sp.check_results(dq=dq, dk=dk, dv=dv, **({} if db is None else {"dkey_bias": db[..., None]}))
     return (dq, dk, dv, db), reports

@@ -366,7 +366,7 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
         if cut.any_far(segment):
             parts, levels = _far_parts(cut, segment, scan, False)
             state = features.weigh(sp, "keys", scan.forward(sp, parts, levels), False)
-            far = t(xp.matmul(state, features.of(sp, "queries", columns(sp, q), False)))
+            far = t(xp.matmul(state, features.of(sp, "queries", columns(sp, _that_see(sp, q, levels)), False)))
             level = xp.broadcast_to(sp.astype(levels, dtype)[..., None], shape)
             log_far = level
             if floors is not None and run.row_level is not None:
@@ -395,6 +395,14 @@ def forward(sp: Space, run: Pass, near: Near) -> tuple[Array, Array, Array, Arra
                 flat = xp.reshape(part, (heads.count, -1, *part.shape[3:]))
                 array[:, start:end, ...] = flat[:, : end - start, ...]
     return out, row_max, row_scale, good
+
+
+def _that_see(sp: Space, q: Array, levels: Array) -> Array:
+    """Queries ``(heads, blocks, BLOCK, d)`` of blocks that see far keys, and 0 for the others.
+
+    Nothing meets the features of those; but they might overflow, and infinity times 0 is no number.
+    """
+    return sp.xp.where((levels == -math.inf)[..., None, None], sp.xp.zeros_like(q), q)
 
 
 def _far_factor(cut: _Cut, segment: _Segment, levels: Array, row_max: Array, row_scale: Array) -> Array:
@@ -447,7 +455,8 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
             state = features.weigh(sp, "keys", scan.forward(sp, parts, levels), True)
             level = sp.astype(levels, dtype)[..., None]
             by = _far_factor(cut, segment, levels, row_max, row_scale)
-            add_rows(sp, total.dq, segment.starts[0], query_gradients(sp, run, q, up, state) * by[..., None])
+            far_q = _that_see(sp, q, levels)
+            add_rows(sp, total.dq, segment.starts[0], query_gradients(sp, run, far_q, up, state) * by[..., None])
         kept.append(levels)
         k, v = cut.near_rows(heads.k, segment), cut.near_rows(heads.v, segment)
         scaled_q = heads.scale * q
@@ -493,6 +502,7 @@ def _reverse_scan(
             break  # nothing is far from these blocks, nor from those before
         by = _far_factor(cut, segment, own_levels, row_max, row_scale)
         q, up = cut.queries(heads.q, segment), cut.queries(upstream, segment) * by[..., None]
+        q = _that_see(sp, q, own_levels)
         parts = add_up(sp, up, features.of(sp, "queries", columns(sp, q), True))
         state = scan.reverse(sp, parts, own_levels)
         w = weights(cut.far(run.bias, segment, -math.inf), own_levels)

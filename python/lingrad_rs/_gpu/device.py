@@ -122,15 +122,20 @@ class Space:
             if bool(xp.all(good)):
                 continue
             if name == "key_bias":
-                j = int(np.flatnonzero(~self.host(good).reshape(-1))[0]) % good.shape[-1]
-                raise NonFiniteError(f"key_bias holds NaN or infinity at key {j}; expected finite numbers or -inf")
+                at = int(np.flatnonzero(~self.host(good).reshape(-1))[0])
+                held = "NaN" if np.isnan(self.host(arrays[name]).reshape(-1)[at]) else "inf"
+                j = at % good.shape[-1]
+                raise NonFiniteError(f"key_bias holds {held} at key {j}; expected finite numbers or -inf")
             h = _first_bad_head(self.host(good))
             raise NonFiniteError(
                 f"{name} holds NaN or infinity (in head {h}, counting from 0); expected finite numbers"
             )
 
     def check_results(self, **arrays: Array) -> None:
-        """Raise where a result is not finite: its inputs were, so something overflowed. Waits for the device, once."""
+        """Raise where a result ``(..., rows, columns)`` is not finite: its inputs were, so something overflowed.
+
+        Waits for the device, once.
+        """
         xp = self.xp
         checks = [(name, xp.isfinite(x)) for name, x in arrays.items()]
         if bool(xp.all(xp.stack([xp.all(good) for _, good in checks]))):

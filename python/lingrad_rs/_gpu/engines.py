@@ -16,6 +16,7 @@ from ..errors import DenominatorError
 from . import exact, landmark, polynomial
 from .device import Space
 from .heads import Grads, Heads, Saved, dots, part_of
+from .texts import scientific
 
 __all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums", "without_numbers"]
 
@@ -157,19 +158,25 @@ def _check_rows(sp: Space, engine: AnyEngine, heads: Heads, row_scale: Array, go
         )
     at = int(bad[0])
     scale, name = float(sp.host(row_scale).reshape(-1)[at]), f"row {at % n} of head {heads.first + at // n}"
+    if isinstance(engine, Exact):
+        if np.isposinf(scale):
+            raise DenominatorError(
+                f"{name} has no key to attend to: key_bias is -inf (or its scores overflow) for every key that it may "
+                f"see; {_NO_KEY_REMEDY}"
+            )
+        raise DenominatorError(f"{name} has scores that overflow; make q, k, scale or key_bias smaller")
     if np.isposinf(scale) and heads.key_bias is not None:
         raise DenominatorError(
             f"{name} has no key to attend to: key_bias is -inf, or far below its maximum, for every key that it may "
             f"see; {_NO_KEY_REMEDY}"
         )
-    remedy = "use smaller scores, or float64"
+    remedy = _LANDMARK_REMEDY
     if isinstance(engine, Polynomial):
         remedy = (
             f"its scores lie outside the region where this polynomial of degree {engine.degree} resembles exp; use an "
             'even degree with coefficients="taylor", a smaller scale, or Exact()'
         )
-    elif isinstance(engine, Landmark):
-        remedy = _LANDMARK_REMEDY
-    if np.isfinite(scale):
-        raise DenominatorError(f"{name} has the denominator {1 / scale:.3e}, which is not positive: {remedy}")
+    if np.isposinf(scale) or scale < 0:
+        denominator = scientific(1 / scale, 3)
+        raise DenominatorError(f"{name} has the denominator {denominator}, which is not positive: {remedy}")
     raise DenominatorError(f"{name} has a denominator that overflows or underflows: {remedy}")

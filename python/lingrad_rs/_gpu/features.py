@@ -50,13 +50,17 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Polynomials:
-    """Monomials, weighted by polynomials: ``weights (heads, r)`` and those of the potential, in the arrays' dtype."""
+    """Monomials, weighted by polynomials: ``weights (heads, r)`` and those of the potential.
+
+    Both are float64: powers of the scale, which the tokens make up for, are out of float32's range sooner than scores.
+    """
 
     monomials: Monomials
     degree: int
     weights: Array
     potential_degree: int
     potential_weights: Array
+    dtype: Any
 
     def rank(self, potential: bool) -> int:
         return self.monomials.rank(self.potential_degree if potential else self.degree)
@@ -69,7 +73,7 @@ class Polynomials:
 
     def weigh(self, sp: Space, state_of: Side, state: Array, potential: bool) -> Array:
         weights = self.potential_weights if potential else self.weights
-        return sp.astype(state[..., : weights.shape[-1]], weights.dtype) * weights[:, None, None, :]
+        return sp.astype(state[..., : weights.shape[-1]] * weights[:, None, None, :], self.dtype)
 
     def norms(self, sp: Space, side: Side, x: Array) -> Array | None:
         return None

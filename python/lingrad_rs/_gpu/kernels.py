@@ -220,7 +220,7 @@ def _fitted(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 _tables: dict[tuple[int, int, int], Array] = {}
-"""Coordinates of monomials on devices, by the device, d, and the degree: some megabytes of each at the most."""
+"""Coordinates of monomials on devices, by the device, d, and the degree: ``4 r degree`` bytes of each."""
 
 
 def _table(x: Array, coordinates: np.ndarray[Any, Any]) -> Array:

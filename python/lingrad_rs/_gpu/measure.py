@@ -32,7 +32,9 @@ __all__ = [
     "key_gradients",
     "measure_error",
     "padded",
+    "rows_of_heads",
     "select",
+    "side_by_side",
     "take_rows",
 ]
 
@@ -69,16 +71,26 @@ def draw_rows(sp: Space, x: Array, samples: int, seed: int) -> list[Draw]:
 
 def padded(draws: Sequence[Draw]) -> Rows:
     """The rows of all heads, ``(heads, rows)``: the last one fills up those that have fewer."""
-    most = max(len(draw.rows) for draw in draws)
-    return np.stack([np.pad(draw.rows, (0, most - len(draw.rows)), mode="edge") for draw in draws])
+    return side_by_side([draw.rows for draw in draws])
+
+
+def side_by_side(rows: Sequence[Rows]) -> Rows:
+    """``(heads, rows)``: the last row of each, of which it has at least one, fills up those that have fewer."""
+    most = max(map(len, rows))
+    return np.stack([np.pad(of_head, (0, most - len(of_head)), mode="edge") for of_head in rows])
+
+
+def rows_of_heads(sp: Space, x: Array, which: Sequence[int], rows: Rows) -> Array:
+    """Rows ``(some heads, rows)`` of those heads of ``x (heads, all rows, width)``."""
+    count, n, width = x.shape
+    index = (np.asarray(which, np.int64)[:, None] * n + rows).reshape(-1)
+    taken = sp.xp.take(sp.xp.reshape(x, (count * n, width)), sp.asarray(index, sp.xp.int64), axis=0)
+    return sp.xp.reshape(taken, (*rows.shape, width))
 
 
 def take_rows(sp: Space, x: Array, rows: Rows) -> Array:
     """Rows ``(heads, rows)`` of ``x (heads, all rows, width)``, in float64."""
-    count, n, width = x.shape
-    index = (np.arange(count)[:, None] * n + rows).reshape(-1)
-    taken = sp.xp.take(sp.xp.reshape(x, (count * n, width)), sp.asarray(index, sp.xp.int64), axis=0)
-    return sp.wide(sp.xp.reshape(taken, (*rows.shape, width)))
+    return sp.wide(rows_of_heads(sp, x, range(x.shape[0]), rows))
 
 
 def chosen(sp: Space, x: Array, which: Sequence[int]) -> Array:

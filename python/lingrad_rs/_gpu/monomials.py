@@ -67,9 +67,9 @@ class Monomials:
 
     def weights(self, coefficients: np.ndarray[Any, Any], scale: float) -> np.ndarray[Any, Any]:
         """The weights of polynomials ``(heads, degree + 1)`` of ``scale q.k``: ``(heads, r)``, float64."""
-        parts = [
-            coefficients[:, j, None] * scale**j * self._multinomials[j][None] for j in range(coefficients.shape[1])
-        ]
+        # Of NumPy's, which overflow to infinity.
+        powers = np.float64(scale) ** np.arange(coefficients.shape[1])
+        parts = [a[:, None] * self._multinomials[j][None] for j, a in enumerate((coefficients * powers).T)]
         return np.concatenate(parts, axis=1)
 
     def features(self, sp: Space, x: Array, degree: int) -> Array:

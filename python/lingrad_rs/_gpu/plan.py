@@ -36,6 +36,7 @@ from .landmark import WINDOW
 from .measure import Draw, Floats, Rows
 from .polynomial import LARGEST_STATE
 from .sample import Tokens
+from .texts import scientific
 
 __all__ = ["Probed", "longest", "plan_heads", "short"]
 
@@ -661,5 +662,5 @@ class _Moments:
 
 
 def short(x: float) -> str:
-    """A number in two digits, as the core writes it."""
-    return np.format_float_scientific(x, precision=1, unique=False, exp_digits=1)
+    """A number in two digits."""
+    return scientific(x, 1)

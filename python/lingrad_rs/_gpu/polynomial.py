@@ -113,6 +113,7 @@ def _fitted(
                 key_shift=by[1][i].tolist(),
                 causal=heads.causal,
                 scale=heads.scale,
+                head=heads.first + i,
             )
             for i, own in enumerate(tokens)
         ]
@@ -125,8 +126,8 @@ def _pass(sp: Space, engine: Polynomial, heads: Heads, constants: Constants) -> 
     potential = a if consistent else np.concatenate([a[:, :1], a / np.arange(1, a.shape[1] + 1)], axis=1)
     degree = _potential_degree(engine)
     tree = monomials(heads.sizes[2], degree)
-    weights = [sp.asarray(tree.weights(x, heads.scale), heads.q.dtype) for x in (a, potential)]
-    features = Polynomials(tree, engine.degree, weights[0], degree, weights[1])
+    weights = [sp.asarray(tree.weights(x, heads.scale), sp.xp.float64) for x in (a, potential)]
+    features = Polynomials(tree, engine.degree, weights[0], degree, weights[1], heads.q.dtype)
     through_means = engine.shift == "mean" and consistent
     return low_rank.make_pass(
         sp, heads, features, constants.query_shift, constants.key_shift, through_means=through_means

@@ -14,7 +14,7 @@ from .. import _lingrad_rs as core
 from .causal import PREFIX
 from .device import Space
 from .heads import Heads
-from .measure import chosen
+from .measure import chosen, rows_of_heads, side_by_side
 
 __all__ = ["FIT", "POOL", "Tokens", "first", "spread"]
 
@@ -40,32 +40,51 @@ class Tokens:
 def first(sp: Space, heads: Heads, which: Sequence[int] | None = None) -> list[Tokens]:
     """The first tokens of some heads, or of all, as many as constants may be taken from under a mask."""
     n, m, _, _ = heads.sizes
-    rows = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
-    return _taken(sp, heads, which, rows, None)
+    which = range(heads.count) if which is None else which
+    rows, keys = np.arange(min(PREFIX, n)), np.arange(min(PREFIX, m))
+    return _taken(sp, heads, which, rows, [keys] * len(which), spread=False)
 
 
 def spread(sp: Space, heads: Heads, count: int, seed: int, which: Sequence[int] | None = None) -> list[Tokens]:
-    """So many queries and keys of some heads, or of all, drawn all through the sequence as the core draws them."""
+    """So many queries and keys of some heads, or of all, drawn all through the sequence as the core draws them.
+
+    Keys are drawn among those that no bias removes; where all are, the first ones stand for them.
+    """
     n, m, _, _ = heads.sizes
-    rows = core.stratified(n, count, seed), core.stratified(m, count, seed + 1)
-    return _taken(sp, heads, which, rows, rows)
+    which = range(heads.count) if which is None else which
+    keys = [core.stratified(m, count, seed + 1)] * len(which)
+    if heads.key_bias is not None:
+        live = [np.flatnonzero(x) for x in sp.host(chosen(sp, heads.key_bias, which) != -math.inf)]
+        keys = [x[core.stratified(len(x), count, seed + 1)] if len(x) else np.arange(min(count, m)) for x in live]
+    return _taken(sp, heads, which, core.stratified(n, count, seed), keys, spread=True)
 
 
 def _taken(
     sp: Space,
     heads: Heads,
-    which: Sequence[int] | None,
-    rows: tuple[NDArray[np.int64], NDArray[np.int64]],
-    positions: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    which: Sequence[int],
+    queries: NDArray[np.int64],
+    keys: Sequence[NDArray[np.int64]],
+    *,
+    spread: bool,
 ) -> list[Tokens]:
-    """Waits for the device: for as many heads at once as temporary arrays hold."""
-    which = range(heads.count) if which is None else which
+    """Some queries, and keys of each head; waits for the device: for as many heads at once as temporary arrays hold."""
 
     def part(x: Array, rows: NDArray[np.int64]) -> NDArray[Any]:
-        index, width = sp.asarray(rows, sp.xp.int64), len(rows) * math.prod(x.shape[2:])
-        heads_at_once = sp.tiles(len(which), width)
-        return np.concatenate([sp.host(sp.xp.take(chosen(sp, x, which[a:b]), index, axis=1)) for a, b in heads_at_once])
+        heads_at_once = sp.tiles(len(which), rows.shape[1] * x.shape[2])
+        return np.concatenate([sp.host(rows_of_heads(sp, x, which[a:b], rows[a:b])) for a, b in heads_at_once])
 
-    q, k, v = part(heads.q, rows[0]), part(heads.k, rows[1]), part(heads.v, rows[1])
-    bias = None if heads.key_bias is None else part(heads.key_bias, rows[1])
-    return [Tokens(q[c], k[c], v[c], None if bias is None else bias[c], positions) for c in range(len(q))]
+    of_keys = side_by_side(keys)
+    q = part(heads.q, np.broadcast_to(queries, (len(which), len(queries))))
+    k, v = part(heads.k, of_keys), part(heads.v, of_keys)
+    bias = None if heads.key_bias is None else part(heads.key_bias[..., None], of_keys)
+    return [
+        Tokens(
+            q[c],
+            k[c, : len(own)],
+            v[c, : len(own)],
+            None if bias is None else bias[c, : len(own), 0],
+            (queries, own) if spread else None,
+        )
+        for c, own in enumerate(keys)
+    ]

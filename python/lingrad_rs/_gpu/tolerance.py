@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, Polynomial
 from ..errors import DenominatorError, NonFiniteError
-from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report
+from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report, unplanned
 from . import engines, measure
 from .device import Space
 from .engines import AnyEngine
@@ -42,12 +42,7 @@ _SAMPLES = 64
 
 def of_nothing(heads: int) -> list[Report]:
     """Reports of heads without queries."""
-    return [head_report(_given(Exact()))] * heads
-
-
-def _given(engine: Exact | Polynomial | Landmark) -> HeadPlan:
-    """What is known of an engine that somebody else chose."""
-    return HeadPlan(engine, None, None, None, math.nan, math.nan, reason="given")
+    return [head_report(unplanned(Exact()))] * heads
 
 
 def _name(engine: object) -> str:
@@ -359,7 +354,7 @@ def measured(
     bounds = _error_bounds(sp, heads, out, [Part(0, heads.count, saved)])
     return [
         head_report(
-            errors.added_to(replace(_given(saved.engine), errors={"out": of_out[i]}, error_bound=bounds.get(i)), i)
+            errors.added_to(replace(unplanned(saved.engine), errors={"out": of_out[i]}, error_bound=bounds.get(i)), i)
         )
         for errors in check.errors(sp, grads)
         for i in range(errors.group * group, (errors.group + 1) * group)

@@ -375,7 +375,7 @@ impl Attention {
         out: &[T],
         dout: &[MatRef<'_, T>],
         samples: usize,
-        grads: AttentionGrads<'_, T>,
+        mut grads: AttentionGrads<'_, T>,
     ) -> Result<Vec<HeadReport>> {
         let sizes = self.check(heads)?;
         let Sizes { h, h_kv, n, m, d, dv } = sizes;
@@ -391,7 +391,7 @@ impl Attention {
         expect_views("dout", dout, h, n, dv)?;
         grads.dk.fill(T::ZERO);
         grads.dv.fill(T::ZERO);
-        let mut biases: Vec<Option<&mut [T]>> = match grads.dkey_bias {
+        let mut biases: Vec<Option<&mut [T]>> = match grads.dkey_bias.as_deref_mut() {
             Some(b) => {
                 expect_len("dkey_bias", b.len(), h_kv * m)?;
                 b.fill(T::ZERO);
@@ -428,6 +428,9 @@ impl Attention {
         check_result("dq", grads.dq, n * d)?;
         check_result("dk", grads.dk, m * d)?;
         check_result("dv", grads.dv, m * dv)?;
+        if let Some(db) = grads.dkey_bias {
+            check_result("dkey_bias", db, m)?;
+        }
         Ok(reports.concat())
     }
 

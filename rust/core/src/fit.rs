@@ -43,11 +43,12 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Of the scores `scale q.k` of rows of `q` and `k`, both less their shifts. `weight(j)` is key j's weight, and
-    /// `sees(i, j)` is whether query i sees key j: no later ones once it does not see one. Costs `O(256^2 d)`, whatever `n` and `m`.
+    /// Of the scores `scale q.k` of rows of `q` and of those rows of `k` that `keys` names, in order, both less their
+    /// shifts. `weight(j)` is key j's weight, and `sees(i, j)` is whether query i sees key j: no later ones once it does
+    /// not see one. Costs `O(256^2 d)`, whatever `n` and `m`.
     pub fn new<T: Real>(
         (q, query_shift): (MatRef<'_, T>, &[T]),
-        (k, key_shift): (MatRef<'_, T>, &[T]),
+        (k, keys, key_shift): (MatRef<'_, T>, &[usize], &[T]),
         weight: impl Fn(usize) -> f64,
         scale: f64,
         sees: impl Fn(usize, usize) -> bool,
@@ -55,8 +56,9 @@ impl Sample {
         let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
             Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
         };
-        let (rows, mut columns) = (stratified(q.nrows(), SAMPLE, 0), stratified(k.nrows(), SAMPLE, 1));
-        columns.retain(|&j| weight(j) > 0.0);
+        let rows = stratified(q.nrows(), SAMPLE, 0);
+        let columns = stratified(keys.len(), SAMPLE, 1).into_iter().map(|i| keys[i]);
+        let columns: Vec<usize> = columns.filter(|&j| weight(j) > 0.0).collect();
         let scores =
             faer::Scale(scale) * (shifted(k, &columns, key_shift) * shifted(q, &rows, query_shift).transpose());
         let weights: Vec<f64> = columns.iter().map(|&j| weight(j)).collect();

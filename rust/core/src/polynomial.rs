@@ -24,7 +24,7 @@ use crate::context::Context;
 use crate::engine::{self, Coefficients, Gradient, Shift};
 use crate::error::{Error, Result};
 use crate::fit;
-use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, biases, mean};
+use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, biases, live_keys, mean};
 use crate::monomials::{self, Monomials};
 use crate::real::Real;
 
@@ -185,13 +185,13 @@ pub(crate) fn fit_sample<T: Real>(
 ) -> Result<fit::Sample> {
     let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
     let biases = biases(head, scale, shifts, 0.0)?;
-    let keys = seen(head.k.nrows());
+    let keys = live_keys(head, seen(head.k.nrows()));
     let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b[j]);
-    let level = (0..keys).map(bias).fold(f64::NEG_INFINITY, f64::max);
-    let weight = |j: usize| if bias(j) == f64::NEG_INFINITY { 0.0 } else { (bias(j) - level).exp() };
+    let level = keys.iter().map(|&j| bias(j)).fold(f64::NEG_INFINITY, f64::max);
+    let weight = |j: usize| (bias(j) - level).exp();
     fit::Sample::new(
         (head.q.subrows(0, seen(head.q.nrows())), &shifts.query),
-        (head.k.subrows(0, keys), &shifts.key),
+        (head.k, &keys, &shifts.key),
         weight,
         scale,
         sees,

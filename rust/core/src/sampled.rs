@@ -31,11 +31,12 @@ pub struct Tokens<'a, T> {
     pub causal: bool,
     /// Factor of the scores.
     pub scale: f64,
+    /// The head's number, which errors name.
+    pub head: usize,
 }
 
 impl<'a, T: Real> Tokens<'a, T> {
-    /// As a head with this number.
-    fn head(&self, index: usize) -> Result<Head<'a, T>> {
+    fn as_head(&self) -> Result<Head<'a, T>> {
         let (m, d) = self.k.shape();
         let v = self.v.unwrap_or_else(|| self.k.subcols(0, 0));
         if d == 0 || self.q.ncols() != d || v.nrows() != m {
@@ -52,7 +53,7 @@ impl<'a, T: Real> Tokens<'a, T> {
         if !self.scale.is_finite() {
             return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
         }
-        Ok(Head { index, q: self.q, k: self.k, v, key_bias: self.key_bias })
+        Ok(Head { index: self.head, q: self.q, k: self.k, v, key_bias: self.key_bias })
     }
 }
 
@@ -98,7 +99,7 @@ fn fit_sample<T: Real>(
     shift: [Vec<f64>; 2],
     positions: Option<[&[usize]; 2]>,
 ) -> Result<fit::Sample> {
-    let head = tokens.head(0)?;
+    let head = tokens.as_head()?;
     let [query, key] = shift;
     let shift = if query.is_empty() && key.is_empty() { Shift::None } else { Shift::Given { query, key } };
     let shifts = polynomial::shifts(&head, &shift)?;
@@ -131,17 +132,16 @@ pub fn fitted_polynomials<T: Real>(
 }
 
 /// Landmarks drawn from these tokens, as the engine without constants draws them: under a causal mask from the first
-/// 1024. `head` is the number that errors name.
+/// 1024.
 pub fn landmark_constants<T: Real>(
     ctx: &Context,
     tokens: &Tokens<'_, T>,
     rank: usize,
     seed: u64,
-    head: usize,
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
     Engine::Landmark(engine.clone()).validate(tokens.causal)?;
-    crate::landmark::draw(ctx, &tokens.head(head)?, tokens.scale, tokens.causal, &engine)
+    crate::landmark::draw(ctx, &tokens.as_head()?, tokens.scale, tokens.causal, &engine)
 }
 
 /// Landmarks that a plan has found.
@@ -163,12 +163,11 @@ pub fn landmark_candidates<T: Real>(
     auto: &Auto,
     strict: bool,
     ranks: &[usize],
-    head: usize,
 ) -> Result<std::result::Result<Found, String>> {
     for &rank in ranks {
         Engine::Landmark(Landmark { rank, seed: auto.seed, constants: None }).validate(tokens.causal)?;
     }
-    let found = plan::landmarks(ctx, &tokens.head(head)?, tokens.scale, auto, strict, ranks)?;
+    let found = plan::landmarks(ctx, &tokens.as_head()?, tokens.scale, auto, strict, ranks)?;
     Ok(found.map(|(chosen, error)| Found { rank: chosen.rank, constants: chosen.constants, error }))
 }
 

@@ -38,7 +38,7 @@ impl<'py, T: Scalar> Inputs<'py, T> {
         })
     }
 
-    fn tokens(&self, causal: bool, scale: f64) -> Result<Tokens<'_, T>> {
+    fn tokens(&self, causal: bool, scale: f64, head: usize) -> Result<Tokens<'_, T>> {
         Ok(Tokens {
             q: self.q.matrix()?,
             k: self.k.matrix()?,
@@ -46,6 +46,7 @@ impl<'py, T: Scalar> Inputs<'py, T> {
             key_bias: self.key_bias.as_deref().map(lingrad_core::ColRef::from_slice),
             causal,
             scale,
+            head,
         })
     }
 }
@@ -85,7 +86,7 @@ pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Result<B
 
 /// `a_0 .. a_degree` for the scores of one head's tokens.
 #[pyfunction]
-#[pyo3(signature = (q, k, key_bias, *, degree, query_shift, key_shift, causal, scale))]
+#[pyo3(signature = (q, k, key_bias, *, degree, query_shift, key_shift, causal, scale, head=0))]
 pub fn fitted_coefficients<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
@@ -96,10 +97,11 @@ pub fn fitted_coefficients<'py>(
     key_shift: Vec<f64>,
     causal: bool,
     scale: f64,
+    head: usize,
 ) -> Result<Vec<f64>> {
     by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-        let tokens = inputs.tokens(causal, scale)?;
+        let tokens = inputs.tokens(causal, scale, head)?;
         run(py, None, |_| sampled::fitted_coefficients(&tokens, degree, [query_shift, key_shift]))
     })
 }
@@ -127,7 +129,7 @@ pub fn fitted_polynomials<'py>(
     let positions = positions.map(|(q, k)| Ok::<_, Error>([position(&q)?, position(&k)?])).transpose()?;
     by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-        let tokens = inputs.tokens(causal, scale)?;
+        let tokens = inputs.tokens(causal, scale, 0)?;
         let positions = positions.as_ref().map(|[q, k]| [&q[..], &k[..]]);
         let Fits { coefficients, error } = run(py, None, |_| {
             sampled::fitted_polynomials(&tokens, degree, [query_shift, key_shift], positions)
@@ -153,8 +155,8 @@ pub fn landmark_constants<'py>(
 ) -> Result<Bound<'py, PyDict>> {
     let constants: LandmarkConstants = by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-        let tokens = inputs.tokens(causal, scale)?;
-        run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed, head))?
+        let tokens = inputs.tokens(causal, scale, head)?;
+        run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed))?
     });
     constants_dict(py, &constants)
 }
@@ -183,8 +185,8 @@ pub fn landmark_candidates<'py>(
     let auto = Auto { tol, gradients, strict_causal: strict, seed };
     let found = by_dtype!(q, T => {
         let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-        let tokens = inputs.tokens(causal, scale)?;
-        run(py, None, |ctx| sampled::landmark_candidates(ctx, &tokens, &auto, strict, &ranks, head))?
+        let tokens = inputs.tokens(causal, scale, head)?;
+        run(py, None, |ctx| sampled::landmark_candidates(ctx, &tokens, &auto, strict, &ranks))?
     });
     match found {
         Ok(found) => {
