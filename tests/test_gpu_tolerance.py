@@ -1,6 +1,7 @@
 """The GPU path draws, fits and measures what the compiled core does, and takes what is known as it is."""
 
 import gc
+import itertools
 import weakref
 
 import numpy as np
@@ -13,7 +14,7 @@ import lingrad_rs as lg
 from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
 from lingrad_rs._gpu import device, engines, measure, plan, tolerance
-from lingrad_rs._gpu.heads import Heads
+from lingrad_rs._gpu.heads import Grads, Heads
 from lingrad_rs.plan import head_plans, unplanned
 
 ARRAY_CODE = pytest.mark.parametrize(
@@ -132,6 +133,19 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
         for name in ("dq", "dk", "dv", "dkey_bias"):
             got, own = sp.host(getattr(grads, name)[i, ...]), sp.host(getattr(wanted, name)[0, ...])
             assert relative_error(got, own) <= 10 * REORDERED[np.dtype(np.float64)]
+
+
+@pytest.mark.parametrize("cuts", [(0, 9), (0, 3, 9), (0, 4, 5, 9), (0, 1, 8, 9)])
+def test_gradients_of_heads_in_any_parts_add_up_to_those_of_key_heads(cuts, rng):
+    inputs = draw(rng, n=5, heads=(9,), bias=True)
+    sp, heads = device.space_of(inputs["q"]), Heads(*(inputs[x] for x in ("q", "k", "v", "key_bias")), False, 0.5)
+    grads = Grads(*(rng.standard_normal(inputs[x].shape) for x in ("q", "k", "v", "key_bias")))
+    sums = tolerance._Sums(sp, heads, 3)
+    for start, end in itertools.pairwise(cuts):
+        sums.add(sp, start, Grads(*(getattr(grads, x)[start:end] for x in ("dq", "dk", "dv", "dkey_bias"))))
+    want = engines.add_groups(sp, grads, 3)
+    for name in ("dq", "dk", "dv", "dkey_bias"):
+        assert relative_error(getattr(sums.grads, name), getattr(want, name)) <= REORDERED[np.dtype(np.float64)]
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # as where the library calls

@@ -18,6 +18,7 @@ from ..plan import Plan
 from . import attention, layers, measure, transformer
 from .attention_block import WEIGHT_NAMES, SelfAttention
 from .device import Space, run
+from .finite import check_arguments
 from .heads import dots
 
 __all__ = [
@@ -54,7 +55,7 @@ def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
     """``compute(space)``, once the arrays, the first of which is not None, are known to be finite."""
 
     def checked(sp: Space) -> _R:
-        layers.check_finite(sp, **arrays)
+        check_arguments(sp, **arrays)
         return compute(sp)
 
     return run(next(iter(arrays.values())), checked)

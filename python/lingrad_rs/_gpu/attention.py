@@ -12,6 +12,7 @@ from ..plan import Plan
 from . import engines, tolerance
 from .device import Space
 from .engines import AnyEngine
+from .finite import check_heads, check_results
 from .heads import Heads, Saved
 
 __all__ = ["State", "backward", "forward"]
@@ -92,8 +93,7 @@ def forward(
         if auto is not None:
             known = tolerance.of_nothing(heads.count)
     else:
-        names = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
-        sp.check_finite(**names)
+        check_heads(sp, key_bias, q=q, k=k, v=v)
         if isinstance(engine, AnyEngine):
             out, saved = engines.forward(sp, [engine] * heads.count, heads)
         else:
@@ -101,7 +101,7 @@ def forward(
             before = engine.reports if isinstance(engine, Planned) else None
             auto = engine if isinstance(engine, Auto) else engine.auto
             out, saved, known = tolerance.forward_within(sp, heads, auto, given, before)
-        sp.check_results(out=out)
+        check_results(sp, out=out)
         out = sp.contiguous(sp.xp.reshape(out, shape))
     if not keep:
         return out, None
@@ -125,7 +125,7 @@ def backward(
     if math.prod(q.shape[:-1]) == 0:
         zeros = [sp.zeros(x.shape, x.dtype) for x in (q, k, v)]
         return (zeros[0], zeros[1], zeros[2], None if key_bias is None else sp.zeros(key_bias.shape, q.dtype)), []
-    sp.check_finite(dout=dout)
+    check_heads(sp, dout=dout)
     heads, group = _heads(sp, q, k, v, key_bias, causal=state.causal, scale=state.scale)
     flat = (heads.count, heads.q.shape[1], heads.v.shape[2])
     out, up = xp.reshape(state.out, flat), xp.reshape(dout, flat)
@@ -141,5 +141,5 @@ def backward(
             reports = tolerance.measured(sp, heads, group, state.saved, out, up, grads, samples)
     dq, dk, dv = (sp.contiguous(xp.reshape(x, y.shape)) for x, y in ((grads.dq, q), (grads.dk, k), (grads.dv, v)))
     db = None if key_bias is None else sp.contiguous(xp.reshape(grads.dkey_bias, key_bias.shape))
-    sp.check_results(dq=dq, dk=dk, dv=dv, **({} if db is None else {"dkey_bias": db[..., None]}))
+    check_results(sp, dq=dq, dk=dk, dv=dv, **({} if db is None else {"dkey_bias": db[..., None]}))
     return (dq, dk, dv, db), reports

@@ -23,6 +23,7 @@ from ..engines import Engine
 from ..errors import NonFiniteError, ShapeError
 from . import attention
 from .device import Space
+from .finite import first_bad
 from .layers import rows_of, sum_of_products
 
 __all__ = ["WEIGHT_NAMES", "Inside", "SelfAttention"]
@@ -115,18 +116,12 @@ def _project(sp: Space, x: Array, w: Array, heads: int, *, unit: bool = False, r
 
 def _check_norms(sp: Space, **projected: _Projected) -> None:
     """Raise where a row cannot be normalised; waits for the device, once."""
-    xp = sp.xp
-    checks = {
-        name: xp.all(xp.isfinite(part.inverse_norms))
-        for name, part in projected.items()
-        if part.inverse_norms is not None
-    }
-    if not checks or bool(xp.all(xp.stack(list(checks.values())))):
-        return
-    name = next(name for name, good in checks.items() if not bool(good))
-    raise NonFiniteError(
-        f"a row of {name} = x w_{name} holds NaN or infinity, or its square overflows; score_bound needs finite norms"
-    )
+    norms = {name: part.inverse_norms for name, part in projected.items() if part.inverse_norms is not None}
+    bad = first_bad(sp, {name: sp.xp.isfinite(x) for name, x in norms.items()})
+    if bad is not None:
+        raise NonFiniteError(
+            f"a row of {bad} = x w_{bad} holds NaN or infinity, or its square overflows; score_bound needs finite norms"
+        )
 
 
 def _side_by_side(sp: Space, x: Array) -> Array:

@@ -34,6 +34,7 @@ from .low_rank import (
     add_up,
     columns,
     finish,
+    in_blocks,
     key_gradients,
     query_gradients,
     scaled,
@@ -86,19 +87,6 @@ def near_start(near: Near, i: int) -> int:
     """The first token near query i."""
     c = i // BLOCK
     return 0 if c < near.prefix else max(c * BLOCK - near.window, 0)
-
-
-def rows(sp: Space, x: Array, start: int, end: int, fill: float = 0.0) -> Array:
-    """Rows ``start .. end`` of ``x (heads, n, ...)``, `fill` beyond its ends: ``(heads, blocks, BLOCK, ...)``."""
-    n = x.shape[1]
-    low, high = min(max(start, 0), n), min(max(end, 0), n)
-    parts = [x[:, low:high, ...]]
-    for missing, at in ((low - start if start < 0 else 0, 0), (end - max(high, start), 1)):
-        missing = min(missing, end - start)
-        if missing > 0:
-            parts.insert(at and len(parts), sp.full((x.shape[0], missing, *x.shape[2:]), fill, x.dtype))
-    x = parts[0] if len(parts) == 1 else sp.xp.concat(parts, axis=1)
-    return sp.xp.reshape(x, (x.shape[0], -1, BLOCK, *x.shape[2:]))
 
 
 def add_rows(sp: Space, total: Array, start: int, part: Array) -> None:
@@ -191,7 +179,7 @@ class _Cut:
 
     def queries(self, x: Array, segment: _Segment, fill: float = 0.0) -> Array:
         """Queries' rows of x, in blocks."""
-        return rows(self.sp, x, segment.starts[0], segment.end * BLOCK, fill)
+        return in_blocks(self.sp, x, segment.starts[0], segment.end * BLOCK, BLOCK, fill)
 
     def row_factors(self, row_max: Array, row_scale: Array, segment: _Segment) -> tuple[Array, Array]:
         """Those of queries, in blocks. Where there are no more queries, no key has a weight, however large its bias."""
@@ -200,11 +188,11 @@ class _Cut:
     def far(self, x: Array, segment: _Segment, fill: float = 0.0) -> Array:
         """Rows of the keys ``K_c``, in blocks."""
         start = segment.starts[2]
-        return rows(self.sp, x, start, start + (segment.end - segment.first) * BLOCK, fill)
+        return in_blocks(self.sp, x, start, start + (segment.end - segment.first) * BLOCK, BLOCK, fill)
 
     def near_rows(self, x: Array, segment: _Segment) -> Array:
         """Rows of each block's near keys, ``(heads, blocks, keys, ...)``."""
-        x = rows(self.sp, x, segment.starts[1], segment.end * BLOCK)
+        x = in_blocks(self.sp, x, segment.starts[1], segment.end * BLOCK, BLOCK)
         count = segment.end - segment.first
         pieces = [x[:, t : t + count, ...] for t in range(self.before + 1)]
         return pieces[0] if len(pieces) == 1 else self.sp.xp.concat(pieces, axis=2)
@@ -511,6 +499,6 @@ def _reverse_scan(
     if tokens and levels and levels[0] is not None:
         step = (cut.segments(True)[0].end - cut.prefix) * BLOCK
         for start in range(0, tokens, step):
-            k, v = (rows(sp, x[:, :tokens, :], start, start + step) for x in (heads.k, heads.v))
-            bias = rows(sp, run.bias[:, :tokens], start, start + step, -math.inf)
+            k, v = (in_blocks(sp, x[:, :tokens, :], start, start + step, BLOCK) for x in (heads.k, heads.v))
+            bias = in_blocks(sp, run.bias[:, :tokens], start, start + step, BLOCK, -math.inf)
             add(start, k, v, weights(bias, scan.level), scan.sum[:, None, ...])

@@ -8,7 +8,6 @@ promises is used, but for what this file holds.
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import DeviceError, NonFiniteError
+from ..errors import DeviceError
 from . import kernels
 from .libraries import is_cupy, library_of
 
@@ -103,55 +102,6 @@ class Space:
         """Starts and ends of ranges of so many rows of so many numbers each that fit in temporary arrays."""
         step = max(1, self.numbers // max(width, 1))
         return ((start, min(start + step, count)) for start in range(0, count, step))
-
-    def check_finite(self, **arrays: Array) -> None:
-        """Raise where an array ``(..., rows, columns)`` holds NaN or infinity; waits for the device, once.
-
-        Of one named ``key_bias``, ``(..., m)``, minus infinity is allowed.
-        """
-        xp = self.xp
-        checks = []
-        for name, x in arrays.items():
-            good = xp.isfinite(x)
-            if name == "key_bias":
-                good = good | (x == -math.inf)
-            checks.append((name, good))
-        if not checks or bool(xp.all(xp.stack([xp.all(good) for _, good in checks]))):
-            return
-        for name, good in checks:
-            if bool(xp.all(good)):
-                continue
-            if name == "key_bias":
-                at = int(np.flatnonzero(~self.host(good).reshape(-1))[0])
-                held = "NaN" if np.isnan(self.host(arrays[name]).reshape(-1)[at]) else "inf"
-                j = at % good.shape[-1]
-                raise NonFiniteError(f"key_bias holds {held} at key {j}; expected finite numbers or -inf")
-            h = _first_bad_head(self.host(good))
-            raise NonFiniteError(
-                f"{name} holds NaN or infinity (in head {h}, counting from 0); expected finite numbers"
-            )
-
-    def check_results(self, **arrays: Array) -> None:
-        """Raise where a result ``(..., rows, columns)`` is not finite: its inputs were, so something overflowed.
-
-        Waits for the device, once.
-        """
-        xp = self.xp
-        checks = [(name, xp.isfinite(x)) for name, x in arrays.items()]
-        if bool(xp.all(xp.stack([xp.all(good) for _, good in checks]))):
-            return
-        for name, good in checks:
-            if not bool(xp.all(good)):
-                h = _first_bad_head(self.host(good))
-                raise NonFiniteError(
-                    f"{name} overflows in head {h} (counting from 0): its inputs are too large for their dtype; scale "
-                    "them down, or use float64"
-                )
-
-
-def _first_bad_head(good: np.ndarray[Any, Any]) -> int:
-    heads = good.reshape(math.prod(good.shape[:-2]), -1)
-    return int(np.flatnonzero(~heads.all(axis=1))[0])
 
 
 def space_of(x: Array) -> Space:

@@ -16,7 +16,6 @@ from .device import Space
 __all__ = [
     "activation_backward",
     "activation_forward",
-    "check_finite",
     "embedding_backward",
     "embedding_forward",
     "feed_forward_backward",
@@ -36,16 +35,6 @@ Array = Any
 _TOKENS = 512
 # Beyond it sigmoids are 0 or 1 to the last bit; the powers of a larger number could overflow.
 _SATURATED = 64.0
-
-
-def check_finite(sp: Space, **arrays: Array | None) -> None:
-    """Raise where an argument of a module holds NaN or infinity; waits for the device, once."""
-    xp = sp.xp
-    checks = {name: xp.all(xp.isfinite(x)) for name, x in arrays.items() if x is not None}
-    if bool(xp.all(xp.stack(list(checks.values())))):
-        return
-    name = next(name for name, good in checks.items() if not bool(good))
-    raise NonFiniteError(f"{name} holds NaN or infinity; expected finite numbers")
 
 
 def rows_of(sp: Space, x: Array) -> Array:

@@ -40,6 +40,7 @@ __all__ = [
     "columns",
     "finish",
     "forward",
+    "in_blocks",
     "key_gradients",
     "left_out",
     "make_pass",
@@ -158,12 +159,19 @@ class Floor:
         return log >= bound + math.log(LEAST_OF_FLOOR)
 
 
-def _blocks(sp: Space, x: Array, start: int, end: int, block: int) -> Array:
-    """Rows of ``x (heads, tokens, ...)`` in blocks ``(heads, blocks, block, ...)``, zeros where there are no more."""
-    x = x[:, start:end, ...]
-    missing = -(end - start) % block
-    if missing:
-        x = sp.xp.concat([x, sp.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype)], axis=1)
+def in_blocks(sp: Space, x: Array, start: int, end: int, block: int, fill: float = 0.0) -> Array:
+    """Rows ``start .. end`` of ``x (heads, n, ...)`` in blocks ``(heads, blocks, block, ...)``.
+
+    Beyond the ends of ``x``, and where the last block is not full, there is `fill`.
+    """
+    n = x.shape[1]
+    low, high = min(max(start, 0), n), min(max(end, 0), n)
+    parts = [x[:, low:high, ...]]
+    before = min(low - start, end - start) if start < 0 else 0
+    for missing, at in ((before, 0), (end - max(high, start) + -(end - start) % block, 1)):
+        if missing > 0:
+            parts.insert(at and len(parts), sp.full((x.shape[0], missing, *x.shape[2:]), fill, x.dtype))
+    x = parts[0] if len(parts) == 1 else sp.xp.concat(parts, axis=1)
     return sp.xp.reshape(x, (x.shape[0], -1, block, *x.shape[2:]))
 
 
@@ -191,8 +199,8 @@ def whole_state(sp: Space, run: Pass, side: Side, values: Array, potential: bool
     x = run.heads.q if side == "queries" else run.heads.k
     total = sp.zeros((x.shape[0], 1, values.shape[-1], run.features.rank(potential)), sp.xp.float64)
     for start, end, block in _ranges(sp, run, x.shape[1], potential):
-        of_x = run.features.of(sp, side, columns(sp, _blocks(sp, x, start, end, block)), potential)
-        parts = add_up(sp, _blocks(sp, values, start, end, block), of_x)
+        of_x = run.features.of(sp, side, columns(sp, in_blocks(sp, x, start, end, block)), potential)
+        parts = add_up(sp, in_blocks(sp, values, start, end, block), of_x)
         total += sp.xp.sum(parts, axis=1, keepdims=True, dtype=sp.xp.float64)
     return total
 
@@ -230,7 +238,7 @@ def forward(sp: Space, run: Pass) -> tuple[Array, Array, Array, Array]:
     good = xp.ones((heads.count, n), dtype=xp.bool, device=sp.device)
     floor = None if run.row_level is None else whole_floor(sp, run)
     for start, end, block in _ranges(sp, run, n, False):
-        q = columns(sp, _blocks(sp, heads.q, start, end, block))
+        q = columns(sp, in_blocks(sp, heads.q, start, end, block))
         rows = xp.matrix_transpose(xp.matmul(state, run.features.of(sp, "queries", q, False)))
         rows = xp.reshape(rows, (heads.count, -1, dv + 1))[:, : end - start, :]
         out[:, start:end, :] = rows[..., :dv] / rows[..., dv:]
@@ -307,7 +315,7 @@ def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) 
     upstream = xp.concat([dout, -delta[..., None]], axis=-1)
     dq = sp.empty((heads.count, n, d), dtype)
     for start, end, block in _ranges(sp, run, n, True):
-        q, up = (_blocks(sp, x, start, end, block) for x in (heads.q, upstream))
+        q, up = (in_blocks(sp, x, start, end, block) for x in (heads.q, upstream))
         rows = xp.reshape(query_gradients(sp, run, q, up, state), (heads.count, -1, d))[:, : end - start, :]
         dq[:, start:end, :] = rows * row_scale[:, start:end, None]
     state = whole_state(sp, run, "queries", upstream * row_scale[..., None], True)
@@ -315,7 +323,7 @@ def backward(sp: Space, run: Pass, row_scale: Array, dout: Array, delta: Array) 
     w = xp.broadcast_to(key_weights(sp, run, level), (heads.count, m))
     dk, grad_v, db = (sp.empty((heads.count, m, *rest), dtype) for rest in ((d,), (dv,), ()))
     for start, end, block in _ranges(sp, run, m, True):
-        k, v, weights = (_blocks(sp, x, start, end, block) for x in (heads.k, heads.v, w))
+        k, v, weights = (in_blocks(sp, x, start, end, block) for x in (heads.k, heads.v, w))
         own_grads = key_gradients(sp, run, k, v, weights, potential, own)
         for total, part in ((dk, own_grads.dk), (grad_v, own_grads.dv), (db, own_grads.db)):
             flat = xp.reshape(part, (heads.count, -1, *part.shape[3:]))

@@ -19,6 +19,7 @@ from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from ..plan import ErrorEstimate
 from .device import Space
+from .finite import check_heads
 from .heads import Heads, dots
 
 __all__ = [
@@ -268,7 +269,7 @@ def measure_error(
     Cost: O(samples m (d + dv)) time; the squared sizes of all queries are copied to the host.
     """
     xp = sp.xp
-    sp.check_finite(q=q, k=k, v=v, **({} if key_bias is None else {"key_bias": key_bias}), out=out)
+    check_heads(sp, key_bias, q=q, k=k, v=v, out=out)
     flat = lambda x, last: xp.reshape(x, (math.prod(x.shape[:-last]), *x.shape[-last:]))  # noqa: E731
     q, k, v, out = (flat(x, 2) for x in (q, k, v, out))
     bias = None if key_bias is None else flat(key_bias, 1)

@@ -270,13 +270,19 @@ class _Sums:
         for total in self._of_keys(self.grads):
             total[g, ...] = 0.0
 
-    def add(self, start: int, grads: Grads) -> None:
+    def add(self, sp: Space, start: int, grads: Grads) -> None:
         """Those of query heads from ``start`` on."""
-        count = grads.dq.shape[0]
+        count, group = grads.dq.shape[0], self.group
         self.grads.dq[start : start + count, ...] = grads.dq
+        # The heads of whole key heads together, those at either end one by one.
+        first, last = -(-start // group), (start + count) // group
         for total, x in zip(self._of_keys(self.grads), self._of_keys(grads), strict=True):
-            for i in range(count):
-                total[(start + i) // self.group, ...] += x[i, ...]
+            if first < last:
+                whole = x[first * group - start : last * group - start, ...]
+                total[first:last, ...] += sp.xp.sum(sp.xp.reshape(whole, (-1, group, *x.shape[1:])), axis=1)
+            for i in range(start, start + count):
+                if not first <= i // group < last:
+                    total[i // group, ...] += x[i - start, ...]
 
     def all_finite(self, sp: Space, groups: Sequence[int]) -> NDArray[np.bool_]:
         """Of each of some key heads."""
@@ -311,7 +317,7 @@ def backward_within(
     sums = _Sums(sp, heads, group)
     for part in parts:
         of, own = slice(part.start, part.end), heads.part(part.start, part.end)
-        sums.add(part.start, engines.backward(sp, own, part.saved, out[of, ...], dout[of, ...]))
+        sums.add(sp, part.start, engines.backward(sp, own, part.saved, out[of, ...], dout[of, ...]))
     approximate = {i for part in parts if part.saved.engine != Exact() for i in part.heads}
     groups = sorted({i // group for i in approximate})
     if not groups:
@@ -332,7 +338,7 @@ def backward_within(
         sums.clear(g)
         own = heads.part(g * group, (g + 1) * group)
         exact, saved = engines.forward(sp, [Exact()] * group, own)
-        sums.add(g * group, engines.backward(sp, own, saved, exact, dout[g * group : (g + 1) * group, ...]))
+        sums.add(sp, g * group, engines.backward(sp, own, saved, exact, dout[g * group : (g + 1) * group, ...]))
         for i in range(g * group, (g + 1) * group):
             if i in approximate:
                 text = f"the gradients of {_name(plans[i].engine)}, computed exactly instead: {why}"

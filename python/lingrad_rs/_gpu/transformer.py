@@ -23,6 +23,7 @@ from . import layers
 from .attention import Planned
 from .attention_block import Inside, SelfAttention
 from .device import Space
+from .finite import check_arguments
 from .measure import measure_error
 
 __all__ = ["Report", "Trace", "backward", "forward", "value_and_grad"]
@@ -117,7 +118,7 @@ def _positions(x: Array) -> tuple[int, ...]:
 def _check_input(sp: Space, x: Array, **others: Array) -> None:
     embeddings = {} if _check.is_integer(x) else {"x": x}
     if embeddings or others:
-        layers.check_finite(sp, **embeddings, **others)
+        check_arguments(sp, **embeddings, **others)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class _Model:
     grads: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layers.check_finite(self.sp, **{f"the parameter {name}": x for name, x in self.params.items()})
+        check_arguments(self.sp, **{f"the parameter {name}": x for name, x in self.params.items()})
 
     def stage_done(self) -> None:
         self.stages_done += 1
