@@ -220,6 +220,21 @@ def test_lengths_that_do_not_fit_a_gpu_s_memory_are_left_out_and_told(on_gpu):
     assert err == "lingrad: n = 2,048 is left out: its arrays take 2.2 MiB, and 1.5 MiB are free\n"
 
 
+def scaled(methods, sizes, **options):
+    """Every method at every size, however long it takes."""
+    return _bench.scaling(
+        methods,
+        sizes,
+        _bench.Case(64, 4, 1, True),
+        score_std=0.3,
+        dtype="float32",
+        rounds=1,
+        limit=1e4,
+        progress=lambda n: None,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("error", [lg.DeviceError, MemoryError])
 def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
     def prepare(q, k, v, dout, causal):
@@ -230,18 +245,7 @@ def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
 
     told = []
     methods = [_bench.Method("greedy", prepare, 1), *_bench.engines([1], 4)]
-    measured = _bench.scaling(
-        methods,
-        [64],
-        _bench.Case(64, 4, 1, True),
-        score_std=0.3,
-        dtype="float32",
-        rounds=1,
-        limit=1.0,
-        progress=lambda n: None,
-        tell=told.append,
-        device=Gpu(fake_cupy()),
-    )
+    measured = scaled(methods, [64], tell=told.append, device=Gpu(fake_cupy()))
     assert [row.method for row in measured] == ["exact", "degree 1", "degree 1 fitted", "degree 1 consistent"]
     assert told == ["greedy is left out at n = 64: too little memory on the device"]
 
@@ -259,18 +263,7 @@ def test_a_length_whose_methods_do_not_fit_side_by_side_is_left_out_and_told(err
 
         return lambda: None, both
 
-    measured = _bench.scaling(
-        [_bench.Method("greedy", prepare, 1)],
-        [64, 128],
-        _bench.Case(64, 4, 1, True),
-        score_std=0.3,
-        dtype="float32",
-        rounds=1,
-        limit=1.0,
-        progress=lambda n: None,
-        tell=told.append,
-        device=Gpu(fake_cupy()),
-    )
+    measured = scaled([_bench.Method("greedy", prepare, 1)], [64, 128], tell=told.append, device=Gpu(fake_cupy()))
     assert [row.n for row in measured] == [128]
     assert told == ["n = 64 is left out: too little memory on the device"]
 
@@ -322,18 +315,7 @@ def test_a_length_whose_arrays_cannot_be_made_is_left_out_and_told(error):
             made.append((x.shape[1], weakref.ref(x)))
             return x
 
-    measured = _bench.scaling(
-        _bench.engines([1], 4),
-        [64, 128, 256],
-        _bench.Case(64, 4, 1, True),
-        score_std=0.3,
-        dtype="float32",
-        rounds=1,
-        limit=1e4,
-        progress=lambda n: None,
-        tell=told.append,
-        device=Tight(),
-    )
+    measured = scaled(_bench.engines([1], 4), [64, 128, 256], tell=told.append, device=Tight())
     assert [row.n for row in measured] == [64] * 4 + [256] * 4
     assert told == ["n = 128 is left out: too little memory on the device"]
 

@@ -18,7 +18,7 @@ from .device import Space
 from .heads import Grads, Heads, Saved, dots, part_of
 from .texts import scientific
 
-__all__ = ["AnyEngine", "add_groups", "backward", "delta_of", "forward", "log_sums", "without_numbers"]
+__all__ = ["AnyEngine", "add_groups", "backward", "forward", "log_sums", "without_numbers"]
 
 Array = Any
 AnyEngine = Exact | Polynomial | Landmark
@@ -96,7 +96,7 @@ def _joined(sp: Space, parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 or parts[0] is None else sp.xp.concat(parts)
 
 
-def delta_of(sp: Space, out: Array, dout: Array) -> Array:
+def _delta_of(sp: Space, out: Array, dout: Array) -> Array:
     """``delta_i = dout_i.out_i``, summed in float64."""
     return sp.astype(dots(sp, out, dout), out.dtype)
 
@@ -106,7 +106,7 @@ def backward(sp: Space, heads: Heads, saved: Saved, out: Array, dout: Array) -> 
     engine, grads = saved.engine, []
     for start, end in _ranges(sp, engine, heads):
         own, some, up = saved.part(start, end), heads.part(start, end), dout[start:end, ...]
-        rows = (own.row_max, own.row_scale, up, delta_of(sp, out[start:end, ...], up))
+        rows = (own.row_max, own.row_scale, up, _delta_of(sp, out[start:end, ...], up))
         if isinstance(engine, Exact):
             grads.append(exact.backward(sp, some, *rows))
         elif isinstance(engine, Polynomial):
