@@ -55,14 +55,14 @@ class Draw:
     @staticmethod
     def of(sizes: Floats, samples: int, seed: int) -> Draw:
         """``samples`` draws by the squared sizes of all rows, or all rows where there are no more."""
-        rows, weights = core.draw_rows(sizes, samples, seed)
+        rows, weights = core.draw_rows(np.stack([np.ones(len(sizes)), sizes]), samples, seed)
         return Draw(rows, weights, len(sizes))
 
     def compare(self, exact: Floats, got: Floats) -> ErrorEstimate:
         """The estimate for rows ``(rows, width)`` in the order of `rows`; those that fill up may follow."""
         exact, got = (x[: len(self.rows)].astype(np.float64, copy=False) for x in (exact, got))
-        errors, sizes = np.sum((exact - got) ** 2, axis=1), np.sum(exact**2, axis=1)
-        return ErrorEstimate(*core.estimate_error(errors, sizes, self.weights, self.total))
+        squares = np.stack([np.sum(x**2, axis=1) for x in (exact - got, exact, got)], axis=1)
+        return ErrorEstimate(*core.estimate_error(squares, self.weights, self.total))
 
 
 def draw_rows(sp: Space, x: Array, samples: int, seed: int) -> list[Draw]:

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod error;
 mod exact;
 mod fit;
+mod guides;
 mod kernel;
 mod landmark;
 pub mod layers;

@@ -1,10 +1,16 @@
 //! Measured errors: rows drawn at random, computed exactly in float64, and compared with given ones.
 //!
-//! Rows are drawn with probabilities `p_i`: one half evenly, one half proportional to `|x_i|^2` of the query, or key, so
-//! that those which polynomials and landmarks fare worst with are seen. With `e_i` the squared error and `x_i` the squared
-//! size of row i, sums over all rows are estimated by `(1/R) sum e_i / p_i` over `R` draws, which is unbiased; the square
-//! of the relative error is the ratio of two such sums. Draws are stratified: one in each of `R` equal parts of the
-//! distribution.
+//! An error that sits in a few rows is invisible to even draws, so rows are drawn by a mixture of [`guides`](crate::guides):
+//! row i with a chance `pi_i` that is the mean of every guide's share in it, times the draws. The first rows of each guide,
+//! and those whose chance would be 1 or more, are taken for certain; the others are drawn one in each of equal parts of
+//! the mixture. With `e_i` the squared error, `x_i` the squared size of the exact row and `y_i` that of the given one,
+//! `sum e_i / pi_i` over the draws estimates the squared error without bias, and `sum_all y_i + sum (x_i - y_i) / pi_i`
+//! the squared size, nearly without scatter since the given rows are known all. The square of the relative error is the
+//! ratio of the two.
+//!
+//! The interval takes the ratio's standard error on a logarithmic scale, as if one draw more had been made and had found
+//! what the worst of the drawn rows stands for: squared errors have heavy tails, and what a few draws have seen of such a
+//! tail is too little more often than too much.
 
 use std::ops::Range;
 
@@ -15,6 +21,7 @@ use crate::attention::{Head, Heads, Sizes, check_finite, expect_views};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::exact::{Softmax, TILE, add_bias};
+use crate::guides;
 use crate::real::{Real, vectorised};
 use crate::sample::uniform;
 use crate::tile::{add_product, product, view, view_mut};
@@ -41,96 +48,169 @@ const RANGE: usize = 32 * TILE;
 #[derive(Debug, Clone)]
 pub(crate) struct Draw {
     pub rows: Vec<usize>,
-    /// `(times drawn) / (R p_i)`.
+    /// `(times drawn) / pi_i`; 1 for rows that are taken for certain, and more for all others.
     pub weights: Vec<f64>,
     /// Of how many.
     pub total: usize,
 }
 
+/// One guide takes one of so many draws for its first rows.
+const FIRST_OF_GUIDE: usize = 16;
+
 impl Draw {
-    /// `count` draws, or all rows where there are no more. `size(i)` is what rows are drawn by.
-    pub fn new(total: usize, count: usize, seed: u64, size: impl Fn(usize) -> f64 + Sync) -> Self {
+    /// `count` draws, or all rows where there are no more, by the guides: each holds a number for every row, and one whose
+    /// numbers have no sum is left out. Rows that every guide gives 0 are drawn evenly with the others only where no guide
+    /// gives anything.
+    pub fn new(total: usize, count: usize, seed: u64, guides: &[Vec<f64>]) -> Self {
         if count >= total {
             return Self { rows: (0..total).collect(), weights: vec![1.0; total], total };
         }
-        let sizes: Vec<f64> = (0..total).into_par_iter().map(&size).collect();
-        let sum: f64 = sizes.iter().sum();
-        let by_size = if sum > 0.0 && sum.is_finite() { 0.5 } else { 0.0 };
-        let even = (1.0 - by_size) / total as f64;
-        let probability = |i: usize| if by_size > 0.0 { even + by_size * sizes[i] / sum } else { even };
-        let mut draw = Self { rows: Vec::with_capacity(count), weights: Vec::with_capacity(count), total };
-        let (mut row, mut before) = (0, 0.0);
-        for stratum in 0..count {
-            let at = (stratum as f64 + uniform(seed, stratum as u64)) / count as f64;
-            while row + 1 < total && before + probability(row) <= at {
-                before += probability(row);
-                row += 1;
+        let mut shares = vec![0.0; total];
+        let mut certain = vec![false; total];
+        let mut guided = false;
+        for guide in guides {
+            // Relative to the largest, so that no sum overflows.
+            let largest = guide.iter().copied().fold(0.0, f64::max);
+            let sum: f64 = guide.iter().map(|x| x / largest).sum();
+            if !(sum > 0.0 && sum.is_finite()) {
+                continue;
             }
-            let weight = 1.0 / (count as f64 * probability(row));
-            match draw.rows.last() {
-                Some(&last) if last == row => *draw.weights.last_mut().expect("as long as rows") += weight,
-                _ => {
-                    draw.rows.push(row);
-                    draw.weights.push(weight);
-                }
+            guided = true;
+            for (share, x) in shares.iter_mut().zip(guide) {
+                *share += x / largest / sum;
+            }
+            for row in first_rows(guide, count / FIRST_OF_GUIDE) {
+                certain[row] = true;
+            }
+        }
+        if !guided {
+            shares.fill(1.0);
+        }
+        let mut left = count.saturating_sub(certain.iter().filter(|&&c| c).count()).max(1);
+        let mut sum;
+        // Rows whose chance is 1 or more leave less to the others, which may then have rows of that kind.
+        loop {
+            sum = (0..total).filter(|&i| !certain[i]).map(|i| shares[i]).sum::<f64>();
+            let sure: Vec<usize> =
+                (0..total).filter(|&i| !certain[i] && left as f64 * shares[i] >= sum && shares[i] > 0.0).collect();
+            if sure.is_empty() || left == 1 {
+                break;
+            }
+            left = left.saturating_sub(sure.len()).max(1);
+            sure.into_iter().for_each(|i| certain[i] = true);
+        }
+        let mut draw = Self { rows: Vec::with_capacity(count), weights: Vec::with_capacity(count), total };
+        let (mut stratum, mut before) = (0, 0.0);
+        let place = |stratum: usize| (stratum as f64 + uniform(seed, stratum as u64)) / left as f64 * sum;
+        for row in 0..total {
+            if certain[row] {
+                draw.rows.push(row);
+                draw.weights.push(1.0);
+                continue;
+            }
+            before += shares[row];
+            let first = stratum;
+            while stratum < left && place(stratum) < before {
+                stratum += 1;
+            }
+            if stratum > first {
+                draw.rows.push(row);
+                draw.weights.push((stratum - first) as f64 * sum / (left as f64 * shares[row]));
             }
         }
         draw
     }
 
-    /// Of a head's queries, or keys.
-    pub fn of_rows<T: Real>(x: MatRef<'_, T>, count: usize, seed: u64) -> Self {
-        Self::new(x.nrows(), count, seed, |i| square(x, i))
-    }
-
-    /// The estimate from `(e_i, x_i)` of the rows.
-    pub fn estimate(&self, pairs: &[(f64, f64)]) -> ErrorEstimate {
-        let rows = pairs.len();
+    /// The estimate from the rows' squares, and what all given rows' squares add up to, where that is known.
+    pub fn estimate(&self, squares: &[Squares], given: Option<f64>) -> ErrorEstimate {
+        let rows = squares.len();
         // Squares of the smallest numbers would be 0.
-        let largest = pairs.iter().fold(0.0, |largest: f64, pair| largest.max(pair.0).max(pair.1));
-        let by = if largest > 0.0 { largest } else { 1.0 };
-        let pairs: Vec<_> = pairs.iter().map(|(e, x)| (e / by, x / by)).collect();
-        let weighted = || pairs.iter().zip(&self.weights);
-        let (error, size) = weighted().fold((0.0, 0.0), |(e, x), (pair, w)| (e + w * pair.0, x + w * pair.1));
-        if error == 0.0 || size == 0.0 || !(error / size).is_finite() {
-            let relative = if error == 0.0 { 0.0 } else { f64::INFINITY };
-            return ErrorEstimate { relative, low: relative, high: relative, rows };
+        let largest = squares.iter().fold(0.0, |largest: f64, s| largest.max(s.error).max(s.exact));
+        let unit = if largest > 0.0 { largest } else { 1.0 };
+        let weighted = || squares.iter().zip(&self.weights);
+        let error: f64 = weighted().map(|(s, w)| w * (s.error / unit)).sum();
+        let plain: f64 = weighted().map(|(s, w)| w * (s.exact / unit)).sum();
+        let difference = |s: &Squares| s.exact / unit - s.given / unit;
+        // What is known of all given rows is of use where they are near the exact ones.
+        let known = given.map(|given| given / unit + weighted().map(|(s, w)| w * difference(s)).sum::<f64>());
+        let known = known.filter(|size| size.is_finite() && *size > 0.0 && error < plain);
+        let size = known.unwrap_or(plain);
+        let exactly = |relative: f64| ErrorEstimate { relative, low: relative, high: relative, rows };
+        if error == 0.0 {
+            return exactly(0.0);
+        }
+        if size == 0.0 || !(error / size).is_finite() {
+            return exactly(f64::INFINITY);
         }
         let r = error / size;
-        // The standard error of a ratio: that of the sum of e_i - r x_i, over the sum of x_i. Its own sum is 0.
-        let spread: f64 = weighted().map(|((e, x), w)| (w * (e - r * x)).powi(2)).sum();
-        let left_out = 1.0 - rows as f64 / self.total as f64;
-        let deviation = (left_out * spread * rows as f64 / (rows.max(2) - 1) as f64).sqrt() / size;
-        // The errors of rows are skewed, so the interval is taken on the logarithm of r.
-        let factor = match rows {
-            _ if left_out == 0.0 => 1.0,
-            1 => f64::INFINITY,
-            _ => (NORMAL_95 * deviation / r).exp(),
-        };
-        let factor = if factor.is_nan() { f64::INFINITY } else { factor };
-        ErrorEstimate { relative: r.sqrt(), low: (r / factor).sqrt(), high: (r * factor).sqrt(), rows }
-    }
-
-    /// The estimate for given rows against exact ones, in the order of [`rows`](Self::rows).
-    pub fn compare(&self, exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> ErrorEstimate {
-        self.compare_drawn(exact, &Mat::from_fn(exact.nrows(), exact.ncols(), |i, c| given(self.rows[i], c)))
-    }
-
-    /// The same for rows that are both in the order of [`rows`](Self::rows).
-    pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
-        let pairs: Vec<_> = (exact.row_iter().zip(got.row_iter()))
-            .map(|(exact, got)| {
-                let error = exact.iter().zip(got.iter()).map(|(x, y)| (x - y).powi(2)).sum();
-                (error, exact.iter().map(|x| x * x).sum())
+        if rows == self.total {
+            return exactly(r.sqrt());
+        }
+        // The standard error of a ratio: that of the sum of e_i - r x_i, over the sum of x_i.
+        let drawn: Vec<(f64, f64)> = weighted()
+            .filter(|(_, w)| **w != 1.0)
+            .map(|(s, w)| {
+                let size = if known.is_some() { difference(s) } else { s.exact / unit };
+                (w * (s.error / unit), w * (s.error / unit - r * size))
             })
             .collect();
-        self.estimate(&pairs)
+        let worst = drawn.iter().map(|d| d.0).fold(0.0, f64::max);
+        let count = drawn.len() as f64;
+        let mean = drawn.iter().map(|d| d.1).sum::<f64>() / count.max(1.0);
+        let spread = drawn.iter().map(|d| (d.1 - mean).powi(2)).sum::<f64>() + worst * worst;
+        let deviation = (spread * count / (count - 1.0).max(1.0)).sqrt() / size;
+        let with_worst = r + worst / size;
+        let factor = |around: f64| (NORMAL_95 * deviation / around).exp();
+        let (low, high) =
+            if count < 2.0 { (0.0, f64::INFINITY) } else { (r / factor(r), with_worst * factor(with_worst)) };
+        let high = if high.is_nan() { f64::INFINITY } else { high };
+        ErrorEstimate { relative: r.sqrt(), low: low.sqrt(), high: high.sqrt(), rows }
+    }
+
+    /// The estimate for given rows, `width` numbers each, against exact ones in the order of [`rows`](Self::rows).
+    pub fn compare<T: Real>(&self, exact: &Mat<f64>, given: &[T], width: usize) -> ErrorEstimate {
+        let rows = Mat::from_fn(exact.nrows(), width, |i, c| given[self.rows[i] * width + c].to_f64());
+        let all = given.par_chunks(RANGE).map(|x| x.iter().map(|x| x.to_f64().powi(2)).sum::<f64>());
+        let all: Vec<f64> = all.collect();
+        self.estimate(&squares(exact, &rows), Some(all.iter().sum()))
+    }
+
+    /// The same for rows that are both in the order of [`rows`](Self::rows), where the others are not known.
+    pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
+        self.estimate(&squares(exact, got), None)
     }
 }
 
-/// `|x_i|^2`.
-fn square<T: Real>(x: MatRef<'_, T>, i: usize) -> f64 {
-    x.row(i).iter().map(|x| x.to_f64().powi(2)).sum()
+/// The numbers of the `count` largest of a guide.
+fn first_rows(guide: &[f64], count: usize) -> Vec<usize> {
+    let mut rows: Vec<usize> = (0..guide.len()).filter(|&i| guide[i] > 0.0).collect();
+    if count < rows.len() {
+        rows.select_nth_unstable_by(count, |&a, &b| guide[b].total_cmp(&guide[a]).then(a.cmp(&b)));
+        rows.truncate(count);
+    }
+    rows
+}
+
+/// Squared lengths of a row: of its error, of the exact row and of the given one.
+#[derive(Debug, Clone, Copy)]
+pub struct Squares {
+    /// `|given - exact|^2`.
+    pub error: f64,
+    /// `|exact|^2`.
+    pub exact: f64,
+    /// `|given|^2`.
+    pub given: f64,
+}
+
+fn squares(exact: &Mat<f64>, given: &Mat<f64>) -> Vec<Squares> {
+    let square = |x: &f64| x * x;
+    (exact.row_iter().zip(given.row_iter()))
+        .map(|(exact, given)| Squares {
+            error: exact.iter().zip(given.iter()).map(|(x, y)| (x - y).powi(2)).sum(),
+            exact: exact.iter().map(square).sum(),
+            given: given.iter().map(square).sum(),
+        })
+        .collect()
 }
 
 /// Exact attention of some queries of a head, row after row.
@@ -139,6 +219,8 @@ pub(crate) struct ExactRows {
     pub out: Mat<f64>,
     /// `(rows, d)`, where a gradient was given.
     pub dq: Option<Mat<f64>>,
+    /// The logarithms of the denominators.
+    pub log_sums: Vec<f64>,
 }
 
 /// Rows `rows` of `x`, in float64.
@@ -161,7 +243,7 @@ pub(crate) fn exact_rows<T: Real>(
 ) -> Result<ExactRows> {
     let (m, d, dv) = (head.k.nrows(), head.k.ncols(), head.v.ncols());
     let dq = dout.map(|_| Mat::zeros(rows.len(), d));
-    let mut all = ExactRows { out: Mat::zeros(rows.len(), dv), dq };
+    let mut all = ExactRows { out: Mat::zeros(rows.len(), dv), dq, log_sums: Vec::with_capacity(rows.len()) };
     for (first, rows) in rows.chunks(TILE).enumerate().map(|(i, rows)| (i * TILE, rows)) {
         let count = rows.len();
         let (q, dout) = (gather(head.q, rows), dout.map(|dout| dout.subrows(first, count)));
@@ -208,6 +290,7 @@ pub(crate) fn exact_rows<T: Real>(
         let mut sums = vec![0.0; count * width];
         let (mut max, mut scales) = (vec![0.0; count], vec![0.0; count]);
         softmax.finish(head.index, |i| rows[i], &mut sums, &mut max, &mut scales)?;
+        all.log_sums.extend(max.iter().zip(&scales).map(|(max, scale)| max - scale.ln()));
         for (i, sums) in sums.chunks_exact(width).enumerate() {
             for c in 0..dv {
                 all.out[(first + i, c)] = sums[c];
@@ -367,7 +450,7 @@ pub fn measure_error<T: Real>(
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let draw = Draw::new(h * n, samples, seed, |i| square(heads.q[i / n], i % n));
+    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, out));
     let of_heads: Vec<&[usize]> = draw.rows.chunk_by(|a, b| a / n == b / n).collect();
     let exact = of_heads
         .into_par_iter()
@@ -378,5 +461,23 @@ pub fn measure_error<T: Real>(
         .collect::<Result<Vec<_>>>()?;
     let rows: Vec<_> = exact.iter().flat_map(|part| part.out.row_iter()).collect();
     let exact = Mat::from_fn(rows.len(), dv, |i, c| rows[i][c]);
-    Ok(draw.compare(&exact, |i, c| out[i / n][(i % n, c)].to_f64()))
+    let given = Mat::from_fn(exact.nrows(), dv, |i, c| out[draw.rows[i] / n][(draw.rows[i] % n, c)].to_f64());
+    let all: f64 = out.iter().map(|out| guides::squares(*out).iter().sum::<f64>()).sum();
+    Ok(draw.estimate(&squares(&exact, &given), Some(all)))
+}
+
+/// What rows of all heads together are drawn by.
+fn of_all_heads<T: Real>(heads: &Heads<'_, T>, out: &[MatRef<'_, T>]) -> Vec<Vec<f64>> {
+    let of_head = |i: usize| {
+        let mut guides = guides::of_queries(&heads.head(i));
+        guides.push(guides::squares(out[i]));
+        guides
+    };
+    let mut all = of_head(0);
+    for i in 1..out.len() {
+        for (all, own) in all.iter_mut().zip(of_head(i)) {
+            all.extend(own);
+        }
+    }
+    all
 }

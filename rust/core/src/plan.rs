@@ -24,6 +24,7 @@ use crate::causal::near_start;
 use crate::context::Context;
 use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
 use crate::error::{Error, Result};
+use crate::guides;
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
 use crate::measure::{Draw, Weights, gather, widened};
@@ -83,12 +84,6 @@ pub struct HeadPlan {
     pub whole_sequence: Vec<Cow<'static, str>>,
     /// Why this engine.
     pub reason: String,
-}
-
-/// Rows of a head that were computed exactly while a plan was made.
-pub(crate) struct Probed {
-    pub draw: Draw,
-    pub out: Mat<f64>,
 }
 
 /// The sizes that times depend on.
@@ -244,7 +239,7 @@ pub(crate) fn plan_head<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
     auto: &Auto,
-) -> Result<(HeadPlan, Option<Probed>)> {
+) -> Result<HeadPlan> {
     let size = Size {
         n: head.q.nrows(),
         m: head.k.nrows(),
@@ -281,10 +276,10 @@ pub(crate) fn plan_head<T: Real>(
         .collect();
     if degrees == 0 && ranks.is_empty() || size.moments(rows(size.n), degrees) > PLANNING * exact_cost {
         plan.reason = "no low-rank engine is clearly faster at this size".into();
-        return Ok((plan, None));
+        return Ok(plan);
     }
     let shift = if strict { None } else { shift(head) };
-    let (polynomial, probed) =
+    let polynomial =
         best_polynomial(ctx, head, attention, auto, shift.as_ref(), &costs[..degrees], CHEAP * exact_cost, engine)?;
     if let Some((chosen, error)) = &polynomial.best {
         plan.cost = costs[chosen.degree - 1];
@@ -315,7 +310,7 @@ pub(crate) fn plan_head<T: Real>(
             Err(_) => {}
         }
     }
-    Ok((plan, probed))
+    Ok(plan)
 }
 
 /// The means, where subtracting them makes scores smaller.
@@ -345,11 +340,11 @@ fn best_polynomial<T: Real>(
     costs: &[f64],
     cheap: f64,
     engine: impl Fn(usize) -> Polynomial,
-) -> Result<(BestPolynomial, Option<Probed>)> {
+) -> Result<BestPolynomial> {
     let none = |reason: String| BestPolynomial { best: None, reason };
     let degrees = costs.len();
     if degrees == 0 {
-        return Ok((none("polynomials cost too much at this width".into()), None));
+        return Ok(none("polynomials cost too much at this width".into()));
     }
     let given = shift.map_or(Shift::None, |[query, key]| Shift::Given { query: query.clone(), key: key.clone() });
     let shifts = polynomial::shifts(head, &given)?;
@@ -358,7 +353,7 @@ fn best_polynomial<T: Real>(
     let sample = match polynomial::fit_sample(head, attention.scale, &shifts, strict, sees) {
         Ok(sample) => sample,
         Err(Error::Cancelled) => return Err(Error::Cancelled),
-        Err(_) => return Ok((none("scores too large for any polynomial".into()), None)),
+        Err(_) => return Ok(none("scores too large for any polynomial".into())),
     };
     // A first look, at sampled scores alone: weights that far off give no gradient that is near, and no output either
     // but for values that hardly differ.
@@ -367,9 +362,9 @@ fn best_polynomial<T: Real>(
         Err(_) => f64::INFINITY,
     };
     if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head.v) >= SPREAD) {
-        return Ok((none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")), None));
+        return Ok(none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")));
     }
-    let draw = Draw::of_rows(head.q, rows(head.q.nrows()), auto.seed ^ 0x9A);
+    let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, &guides::of_queries(head));
     let dv = head.v.ncols();
     let dout = auto
         .gradients
@@ -378,7 +373,7 @@ fn best_polynomial<T: Real>(
     let options = (attention.causal, attention.scale);
     let Some(moments) = Moments::new(ctx, head, options, &draw.rows, &shifts, &settings, degrees, dout.as_ref())?
     else {
-        return Ok((none("scores too large for any polynomial".into()), None));
+        return Ok(none("scores too large for any polynomial".into()));
     };
     let (out, dq) = moments.exact();
     if let Some(dq) = &dq {
@@ -388,7 +383,7 @@ fn best_polynomial<T: Real>(
         let natural =
             attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
         if dq.norm_l2() <= ROUNDING * epsilon::<T>() * natural {
-            return Ok((none("the gradients of queries vanish".into()), None));
+            return Ok(none("the gradients of queries vanish".into()));
         }
     }
     let mut tried = Vec::new();
@@ -419,7 +414,7 @@ fn best_polynomial<T: Real>(
         }
     }
     let reason = format!("errors of polynomials by degree are {}", tried.join(", "));
-    Ok((BestPolynomial { best, reason }, Some(Probed { draw, out })))
+    Ok(BestPolynomial { best, reason })
 }
 
 /// The size of values less their mean, relative to their size.

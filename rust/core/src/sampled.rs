@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
 use crate::error::{Error, Result, expect_len};
 use crate::fit;
-use crate::measure::{Draw, ErrorEstimate};
+use crate::measure::{Draw, ErrorEstimate, Squares};
 use crate::plan;
 use crate::polynomial;
 use crate::real::Real;
@@ -57,25 +57,25 @@ impl<'a, T: Real> Tokens<'a, T> {
     }
 }
 
-/// Rows drawn by their squared sizes, as errors are measured on, and their weights.
-pub fn draw_rows(sizes: &[f64], samples: usize, seed: u64) -> Result<(Vec<usize>, Vec<f64>)> {
-    if sizes.is_empty() || samples == 0 {
+/// Rows drawn by guides, each a number for every one of `total` rows, as errors are measured on; and their weights.
+pub fn draw_rows(total: usize, guides: &[Vec<f64>], samples: usize, seed: u64) -> Result<(Vec<usize>, Vec<f64>)> {
+    if total == 0 || samples == 0 {
         return Err(Error::Argument(format!(
-            "sizes holds {} numbers and samples is {samples}; expected at least 1",
-            sizes.len()
+            "there are {total} rows and samples is {samples}; expected at least 1 of both"
         )));
     }
-    let draw = Draw::new(sizes.len(), samples, seed, |i| sizes[i]);
+    for guide in guides {
+        expect_len("guides", guide.len(), total)?;
+    }
+    let draw = Draw::new(total, samples, seed, guides);
     Ok((draw.rows, draw.weights))
 }
 
-/// The estimate from the squared errors and squared sizes of rows drawn by [`draw_rows`] out of `total`.
-pub fn estimate_error(errors: &[f64], sizes: &[f64], weights: &[f64], total: usize) -> Result<ErrorEstimate> {
-    expect_len("sizes", sizes.len(), errors.len())?;
-    expect_len("weights", weights.len(), errors.len())?;
-    let pairs: Vec<_> = errors.iter().copied().zip(sizes.iter().copied()).collect();
-    let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(pairs.len()).max(1) };
-    Ok(draw.estimate(&pairs))
+/// The estimate from the squares of rows drawn by [`draw_rows`] out of `total`, and those of all given rows together.
+pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given: Option<f64>) -> Result<ErrorEstimate> {
+    expect_len("weights", weights.len(), squares.len())?;
+    let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(squares.len()).max(1) };
+    Ok(draw.estimate(squares, given))
 }
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.

@@ -12,6 +12,7 @@ use crate::context::Context;
 use crate::engine::{Auto, Engine};
 use crate::error::{Error, Result};
 use crate::exact;
+use crate::guides;
 use crate::low_rank;
 use crate::measure::{Draw, ErrorEstimate, KeyGradients, Queries, Weights, exact_rows, gather, key_gradients};
 use crate::monomials::Monomials;
@@ -19,8 +20,14 @@ use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
 use crate::polynomial;
 use crate::real::Real;
 
-/// Rows, and keys, of each head that results are held against.
-pub(crate) const SAMPLES: usize = 64;
+/// Rows, and keys, of each head that results are held against: one of so many, within limits. Exact ones in float64 cost
+/// about three times their share of exact attention.
+const ONE_OF: usize = 64;
+pub(crate) const SAMPLES: [usize; 2] = [64, 256];
+
+fn samples(n: usize) -> usize {
+    (n / ONE_OF).clamp(SAMPLES[0], SAMPLES[1])
+}
 
 /// What costs less than this, relative to exact attention, is run at once, and checked afterwards alone.
 const SIFTED: f64 = 0.08;
@@ -104,8 +111,8 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<(Constants<T>, HeadReport)> {
-    let (plan, probed) = match given {
-        Some(plan) => (plan.clone(), None),
+    let plan = match given {
+        Some(plan) => plan.clone(),
         None => plan_head(ctx, head, attention, auto)?,
     };
     if let Some(known) = known {
@@ -119,16 +126,13 @@ pub(crate) fn forward<T: Real>(
         let engine = report.plan.engine.clone();
         let missed = match of_the_engine(attention.run_forward(ctx, head, &engine, None, out, row_max, row_scale))? {
             Ok(constants) => {
-                let (draw, exact) = match probed {
-                    Some(probed) => (probed.draw, probed.out),
-                    None => {
-                        let draw = Draw::of_rows(head.q, SAMPLES, auto.seed ^ 0xF0);
-                        let exact = exact_rows(ctx, head, (attention.causal, attention.scale), &draw.rows, None)?.out;
-                        (draw, exact)
-                    }
-                };
+                // Not the rows that the engine was chosen by.
                 let dv = head.v.ncols();
-                let error = draw.compare(&exact, |i, c| out[i * dv + c].to_f64());
+                let mut guides = guides::of_queries(head);
+                guides.push(guides::squares_of(out, dv));
+                let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides);
+                let exact = exact_rows(ctx, head, (attention.causal, attention.scale), &draw.rows, None)?.out;
+                let error = draw.compare(&exact, out, dv);
                 if error.high <= auto.tol && all_finite(out) {
                     report.errors.out = Some(error);
                     if let Constants::Polynomial(constants) = &constants {
@@ -205,11 +209,11 @@ struct GroupErrors {
 }
 
 impl GroupErrors {
-    /// The worst error, and of what.
-    fn worst(&self, biased: bool) -> (f64, &'static str) {
-        let dq = self.dq.iter().flatten().map(|e| (e.high, "dq"));
-        let others =
-            [(self.dk.high, "dk"), (self.dv.high, "dv"), (if biased { self.db.high } else { 0.0 }, "dkey_bias")];
+    /// The worst of an end of the errors, and of what.
+    fn worst(&self, biased: bool, end: impl Fn(&ErrorEstimate) -> f64) -> (f64, &'static str) {
+        let dq = self.dq.iter().flatten().map(|e| (end(e), "dq"));
+        let db = if biased { end(&self.db) } else { 0.0 };
+        let others = [(end(&self.dk), "dk"), (end(&self.dv), "dv"), (db, "dkey_bias")];
         // What is no number is the worst of all.
         let numbers = dq.chain(others).map(|(e, of)| (if e.is_nan() { f64::INFINITY } else { e }, of));
         numbers.fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
@@ -233,14 +237,22 @@ impl<T: Real> Group<'_, '_, T> {
         }
         let biased = grads.dkey_bias.is_some();
         let dear = reports.iter().any(|report| report.plan.cost > SIFTED * report.plan.exact_cost);
-        let check = Check::new(ctx, self, SAMPLES, auto.seed ^ 0xB0, Wanted { exact_heads: false, sift: dear })?;
-        // Before anything dear is computed for all tokens: what the polynomials' own gradients are.
-        let mut missed = check.own_errors().and_then(|errors| too_large(&errors, biased, auto.tol));
+        let samples = samples(self.rows().max(self.heads.k[0].nrows()));
+        let mut missed = None;
+        if dear {
+            // Before anything dear is computed for all tokens: what the polynomials' own gradients are.
+            let sift =
+                Check::new(ctx, self, samples / 2, auto.seed ^ 0x51, Wanted { exact_heads: false, sift: true }, None)?;
+            missed = sift.own_errors().and_then(|errors| too_large(&errors, biased, auto.tol, |e| e.relative));
+        }
         if missed.is_none() {
             match of_the_engine(self.backward(ctx, dq, &mut grads))? {
                 Ok(()) => {
+                    let results = Some((&*dq, &grads));
+                    let wanted = Wanted { exact_heads: false, sift: false };
+                    let check = Check::new(ctx, self, samples, auto.seed ^ 0xB0, wanted, results)?;
                     let errors = check.errors(self, dq, &grads);
-                    missed = too_large(&errors, biased, auto.tol);
+                    missed = too_large(&errors, biased, auto.tol, |e| e.high);
                     if !(all_finite(dq) && all_finite(grads.dk) && all_finite(grads.dv)) {
                         missed = Some("overflow".into());
                     }
@@ -274,14 +286,15 @@ impl<T: Real> Group<'_, '_, T> {
         mut grads: HeadGrads<'_, T>,
     ) -> Result<Vec<HeadReport>> {
         self.backward(ctx, dq, &mut grads)?;
-        let check = Check::new(ctx, self, samples, 0, Wanted { exact_heads: true, sift: false })?;
+        let wanted = Wanted { exact_heads: true, sift: false };
+        let check = Check::new(ctx, self, samples, 0, wanted, Some((&*dq, &grads)))?;
         let errors = check.errors(self, dq, &grads);
         let biased = grads.dkey_bias.is_some();
         let dv = self.heads.v[0].ncols();
         let reports = self.indices().zip(&errors.dq).zip(&check.queries).map(|((i, dq), query)| {
             let out = self.out_of(i);
             let mut report = HeadReport::of(self.attention.engine.clone());
-            let of_out = |query: &QueryCheck| query.draw.compare(&query.out, |i, c| out[i * dv + c].to_f64());
+            let of_out = |query: &QueryCheck| query.draw.compare(&query.out, out, dv);
             report.errors.out = query.as_ref().map(of_out);
             if let Constants::Polynomial(constants) = &self.saved.constants[i] {
                 report.error_bound = error_bound(&self.heads.head(i), self.attention.scale, constants, out);
@@ -327,6 +340,21 @@ impl<T: Real> Group<'_, '_, T> {
         self.first..self.first + self.group
     }
 
+    /// Keys drawn by what all heads that share them say of them, and by their gradients where they are there.
+    fn draw_keys(&self, samples: usize, seed: u64, grads: Option<&HeadGrads<'_, T>>) -> Draw {
+        let mut all = guides::of_keys(&self.heads.head(self.first));
+        for i in self.first + 1..self.first + self.group {
+            for (all, own) in all.iter_mut().zip(guides::of_keys(&self.heads.head(i))) {
+                all.iter_mut().zip(own).for_each(|(all, own)| *all += own);
+            }
+        }
+        if let Some(grads) = grads {
+            all.push(guides::squares_of(grads.dk, self.heads.k[0].ncols()));
+            all.push(guides::squares_of(grads.dv, self.heads.v[0].ncols()));
+        }
+        Draw::new(self.heads.k[0].nrows(), samples, seed, &all)
+    }
+
     fn rows(&self) -> usize {
         self.heads.q[0].nrows()
     }
@@ -337,8 +365,8 @@ impl<T: Real> Group<'_, '_, T> {
     }
 }
 
-fn too_large(errors: &GroupErrors, biased: bool, tol: f64) -> Option<String> {
-    let (worst, of) = errors.worst(biased);
+fn too_large(errors: &GroupErrors, biased: bool, tol: f64, end: impl Fn(&ErrorEstimate) -> f64) -> Option<String> {
+    let (worst, of) = errors.worst(biased, end);
     (worst > tol).then(|| format!("{of} errs by up to {worst:.1e}"))
 }
 
@@ -356,18 +384,30 @@ impl HeadReport {
 }
 
 impl Check {
-    /// On so many queries of each head, and keys.
-    fn new<T: Real>(ctx: &Context, of: &Group<'_, '_, T>, samples: usize, seed: u64, wanted: Wanted) -> Result<Self> {
+    /// On so many queries of each head, and keys; drawn by `results` too, dq and the others, where they are there.
+    fn new<T: Real>(
+        ctx: &Context,
+        of: &Group<'_, '_, T>,
+        samples: usize,
+        seed: u64,
+        wanted: Wanted,
+        results: Option<(&[T], &HeadGrads<'_, T>)>,
+    ) -> Result<Self> {
         let options = (of.attention.causal, of.attention.scale);
-        let keys = Draw::of_rows(of.heads.head(of.first).k, samples, seed);
+        let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
+        let keys = of.draw_keys(samples, seed, results.map(|results| results.1));
         let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
         for i in of.indices() {
             let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
             let (max, scale) = of.saved.rows(i);
             let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
-            let delta = delta(of.dout[i], of.out_of(i));
-            let up = Queries { dout: of.dout[i], delta: &delta, log_sums: &log_sums };
-            let draw = Draw::of_rows(head.q, samples, seed ^ 1);
+            let mut guides = guides::of_queries(&head);
+            guides.push(guides::squares(of.dout[i]));
+            if let Some((dq, _)) = results {
+                let rows = of.rows() * d;
+                guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d));
+            }
+            let draw = Draw::new(head.q.nrows(), samples, seed ^ 1, &guides);
             let dout = gather(of.dout[i], &draw.rows);
             let by_definition = match (constants, of.saved.engine(i, of.attention)) {
                 (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => {
@@ -383,14 +423,21 @@ impl Check {
                 }
                 None => None,
             };
+            // Exact row sums where they are known, those of the engine elsewhere.
+            let (mut exact_sums, mut delta) = (log_sums.clone(), delta(of.dout[i], of.out_of(i)));
             let (out, dq, own_dq) = match moments {
                 Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
                 None if !wanted.exact_heads && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
                 None => {
                     let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
+                    for (at, (&row, &log_sum)) in draw.rows.iter().zip(&exact.log_sums).enumerate() {
+                        exact_sums[row] = log_sum;
+                        delta[row] = T::of((0..dv).map(|c| dout[(at, c)] * exact.out[(at, c)]).sum());
+                    }
                     (exact.out, exact.dq, None)
                 }
             };
+            let up = Queries { dout: of.dout[i], delta: &delta, log_sums: &exact_sums };
             queries.push(dq.map(|dq| QueryCheck { draw, out, dq, own: own_dq }));
             let weights =
                 by_definition.map(|(own, engine)| PolynomialWeights::new(&head, of.attention, engine, own, &log_sums));
@@ -436,10 +483,9 @@ impl Check {
     fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> GroupErrors {
         let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
         let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
-            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, |i, c| dq[i * d + c].to_f64())))
+            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, dq, d)))
             .collect();
-        let keys =
-            |exact: &Mat<f64>, got: &[T], width: usize| self.keys.compare(exact, |j, c| got[j * width + c].to_f64());
+        let keys = |exact: &Mat<f64>, got: &[T], width: usize| self.keys.compare(exact, got, width);
         GroupErrors {
             dq,
             dk: keys(&self.exact.dk, grads.dk, d),

@@ -519,7 +519,7 @@ impl<'a, T: Real> Model<'a, T> {
         drop(z);
         self.stage_done();
 
-        let per_head = samples.min(SAMPLES);
+        let per_head = samples.min(SAMPLES[0]);
         let (rows, dy) = (trace.like(&normed)?, trace.like(dx)?);
         let (weights, heads) = attn.pull_back(self.ctx, &rows, &inside, &dy, per_head, &mut through)?;
         drop((normed, inside));

@@ -2,8 +2,9 @@
 
 use lingrad_core::Error;
 use lingrad_core::engine::{Auto, LandmarkConstants};
+use lingrad_core::measure::Squares;
 use lingrad_core::sampled::{self, Fits, Tokens};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -54,11 +55,18 @@ impl<'py, T: Scalar> Inputs<'py, T> {
 /// `(rows, weights)`.
 type Drawn<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
 
-/// `samples` draws by squared sizes `(total,)`.
+/// `samples` of `total` rows, drawn by guides `(guides, total)`.
 #[pyfunction]
-pub fn draw_rows<'py>(py: Python<'py>, sizes: Numbers<'py, f64>, samples: usize, seed: u64) -> Result<Drawn<'py>> {
-    let sizes = numbers(&sizes);
-    let (rows, weights) = run(py, None, |_| sampled::draw_rows(&sizes, samples, seed))?;
+pub fn draw_rows<'py>(
+    py: Python<'py>,
+    guides: PyReadonlyArray2<'py, f64>,
+    samples: usize,
+    seed: u64,
+) -> Result<Drawn<'py>> {
+    let guides = guides.as_array();
+    let total = guides.ncols();
+    let guides: Vec<Vec<f64>> = guides.outer_iter().map(|guide| guide.to_vec()).collect();
+    let (rows, weights) = run(py, None, |_| sampled::draw_rows(total, &guides, samples, seed))?;
     Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
 }
 
@@ -66,15 +74,22 @@ fn indices(py: Python<'_>, x: Vec<usize>) -> Bound<'_, PyArray1<i64>> {
     PyArray1::from_iter(py, x.into_iter().map(|i| i as i64))
 }
 
-/// `(relative, low, high, rows)` from the squared errors and sizes of drawn rows, out of `total`.
+/// `(relative, low, high, rows)` from the squared lengths `(rows, 3)` of the errors of drawn rows, of the exact rows and of
+/// the given ones, out of `total` rows whose given ones add up to `given`.
 #[pyfunction]
+#[pyo3(signature = (squares, weights, total, given=None))]
 pub fn estimate_error(
-    errors: Numbers<'_, f64>,
-    sizes: Numbers<'_, f64>,
+    squares: PyReadonlyArray2<'_, f64>,
     weights: Numbers<'_, f64>,
     total: usize,
+    given: Option<f64>,
 ) -> Result<Estimate> {
-    Ok(estimate(sampled::estimate_error(&numbers(&errors), &numbers(&sizes), &numbers(&weights), total)?))
+    let squares = squares.as_array();
+    if squares.ncols() != 3 {
+        return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 3)", squares.shape())).into());
+    }
+    let rows = squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2] });
+    Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
 }
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.
