@@ -1,7 +1,8 @@
 """Heads of which a few tokens carry much of a result: what a sample of even draws does not see.
 
-`FAMILIES` maps a name to a function of a generator and a number of tokens, which draws one head: float64 ``q, k, v`` and
-``dout``, each ``(n, d)``. Every call draws another case: sizes, numbers of rare tokens and their strength are drawn too.
+`FAMILIES` maps a name to a function of a generator and a number of tokens, which draws one head: float64 ``q``, ``k``,
+``v`` and ``dout``, each ``(n, d)``. Every call draws another case: sizes, numbers of rare tokens and their strength are
+drawn too.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Measured errors: rows drawn at random, computed exactly in float64, and compared with given ones.
 
 Which rows, and what their errors say of all, is the core's to decide, so that equal seeds draw equal rows on every
-backend: it is handed the rows' squared sizes, one number each. Rows of several heads are computed together, over chunks
+backend: it is handed guides, some numbers a row. Rows of several heads are computed together, over chunks
 of keys; where heads have drawn fewer rows than others (one was drawn twice), their last row fills up.
 """
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from ..plan import ErrorEstimate
+from . import guides
 from .device import Space
 from .finite import check_heads
 from .heads import Heads, dots
@@ -36,6 +37,7 @@ __all__ = [
     "rows_of_heads",
     "select",
     "side_by_side",
+    "square_sums",
     "take_rows",
 ]
 
@@ -53,21 +55,29 @@ class Draw:
     total: int
 
     @staticmethod
-    def of(sizes: Floats, samples: int, seed: int) -> Draw:
-        """``samples`` draws by the squared sizes of all rows, or all rows where there are no more."""
-        rows, weights = core.draw_rows(np.stack([np.ones(len(sizes)), sizes]), samples, seed)
-        return Draw(rows, weights, len(sizes))
+    def of(guides: Sequence[Floats], samples: int, seed: int) -> Draw:
+        """``samples`` draws by guides, each a number for every row, or all rows where there are no more."""
+        rows, weights = core.draw_rows(np.stack(guides), samples, seed)
+        return Draw(rows, weights, len(guides[0]))
 
-    def compare(self, exact: Floats, got: Floats) -> ErrorEstimate:
-        """The estimate for rows ``(rows, width)`` in the order of `rows`; those that fill up may follow."""
+    def compare(self, exact: Floats, got: Floats, given: float | None = None) -> ErrorEstimate:
+        """The estimate for rows ``(rows, width)`` in the order of `rows`; those that fill up may follow.
+
+        ``given`` is what the squares of all rows got add up to, where that is known.
+        """
         exact, got = (x[: len(self.rows)].astype(np.float64, copy=False) for x in (exact, got))
         squares = np.stack([np.sum(x**2, axis=1) for x in (exact - got, exact, got)], axis=1)
-        return ErrorEstimate(*core.estimate_error(squares, self.weights, self.total))
+        return ErrorEstimate(*core.estimate_error(squares, self.weights, self.total, given))
 
 
-def draw_rows(sp: Space, x: Array, samples: int, seed: int) -> list[Draw]:
-    """A draw of each head's rows ``x (heads, rows, width)`` by their squared sizes; waits for the device, once."""
-    return [Draw.of(sizes, samples, seed) for sizes in sp.host(dots(sp, x, x))]
+def draw_rows(guides: Sequence[Floats], samples: int, seed: int) -> list[Draw]:
+    """A draw of each head's rows by guides ``(heads, rows)``."""
+    return [Draw.of(of_head, samples, seed) for of_head in zip(*guides, strict=True)]
+
+
+def square_sums(sp: Space, x: Array) -> Floats:
+    """``sum |x_i|^2`` of each of some heads ``(heads, rows, width)``; waits for the device, once."""
+    return np.sum(sp.host(dots(sp, x, x)), axis=1)
 
 
 def padded(draws: Sequence[Draw]) -> Rows:
@@ -274,7 +284,12 @@ def measure_error(
     q, k, v, out = (flat(x, 2) for x in (q, k, v, out))
     bias = None if key_bias is None else flat(key_bias, 1)
     n, group = q.shape[1], q.shape[0] // k.shape[0]
-    draw = Draw.of(sp.host(dots(sp, q, q)).reshape(-1), samples, seed)
+    whole = Heads(q, *(xp.repeat(x, group, axis=0) if group > 1 else x for x in (k, v)), None, causal, scale)
+    if bias is not None:
+        whole = replace(whole, key_bias=xp.repeat(bias, group, axis=0) if group > 1 else bias)
+    sizes = sp.host(dots(sp, out, out))
+    by = [*guides.of_queries(sp, whole), sizes]
+    draw = Draw.of([guide.reshape(-1) for guide in by], samples, seed)
     of_heads = [(int(h), draw.rows[draw.rows // n == h] % n) for h in np.unique(draw.rows // n)]
     parts, got = [], []
     for h, rows in of_heads:
@@ -287,5 +302,5 @@ def measure_error(
         for part, (h, rows) in zip(parts, of_heads, strict=True):
             part.check(sp, rows[None, :], [h])
     exact = sp.host(xp.concat([part.out for part in parts], axis=1))[0]
-    estimate = draw.compare(exact, sp.host(xp.concat(got, axis=1))[0])
+    estimate = draw.compare(exact, sp.host(xp.concat(got, axis=1))[0], float(np.sum(sizes)))
     return estimate.relative, estimate.low, estimate.high, estimate.rows

@@ -28,7 +28,7 @@ from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
 from ..plan import HeadPlan
-from . import measure, sample
+from . import guides, measure, sample
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
 from .heads import Heads
@@ -38,7 +38,7 @@ from .polynomial import LARGEST_STATE
 from .sample import Tokens
 from .texts import scientific
 
-__all__ = ["Probed", "longest", "plan_heads", "short"]
+__all__ = ["longest", "plan_heads", "short"]
 
 Array = Any
 
@@ -80,14 +80,6 @@ _CALLS = {"exact": (12, 20), "low rank": (40, 120)}
 # Sides of the square arrays that rates are measured with, and the seconds that suffice.
 _SIDES = (256, 4096)
 _LONG_ENOUGH = 1e-3
-
-
-@dataclass(frozen=True)
-class Probed:
-    """Rows of a head that were computed exactly while a plan was made: ``out (rows, dv)``."""
-
-    draw: Draw
-    out: Floats
 
 
 @dataclass(frozen=True)
@@ -278,8 +270,8 @@ class _Size:
         return self.wide_rates.seconds(flops * pairs, pairs, 4 * (degree + 3) * pairs)
 
 
-def plan_heads(sp: Space, heads: Heads, auto: Auto) -> tuple[list[HeadPlan], list[Probed | None]]:
-    """A plan for each head, and the rows that were computed exactly for it.
+def plan_heads(sp: Space, heads: Heads, auto: Auto) -> list[HeadPlan]:
+    """A plan for each head.
 
     Cost: at most about a tenth of the time of exact attention, by the model; once a device and dtype, some milliseconds
     to measure its rates.
@@ -297,7 +289,7 @@ def plan_heads(sp: Space, heads: Heads, auto: Auto) -> tuple[list[HeadPlan], lis
     ]
     if not (costs or ranks) or size.moments(len(costs)) > _PLANNING * exact_cost:
         reason = "no low-rank engine is clearly faster at this size"
-        return [replace(exact, reason=reason)] * heads.count, [None] * heads.count
+        return [replace(exact, reason=reason)] * heads.count
     cheapest = f"the cheapest within {short(auto.tol)}"
     plans = []
     found = _polynomials(sp, heads, auto, size, costs, exact_cost)
@@ -329,7 +321,7 @@ def plan_heads(sp: Space, heads: Heads, auto: Auto) -> tuple[list[HeadPlan], lis
             )
         elif plans[i].engine == Exact():
             plans[i] = replace(plans[i], reason=f"{plans[i].reason}; {reason}")
-    return plans, [head.probed for head in found]
+    return plans
 
 
 @dataclass(frozen=True)
@@ -339,7 +331,6 @@ class _Found:
     reason: str = ""
     engine: Polynomial | None = None
     error: float | None = None
-    probed: Probed | None = None
 
 
 _TOO_LARGE = _Found("scores too large for any polynomial")
@@ -369,7 +360,7 @@ def _polynomials(
     if not which:
         return found
     some = measure.select(sp, heads, which)
-    draws = measure.draw_rows(sp, some.q, size.rows, auto.seed ^ 0x9A)
+    draws = measure.draw_rows(guides.of_queries(sp, some), size.rows, auto.seed ^ 0x9A)
     rows = measure.padded(draws)
     by = np.array([shifts[i] or np.zeros((2, size.d)) for i in which])
     bounds, natural = _bounds(sp, some, rows, by)
@@ -425,10 +416,9 @@ def _best_polynomial(
             best, least = _polynomial(degree, "fitted" if size.strict else a, probe.shift), high
         if least <= (_ROOM * auto.tol if cheap[degree] else within):
             break
-    probed = Probed(draw, out)
     if best is None:
-        return _Found(f"errors of polynomials by degree are {', '.join(tried)}", probed=probed)
-    return _Found(engine=best, error=least, probed=probed)
+        return _Found(f"errors of polynomials by degree are {', '.join(tried)}")
+    return _Found(engine=best, error=least)
 
 
 def _polynomial(degree: int, coefficients: Any, shift: tuple[Floats, Floats] | None) -> Polynomial:

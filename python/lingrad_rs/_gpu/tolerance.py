@@ -24,7 +24,7 @@ from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, Polynomial
 from ..errors import DenominatorError, NonFiniteError
 from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report, unplanned
-from . import engines, measure
+from . import engines, guides, measure
 from .device import Space
 from .engines import AnyEngine
 from .heads import Grads, Heads, Saved
@@ -35,9 +35,6 @@ __all__ = ["Part", "backward_within", "forward_within", "measured", "of_nothing"
 
 Array = Any
 Report = dict[str, Any]
-
-# Rows, and keys, of each head that results are held against.
-_SAMPLES = 64
 
 
 def of_nothing(heads: int) -> list[Report]:
@@ -140,14 +137,14 @@ def forward_within(
     where they miss.
     """
     n, _, _, dv = heads.sizes
-    probed, stale = [None] * heads.count, ""
+    stale = ""
     if known is not None:
         plans = list(head_plans(known))
     elif given is not None:
         fresh: dict[str, Any] = {"measured_error": None, "error_bound": None, "missed": None, "errors": {}}
         plans, stale = [replace(plan, **fresh) for plan in given], "the plan is stale: "
     else:
-        plans, probed = plan_heads(sp, heads, auto)
+        plans = plan_heads(sp, heads, auto)
     out = sp.empty((heads.count, n, dv), heads.q.dtype)
     parts: list[Part] = []
     missed: dict[int, str] = {}
@@ -162,14 +159,15 @@ def forward_within(
         missed |= {i: f"{stale}{error}" for i, error in errors.items()}
     if known is None and parts:
         tried = [i for part in parts for i in part.heads]
-        references = {i: (probe.draw, probe.out) for i in tried if (probe := probed[i]) is not None}
-        references |= _references(sp, heads, [i for i in tried if i not in references], auto.seed ^ 0xF0)
+        # Not the rows that the engines were chosen by.
+        sizes = _row_squares(sp, out, tried)
+        references = _references(sp, heads, tried, sizes, auto.seed ^ 0xF0)
         draws = [references[i][0] for i in tried]
         got = sp.host(measure.take_rows(sp, measure.chosen(sp, out, tried), measure.padded(draws)))
         finite = _all_finite(sp, measure.chosen(sp, out, tried))
         bounds = _error_bounds(sp, heads, out, parts)
         for c, i in enumerate(tried):
-            error = draws[c].compare(references[i][1], got[c, : len(draws[c].rows)])
+            error = draws[c].compare(references[i][1], got[c, : len(draws[c].rows)], float(np.sum(sizes[c])))
             if error.high <= auto.tol and finite[c]:
                 plans[i] = replace(plans[i], errors={"out": error}, measured_error=error, error_bound=bounds.get(i))
             else:
@@ -188,12 +186,19 @@ def forward_within(
     return out, parts, [head_report(plan) for plan in plans]
 
 
-def _references(sp: Space, heads: Heads, which: Sequence[int], seed: int) -> dict[int, tuple[Draw, Floats]]:
-    """Rows of some heads, and their exact output."""
-    if not which:
-        return {}
+def _row_squares(sp: Space, x: Array, which: Sequence[int]) -> Floats:
+    """``|x_i|^2`` of the rows of some heads, on the host."""
+    own = measure.chosen(sp, x, which)
+    return sp.host(measure.dots(sp, own, own))
+
+
+def _references(
+    sp: Space, heads: Heads, which: Sequence[int], sizes: Floats, seed: int
+) -> dict[int, tuple[Draw, Floats]]:
+    """Rows of some heads, drawn by the squares of their results too, and their exact output."""
     some = measure.select(sp, heads, which)
-    draws = measure.draw_rows(sp, some.q, _SAMPLES, seed)
+    by = [*guides.of_queries(sp, some), sizes]
+    draws = measure.draw_rows(by, core.rows_to_verify(sizes.shape[1]), seed)
     rows = measure.padded(draws)
     exact = measure.exact_rows(sp, some, rows)
     exact.check(sp, rows, [heads.first + i for i in which])
@@ -326,8 +331,9 @@ def backward_within(
     logs = sp.empty(heads.q.shape[:2], sp.xp.float64)
     for part in parts:
         logs[part.start : part.end, :] = engines.log_sums(sp, heads.part(part.start, part.end), part.saved)
-    sample = _Sample(groups, group, approximate, _SAMPLES, auto.seed ^ 0xB0)
-    check = _Check.new(sp, heads, sample, measure.chosen(sp, logs, members), out, dout)
+    samples = core.rows_to_verify(max(heads.sizes[:2]))
+    sample = _Sample(groups, group, approximate, samples, auto.seed ^ 0xB0)
+    check = _Check.new(sp, heads, sample, measure.chosen(sp, logs, members), out, dout, sums.grads)
     for errors, finite in zip(check.errors(sp, sums.grads), sums.all_finite(sp, groups), strict=True):
         g, (worst, of) = errors.group, errors.worst()
         if worst <= auto.tol and finite:
@@ -355,7 +361,7 @@ def measured(
     queries and keys a head.
     """
     sample = _Sample(range(heads.count // group), group, range(heads.count), samples, 0)
-    check = _Check.new(sp, heads, sample, engines.log_sums(sp, heads, saved), out, dout)
+    check = _Check.new(sp, heads, sample, engines.log_sums(sp, heads, saved), out, dout, grads)
     of_out = check.of_queries(sp, check.exact_out, out)
     bounds = _error_bounds(sp, heads, out, [Part(0, heads.count, saved)])
     return [
@@ -398,6 +404,13 @@ class _Sample:
     seed: int
 
 
+def _replaced(sp: Space, x: Array, which: Sequence[int], rows: Rows, values: Array) -> Array:
+    """A copy of ``x (heads, n)`` with other numbers in some rows of some heads; by way of the host."""
+    on_host = np.array(sp.host(x))
+    on_host[np.asarray(which)[:, None], rows] = sp.host(values)
+    return sp.asarray(on_host, sp.xp.float64)
+
+
 @dataclass(frozen=True)
 class _Check:
     """Exact gradients of sampled queries and keys of some key heads, on the host.
@@ -425,33 +438,42 @@ class _Check:
     exact_dq: Floats
 
     @staticmethod
-    def new(sp: Space, heads: Heads, of: _Sample, log_sums: Array, out: Array, dout: Array) -> _Check:
-        """With the row sums ``(query heads of the key heads, n)`` of the forward pass."""
+    def new(sp: Space, heads: Heads, of: _Sample, log_sums: Array, out: Array, dout: Array, grads: Grads) -> _Check:
+        """With the row sums ``(query heads of the key heads, n)`` of the forward pass, and the results to look at."""
         xp, groups = sp.xp, of.groups
         members = [i for g in groups for i in range(g * of.group, (g + 1) * of.group)]
         some = measure.select(sp, heads, members)
         up, own = measure.chosen(sp, dout, members), measure.chosen(sp, out, members)
-        keys = measure.draw_rows(sp, measure.chosen(sp, some.k, range(0, len(members), of.group)), of.samples, of.seed)
-        rows: Rows = np.repeat(measure.padded(keys), of.group, axis=0)
-        exact = measure.key_gradients(sp, some, rows, up, measure.dots(sp, up, own), log_sums)
+        checked = [i for i in members if i in of.of_dq]
+        queried = measure.select(sp, heads, checked)
+        sizes = [_row_squares(sp, x, checked) for x in (dout, grads.dq)]
+        queries = measure.draw_rows([*guides.of_queries(sp, queried), *sizes], of.samples, of.seed ^ 1)
+        rows = measure.padded(queries)
+        up_rows = measure.take_rows(sp, measure.chosen(sp, dout, checked), rows)
+        exact_rows = measure.exact_rows(sp, queried, rows, up_rows)
+        exact_rows.check(sp, rows, [heads.first + i for i in checked])
+        # Exact row sums where they are known, those of the engine elsewhere.
+        deltas = measure.dots(sp, up, own)
+        places = [members.index(i) for i in checked]
+        log_sums = _replaced(sp, log_sums, places, rows, exact_rows.largest + xp.log(exact_rows.sums))
+        deltas = _replaced(sp, deltas, places, rows, xp.sum(up_rows * exact_rows.out, axis=-1))
+        by = [np.sum(x.reshape(len(groups), of.group, -1), axis=1) for x in guides.of_keys(sp, some)]
+        by += [_row_squares(sp, x, groups) for x in (grads.dk, grads.dv)]
+        keys = measure.draw_rows(by, of.samples, of.seed)
+        rows = np.repeat(measure.padded(keys), of.group, axis=0)
+        exact = measure.key_gradients(sp, some, rows, up, deltas, log_sums)
         by_name = {"dk": exact.dk, "dv": exact.dv} | ({} if heads.key_bias is None else {"dkey_bias": exact.db})
         exact_keys = {
             name: sp.host(xp.sum(xp.reshape(x, (len(groups), of.group, *x.shape[1:])), axis=1))
             for name, x in by_name.items()
         }
-        checked = [i for i in members if i in of.of_dq]
-        queried = measure.select(sp, heads, checked)
-        queries = measure.draw_rows(sp, queried.q, of.samples, of.seed ^ 1)
-        rows = measure.padded(queries)
-        up_rows = measure.take_rows(sp, measure.chosen(sp, dout, checked), rows)
-        exact_rows = measure.exact_rows(sp, queried, rows, up_rows)
-        exact_rows.check(sp, rows, [heads.first + i for i in checked])
         return _Check(of, keys, exact_keys, checked, queries, sp.host(exact_rows.out), sp.host(exact_rows.dq))
 
     def of_queries(self, sp: Space, exact: Floats, got: Array) -> dict[int, ErrorEstimate]:
         """The error of rows ``(all heads, n, width)`` of each checked head."""
         rows = sp.host(measure.take_rows(sp, measure.chosen(sp, got, self.heads), measure.padded(self.queries)))
-        return {i: self.queries[c].compare(exact[c], rows[c]) for c, i in enumerate(self.heads)}
+        all_rows = measure.square_sums(sp, measure.chosen(sp, got, self.heads))
+        return {i: self.queries[c].compare(exact[c], rows[c], float(all_rows[c])) for c, i in enumerate(self.heads)}
 
     def errors(self, sp: Space, grads: Grads) -> list[_GroupErrors]:
         """Those of results, of each key head."""
@@ -460,15 +482,17 @@ class _Check:
         if grads.dkey_bias is not None:
             results["dkey_bias"] = grads.dkey_bias[..., None]
         rows, group = measure.padded(self.keys), self.of.group
-        got = {
-            name: sp.host(measure.take_rows(sp, measure.chosen(sp, x, self.of.groups), rows))
-            for name, x in results.items()
-        }
+        own = {name: measure.chosen(sp, x, self.of.groups) for name, x in results.items()}
+        got = {name: sp.host(measure.take_rows(sp, x, rows)) for name, x in own.items()}
+        all_rows = {name: measure.square_sums(sp, x) for name, x in own.items()}
         return [
             _GroupErrors(
                 g,
                 {i: dq[i] for i in range(g * group, (g + 1) * group) if i in dq},
-                {name: self.keys[c].compare(self.exact_keys[name][c], got[name][c]) for name in got},
+                {
+                    name: self.keys[c].compare(self.exact_keys[name][c], got[name][c], float(all_rows[name][c]))
+                    for name in got
+                },
             )
             for c, g in enumerate(self.of.groups)
         ]

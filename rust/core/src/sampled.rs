@@ -15,6 +15,7 @@ use crate::plan;
 use crate::polynomial;
 use crate::real::Real;
 use crate::sample;
+use crate::tolerance;
 
 /// Sampled tokens of a head, or all of them.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +77,11 @@ pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given:
     expect_len("weights", weights.len(), squares.len())?;
     let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(squares.len()).max(1) };
     Ok(draw.estimate(squares, given))
+}
+
+/// Rows, or keys, out of `n` that results within a tolerance are held against.
+pub fn rows_to_verify(n: usize) -> usize {
+    tolerance::samples(n)
 }
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.

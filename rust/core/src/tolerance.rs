@@ -25,7 +25,8 @@ use crate::real::Real;
 const ONE_OF: usize = 64;
 pub(crate) const SAMPLES: [usize; 2] = [64, 256];
 
-fn samples(n: usize) -> usize {
+/// How many of `n`.
+pub(crate) fn samples(n: usize) -> usize {
     (n / ONE_OF).clamp(SAMPLES[0], SAMPLES[1])
 }
 

@@ -37,7 +37,7 @@ mod _lingrad_rs {
     #[pymodule_export]
     use crate::sample::{
         draw_rows, estimate_error, fitted_coefficients, fitted_polynomials, landmark_candidates, landmark_constants,
-        largest_relative_error, stratified,
+        largest_relative_error, rows_to_verify, stratified,
     };
     #[pymodule_export]
     use crate::transformer::{

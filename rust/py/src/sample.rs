@@ -92,6 +92,12 @@ pub fn estimate_error(
     Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
 }
 
+/// Rows, or keys, out of `n` that results within a tolerance are held against.
+#[pyfunction]
+pub fn rows_to_verify(n: usize) -> usize {
+    sampled::rows_to_verify(n)
+}
+
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.
 #[pyfunction]
 pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Result<Bound<'_, PyArray1<i64>>> {
