@@ -24,6 +24,7 @@ __all__ = [
     "is_integer",
     "number",
     "positive",
+    "real",
     "same_device",
     "same_dtype",
     "shape",
@@ -192,11 +193,19 @@ def integer(name: str, value: object, least: int) -> int:
     return result
 
 
+def real(name: str, value: object, expected: str = "a number") -> float:
+    """Any real number, NaN and infinity too."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise ArgumentError(f"{name} is {value!r}; expected {expected}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer or a fraction beyond all floats
+        raise ArgumentError(f"{name} is larger in size than any float; expected {expected}") from None
+
+
 def number(name: str, value: object) -> float:
     """A finite real number."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise ArgumentError(f"{name} is {value!r}; expected a finite number")
-    result = float(value)
+    result = real(name, value, "a finite number")
     if not math.isfinite(result):
         raise ArgumentError(f"{name} is {result}; expected a finite number")
     return result

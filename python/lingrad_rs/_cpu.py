@@ -49,6 +49,7 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "same",
     "self_attention_backward",
     "self_attention_forward",
     "token_ids",
@@ -76,6 +77,11 @@ def add(x: Array, y: Array) -> Array:
 def copy(x: Array) -> Array:
     """A new C-contiguous array."""
     return x.copy()
+
+
+def same(x: Array, y: Array) -> bool:
+    """Whether arrays of one shape hold the same numbers."""
+    return np.array_equal(x, y)
 
 
 def frobenius_norm(arrays: Sequence[Array]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _backend, _check
-from .engines import Auto, Engine, Exact, Polynomial, check_engine
+from .engines import Auto, Engine, Exact, Polynomial, check_engine, not_derived
 from .errors import ArgumentError, DtypeError, ShapeError
 from .plan import ErrorEstimate, HeadPlan, Plan, head_plans, unplanned
 
@@ -218,7 +218,7 @@ def plan_attention(
     # Without queries and keys there is nothing to report.
     heads = (unplanned(Exact()),) * math.prod(q.shape[:-2]) if state is None else head_plans(state.reports())
     del options["engine"]
-    return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=str(q.dtype), **options)
+    return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=_check.dtype_name(q), **options)
 
 
 def by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -> NDArray[Any]:
@@ -233,10 +233,11 @@ def vjp_by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -
 
 
 def _planned(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[_Arrays, dict[str, Any]]:
+    not_derived("plan", plan, (Plan,))
     arrays, options = _arguments(q, k, v, key_bias, plan.auto, plan.causal, plan.scale)
     for name, x, shape in zip("qkv", arrays[:3], plan.shapes, strict=True):
-        if str(x.dtype) != plan.dtype:
-            raise DtypeError(f"{name} has dtype {x.dtype}; expected {plan.dtype}, as the plan")
+        if _check.dtype_name(x) != plan.dtype:
+            raise DtypeError(f"{name} has dtype {_check.dtype_name(x)}; expected {plan.dtype}, as the plan")
         if x.shape != shape:
             raise ShapeError(f"{name} has shape {x.shape}; expected {shape}, as the plan")
     return arrays, options | {"engine": plan}
@@ -248,7 +249,7 @@ def _chosen(engine: Engine | None, tol: float | None, *, gradients: bool) -> Eng
         if engine is not None:
             raise ArgumentError(f"tol is {tol!r} and engine is {engine!r}; expected one of them: a tolerance chooses")
         return Auto(tol, gradients=gradients)
-    if isinstance(engine, Auto) and not gradients:
+    if type(engine) is Auto and not gradients:  # one of a derived class is refused with the other arguments
         return dataclasses.replace(engine, gradients=False)
     return _DEFAULT if engine is None else engine
 

@@ -225,7 +225,13 @@ class LandmarkConstants:
             return NotImplemented
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        # Of the points alone, which suffice to tell constants apart; -0.0 is 0.0, as in ==.
+        return hash((self.scale, self.balance, (self.landmarks + 0.0).tobytes()))
+
+    def __reduce__(self) -> tuple[type[LandmarkConstants], tuple[Any, ...]]:
+        # Through the constructor, so that the arrays of a copy are checked, and read-only too.
+        return type(self), tuple(getattr(self, f.name) for f in fields(LandmarkConstants))
 
     def __repr__(self) -> str:
         r, d = self.landmarks.shape
@@ -369,7 +375,18 @@ def _coefficients(value: object, degree: int) -> str | tuple[float, ...]:
 
 
 def check_engine(value: object) -> Engine:
-    """``value``, if it is an engine."""
+    """``value``, if it is an engine, of no class derived from one: what that computes, no backend would know."""
     if not isinstance(value, Exact | Polynomial | Landmark | Auto):
         raise ArgumentError(f"engine is {value!r}; expected Exact(), Polynomial(...), Landmark(...) or Auto(...)")
+    not_derived("engine", value, (Exact, Polynomial, Landmark, Auto))
     return value
+
+
+def not_derived(name: str, value: object, classes: tuple[type, ...]) -> None:
+    """Raise where ``value``, an instance of one of the classes, is of one derived from it."""
+    if type(value) not in classes:
+        base = next(kind for kind in classes if isinstance(value, kind))
+        raise ArgumentError(
+            f"{name} is a {_check.type_name(value)}, a class derived from {base.__name__}; expected {base.__name__} "
+            "itself, as only its own fields would be computed with"
+        )

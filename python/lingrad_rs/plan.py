@@ -7,16 +7,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
-from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
+from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial, not_derived
 from .errors import ArgumentError
 
 __all__ = ["ErrorEstimate", "HeadPlan", "Plan", "head_plans", "head_report"]
+
+# The fields of a head that are NaN where its engine was given.
+_COSTS = ("cost", "exact_cost")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,13 @@ class ErrorEstimate:
     high: float
     rows: int
 
+    def __post_init__(self) -> None:
+        for name in ("relative", "low", "high"):
+            object.__setattr__(self, name, _check.real(name, getattr(self, name)))
+        object.__setattr__(self, "rows", _check.integer("rows", self.rows, 0))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class HeadPlan:
     """What computes a head, what was expected of it, and what was measured.
 
@@ -79,6 +87,30 @@ class HeadPlan:
     reason: str = ""
     missed: str | None = None
     errors: Mapping[str, ErrorEstimate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.engine, Exact | Polynomial | Landmark):
+            raise ArgumentError(f"engine is {self.engine!r}; expected Exact(), Polynomial(...) or Landmark(...)")
+        not_derived("engine", self.engine, (Exact, Polynomial, Landmark))
+        for name in ("predicted_error", "error_bound", *_COSTS):
+            value = getattr(self, name)
+            if value is not None or name in _COSTS:
+                object.__setattr__(self, name, _check.real(name, value))
+        object.__setattr__(self, "whole_sequence", tuple(self.whole_sequence))
+        for text in (self.reason, "" if self.missed is None else self.missed, *self.whole_sequence):
+            if not isinstance(text, str):
+                raise ArgumentError(f"reason, missed or whole_sequence holds {text!r}; expected text")
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, HeadPlan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for name, value in self._values().items() if name != "errors"))
+
+    def _values(self) -> dict[str, Any]:
+        """The fields, with None for the costs that are NaN: a plan equals its copy."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(HeadPlan)}
+        return values | {name: None for name in _COSTS if math.isnan(values[name])}
 
     @property
     def engine_name(self) -> str:
@@ -121,10 +153,10 @@ def _engine(description: Mapping[str, Any]) -> Engine:
         constants = options.pop("constants", None)
         if constants is None:
             return Landmark(**options)
-        numbers: dict[str, Any] = {
+        given: dict[str, Any] = {
             name: np.array(x, np.float64) if isinstance(x, list) else x for name, x in constants.items()
         }
-        return Landmark(**options, constants=LandmarkConstants(**numbers))
+        return Landmark(**options, constants=LandmarkConstants(**given))
     if kind == "Exact":
         return Exact()
     raise ArgumentError(f"a plan holds the engine {kind!r}, which is unknown")
@@ -158,13 +190,19 @@ class Plan:
     dtype: str
 
     def __post_init__(self) -> None:
-        _check.flag("causal", self.causal)
-        _check.number("scale", self.scale)
-        heads = math.prod(self.shapes[0][:-2])
-        if len(self.heads) != heads:
-            raise ArgumentError(
-                f"heads has {len(self.heads)} entries; expected {heads} for q of shape {self.shapes[0]}"
-            )
+        if not isinstance(self.auto, Auto):
+            raise ArgumentError(f"auto is {self.auto!r}; expected Auto(...)")
+        object.__setattr__(self, "causal", _check.flag("causal", self.causal))
+        object.__setattr__(self, "scale", _check.number("scale", self.scale))
+        _check.choice("dtype", self.dtype, ("float32", "float64"))
+        q, k, v = (tuple(_check.integer("an axis in shapes", x, 0) for x in shape) for shape in self.shapes)
+        object.__setattr__(self, "shapes", (q, k, v))
+        object.__setattr__(self, "heads", tuple(self.heads))
+        for i, head in enumerate(self.heads):
+            if not isinstance(head, HeadPlan):
+                raise ArgumentError(f"heads[{i}] is {head!r}; expected a HeadPlan")
+        if len(self.heads) != math.prod(q[:-2]):
+            raise ArgumentError(f"heads has {len(self.heads)} entries; expected {math.prod(q[:-2])} for q of shape {q}")
 
     def attention(
         self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
@@ -202,17 +240,28 @@ class Plan:
         return "\n".join([title, *table(self.heads)])
 
     def to_json(self) -> str:
-        """The plan as JSON, with every number to the last bit."""
+        """The plan as JSON, with every number to the last bit.
+
+        An estimated error that is infinite, and a cost that is NaN, are null there.
+
+        Raises
+        ------
+        ArgumentError
+            Another number is NaN or infinite, which JSON does not have.
+        """
         plan = {
             "lingrad_rs": "plan",
             "auto": dataclasses.asdict(self.auto),
-            "heads": [head_report(head) for head in self.heads],
+            "heads": [_to_json(head_report(head)) for head in self.heads],
             "causal": self.causal,
             "scale": self.scale,
             "shapes": self.shapes,
             "dtype": self.dtype,
         }
-        return json.dumps(plan)
+        try:
+            return json.dumps(plan, allow_nan=False)
+        except ValueError as error:
+            raise ArgumentError(f"the plan holds a number that JSON does not have: {error}") from error
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -224,14 +273,32 @@ class Plan:
             The text holds no plan.
         """
         try:
-            plan = json.loads(text)
+            plan = json.loads(text, parse_constant=_refuse_constant)
             if plan.pop("lingrad_rs") != "plan":
                 raise ValueError("another kind")
             q, k, v = (tuple(shape) for shape in plan.pop("shapes"))
-            auto, heads = Auto(**plan.pop("auto")), head_plans(plan.pop("heads"))
+            auto, heads = Auto(**plan.pop("auto")), head_plans(map(_from_json, plan.pop("heads")))
             return Plan(auto=auto, heads=heads, shapes=(q, k, v), **plan)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ArgumentError(f"the text holds no plan of lingrad_rs: {error}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _to_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of a head with null in place of costs that are NaN and of errors that are infinite."""
+    costs = {name: None if math.isnan(report[name]) else report[name] for name in _COSTS}
+    errors = [(name, [x if math.isfinite(x) else None for x in estimate]) for name, estimate in report["errors"]]
+    return {**report, **costs, "errors": errors}
+
+
+def _from_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report that `_to_json` had."""
+    costs = {name: math.nan if report[name] is None else report[name] for name in _COSTS}
+    errors = [(name, [math.inf if x is None else x for x in estimate]) for name, estimate in report["errors"]]
+    return {**report, **costs, "errors": errors}
 
 
 def head_report(head: HeadPlan) -> dict[str, Any]:

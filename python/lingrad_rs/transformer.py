@@ -118,13 +118,31 @@ class LayerReport:
     heads: tuple[HeadPlan, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientReport:
-    """A loss, its gradients, and what is known of each layer."""
+    """A loss, its gradients, and what is known of each layer.
+
+    Two are equal where all their numbers are; having arrays, they cannot be hashed.
+    """
 
     loss: float
     grads: dict[str, Array]
     layers: tuple[LayerReport, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GradientReport):
+            return NotImplemented
+        same = self.loss == other.loss and self.layers == other.layers and self.grads.keys() == other.grads.keys()
+        return same and all(_same(x, other.grads[name]) for name, x in self.grads.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _same(x: Array, y: Array) -> bool:
+    """Whether two arrays lie in the same place and hold the same numbers; they need not be the same memory."""
+    if _backend.kind(x) != _backend.kind(y) or x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    return getattr(x, "device", None) == getattr(y, "device", None) and _backend.of(x).same(x, y)
 
 
 class Transformer:

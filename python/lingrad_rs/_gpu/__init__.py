@@ -38,6 +38,7 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "same",
     "self_attention_backward",
     "self_attention_forward",
     "token_ids",
@@ -81,6 +82,11 @@ def add(x: Array, y: Array) -> Array:
 def copy(x: Array) -> Array:
     """A new C-contiguous array."""
     return run(x, lambda sp: sp.contiguous(sp.xp.asarray(x, copy=True)))
+
+
+def same(x: Array, y: Array) -> bool:
+    """Whether arrays of one shape hold the same numbers; waits for the device."""
+    return run(x, lambda sp: bool(sp.xp.all(x == y)))
 
 
 def frobenius_norm(arrays: Sequence[Array]) -> float:
