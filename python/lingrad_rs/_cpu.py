@@ -31,6 +31,7 @@ from ._lingrad_rs import (
     transformer_value_and_grad,
 )
 from .engines import Engine
+from .errors import ShapeError
 
 __all__ = [
     "activation_backward",
@@ -64,9 +65,11 @@ Array = NDArray[Any]
 
 def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
     """Integer tokens ``0 <= t < below`` as a new array of contiguous 32-bit ones."""
+    ids = np.empty(x.shape, np.uint32)  # before anything is looked at: strides of 0 make arrays larger than any memory
     if x.size:
         _check.token_range(name, int(x.min()), int(x.max()), below)
-    return np.array(x, dtype=np.uint32, order="C")
+    ids[...] = x
+    return ids
 
 
 def add(x: Array, y: Array) -> Array:
@@ -102,7 +105,11 @@ def attention_forward(
 ) -> tuple[Array, core.AttentionState | None]:
     """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
     if q.shape[-2] == k.shape[-2] == 0:
-        return np.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), None
+        shape = (*q.shape[:-1], v.shape[-1])
+        try:
+            return np.zeros(shape, q.dtype), None
+        except ValueError:  # NumPy has a largest size for arrays of no entries too
+            raise ShapeError(f"out would have shape {shape}, which no array can have") from None
     return core.attention_forward(q, k, v, key_bias, engine=engine, causal=causal, scale=scale, keep=keep)
 
 

@@ -18,6 +18,14 @@ pub enum Error {
     /// A tolerance is out of range, or below what the arrays' type allows.
     #[error("{0}")]
     Tolerance(String),
+    /// There is no room for something.
+    #[error("no memory for {what}: {bytes} bytes")]
+    Memory {
+        /// What was to be allocated.
+        what: &'static str,
+        /// Its size.
+        bytes: usize,
+    },
     /// The caller asked to stop; the outputs hold nothing of use.
     #[error("the computation was cancelled")]
     Cancelled,

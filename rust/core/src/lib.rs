@@ -16,6 +16,7 @@ mod landmark;
 pub mod layers;
 mod low_rank;
 pub mod measure;
+pub mod memory;
 mod monomials;
 pub mod naive;
 pub mod plan;

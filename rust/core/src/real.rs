@@ -3,6 +3,8 @@
 use faer::traits::RealField;
 use pulp::Simd;
 
+use crate::memory::Zeroable;
+
 /// Vectors of a scalar type.
 ///
 /// # Safety
@@ -107,6 +109,7 @@ pub trait Real:
     + std::ops::SubAssign
     + std::ops::MulAssign
     + std::iter::Sum
+    + Zeroable
 {
     /// 0.
     const ZERO: Self;

@@ -3,6 +3,7 @@
 use faer::MatRef;
 
 use crate::error::{Error, Result};
+use crate::memory::collected;
 
 /// Equally shaped `(n, d)` strided views, one a sequence.
 #[derive(Debug, Clone)]
@@ -25,12 +26,11 @@ impl<'a, T> Rows<'a, T> {
 
     /// `data` of shape `(batch, n, d)`, contiguous.
     pub fn from_slice(data: &'a [T], batch: usize, n: usize, d: usize) -> Result<Self> {
-        if data.len() != batch * n * d {
+        if Some(data.len()) != batch.checked_mul(n).and_then(|rows| rows.checked_mul(d)) {
             return Err(Error::Shape(format!("{} numbers; expected {batch} x {n} x {d}", data.len())));
         }
-        let blocks =
-            (0..batch).map(|b| MatRef::from_row_major_slice(&data[b * n * d..(b + 1) * n * d], n, d)).collect();
-        Self::new(blocks, n, d)
+        let block = |b: usize| MatRef::from_row_major_slice(&data[b * n * d..(b + 1) * n * d], n, d);
+        Self::new(collected((0..batch).map(block), "the views of a batch")?, n, d)
     }
 
     /// The sequences.

@@ -1,8 +1,10 @@
 //! NumPy arrays as the core's strided views, and new arrays for its results.
 
-use lingrad_core::{ColRef, MatRef, Real, Rows};
+use lingrad_core::memory::collected;
+use lingrad_core::{ColRef, Error, MatRef, Real, Rows};
 use numpy::prelude::*;
 use numpy::{Element, PyArrayDyn, PyUntypedArray, get_array_module};
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 
 use crate::error::{DtypeError, Result, ShapeError};
@@ -84,12 +86,9 @@ impl<'py, T: Scalar> View<'py, T> {
         let [.., row_stride, column_stride] = self.strides[..] else {
             return Err(self.shape_error(self.shape(), "(..., rows, columns)"));
         };
-        Ok(self
-            .offsets(2)
-            // SAFETY: NumPy vouches that every index within `shape` lies, by `strides`, inside the array's memory,
-            // which `self.array` keeps alive; pointer and strides are aligned (checked in `new`).
-            .map(|at| unsafe { MatRef::from_raw_parts(at, rows, columns, row_stride, column_stride) })
-            .collect())
+        // SAFETY: NumPy vouches that every index within `shape` lies, by `strides`, inside the array's memory, which
+        // `self.array` keeps alive; pointer and strides are aligned (checked in `new`).
+        self.views(2, |at| unsafe { MatRef::from_raw_parts(at, rows, columns, row_stride, column_stride) })
     }
 
     /// The one matrix of a 2-D array.
@@ -113,11 +112,8 @@ impl<'py, T: Scalar> View<'py, T> {
         let ([.., len], [.., stride]) = (self.shape(), &self.strides[..]) else {
             return Err(self.shape_error(self.shape(), "(..., entries)"));
         };
-        Ok(self
-            .offsets(1)
-            // SAFETY: as in `matrices`.
-            .map(|at| unsafe { ColRef::from_raw_parts(at, *len, *stride) })
-            .collect())
+        // SAFETY: as in `matrices`.
+        self.views(1, |at| unsafe { ColRef::from_raw_parts(at, *len, *stride) })
     }
 
     /// The entries of a 1-D array.
@@ -134,24 +130,42 @@ impl<'py, T: Scalar> View<'py, T> {
         Ok(Rows::new(self.matrices()?, n, d)?)
     }
 
-    /// Where each entry of the axes before the last `inner` begins, in C order.
-    fn offsets(&self, inner: usize) -> impl Iterator<Item = *const T> {
-        let outer = self.shape().len().saturating_sub(inner);
-        let count = self.shape()[..outer].iter().product::<usize>();
-        (0..count).map(move |mut index| {
+    /// A view for each entry of the axes before the last `inner`, in C order, from where it begins.
+    fn views<V>(&self, inner: usize, view: impl Fn(*const T) -> V) -> Result<Vec<V>> {
+        let outer = &self.shape()[..self.shape().len().saturating_sub(inner)];
+        let at = |mut index: usize| {
             let mut offset = 0;
-            for axis in (0..outer).rev() {
-                offset += (index % self.shape()[axis]) as isize * self.strides[axis];
-                index /= self.shape()[axis];
+            for (len, stride) in outer.iter().zip(&self.strides).rev() {
+                offset += (index % len) as isize * stride;
+                index /= len;
             }
             // Wrapping: where an inner axis is empty, NumPy promises nothing about the rest.
-            self.array.data().cast_const().wrapping_offset(offset)
-        })
+            view(self.array.data().cast_const().wrapping_offset(offset))
+        };
+        let views = size(outer).map(|count| collected((0..count).map(at), "views of an array"));
+        match views {
+            Some(Ok(views)) => Ok(views),
+            Some(Err(Error::Memory { bytes, .. })) => {
+                let text = format!("no memory for views of the matrices of {}: {bytes} bytes", self.name);
+                Err(PyMemoryError::new_err(text).into())
+            }
+            Some(Err(_)) | None => Err(self.shape_error(self.shape(), "no more matrices than memory has room to list")),
+        }
     }
 
     fn shape_error(&self, shape: &[usize], expected: &str) -> crate::error::Failure {
         ShapeError::new_err(format!("{} has shape {shape:?}; expected {expected}", self.name)).into()
     }
+}
+
+/// The number of entries of an array, if there can be so many. As NumPy has it, axes of no entries do not make room for
+/// others.
+pub fn size(shape: &[usize]) -> Option<usize> {
+    let others = shape
+        .iter()
+        .filter(|len| **len > 0)
+        .try_fold(1isize, |size, len| size.checked_mul(isize::try_from(*len).ok()?));
+    if shape.contains(&0) { others.and(Some(0)) } else { others.map(isize::unsigned_abs) }
 }
 
 /// `leading` followed by `last`.
@@ -163,8 +177,15 @@ pub fn joined(leading: &[usize], last: &[usize]) -> Vec<usize> {
 pub struct Output<'py, T: Scalar>(Bound<'py, PyArrayDyn<T>>);
 
 impl<'py, T: Scalar> Output<'py, T> {
-    /// Zeros of the given shape; `MemoryError` where there is no room (rust-numpy would panic).
+    /// Zeros of the given shape; `MemoryError` where there is no room (rust-numpy would panic). A shape that no array has
+    /// is an error of its own: NumPy's is a plain `ValueError`.
     pub fn new(py: Python<'py>, shape: &[usize]) -> Result<Self> {
+        let itemsize = size_of::<T>();
+        if size(&joined(shape, &[itemsize])).is_none() {
+            let text =
+                format!("a result would have shape {shape:?} of {itemsize} bytes each, more than memory can have");
+            return Err(ShapeError::new_err(text).into());
+        }
         let zeros = get_array_module(py)?.call_method1("zeros", (shape.to_vec(), numpy::dtype::<T>(py)))?;
         Ok(Self(zeros.cast_into().map_err(PyErr::from)?))
     }

@@ -7,6 +7,7 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
 use crate::engine::AnyEngine;
+use crate::entry::{Later, Outcome, entry};
 use crate::error::Result;
 use crate::plan;
 use crate::run::run;
@@ -59,12 +60,14 @@ pub struct AttentionState {
 #[pymethods]
 impl AttentionState {
     /// What is known of each head after the forward pass, where there is a tolerance.
-    fn reports<'py>(&self, py: Python<'py>) -> Result<Vec<Bound<'py, PyDict>>> {
-        let reports = match &self.kept {
-            Kept::F32(saved, _) => &saved.reports,
-            Kept::F64(saved, _) => &saved.reports,
-        };
-        plan::reports(py, reports)
+    fn reports<'py>(&self, py: Python<'py>) -> Outcome<Vec<Bound<'py, PyDict>>> {
+        entry(|| {
+            let reports = match &self.kept {
+                Kept::F32(saved, _) => &saved.reports,
+                Kept::F64(saved, _) => &saved.reports,
+            };
+            plan::reports(py, reports)
+        })
     }
 }
 
@@ -101,22 +104,24 @@ pub fn attention_forward<'py>(
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
     key_bias: Option<Any<'_, 'py>>,
-    engine: AnyEngine,
+    engine: Later<'py, AnyEngine>,
     causal: bool,
     scale: f64,
     keep: bool,
-) -> Result<(Bound<'py, PyAny>, Option<AttentionState>)> {
-    let attention = Attention { engine: engine.0, causal, scale };
-    by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-        let heads = inputs.heads()?;
-        let mut out = Output::new(py, &inputs.out_shape()?)?;
-        let entries = out.entries();
-        let kept = run(py, None, |ctx| {
-            let saved = attention.forward(ctx, &heads, entries)?;
-            Ok(keep.then(|| T::keep(saved, entries.to_vec())))
-        })?;
-        Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
+) -> Outcome<(Bound<'py, PyAny>, Option<AttentionState>)> {
+    entry(|| {
+        let attention = Attention { engine: engine.read()?.0, causal, scale };
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let heads = inputs.heads()?;
+            let mut out = Output::new(py, &inputs.out_shape()?)?;
+            let entries = out.entries();
+            let kept = run(py, None, |ctx| {
+                let saved = attention.forward(ctx, &heads, entries)?;
+                Ok(keep.then(|| T::keep(saved, entries.to_vec())))
+            })?;
+            Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
+        })
     })
 }
 
@@ -138,26 +143,28 @@ pub fn attention_backward<'py>(
     state: &AttentionState,
     dout: Any<'_, 'py>,
     samples: usize,
-) -> Result<Gradients<'py>> {
-    by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-        let (saved, out) = T::kept(&state.kept)
-            .ok_or_else(|| Error::Argument("state is of another dtype than q".into()))?;
-        let dout = View::new("dout", dout)?;
-        let (heads, dout) = (inputs.heads()?, dout.matrices()?);
-        let mut dq = Output::new(py, inputs.q.shape())?;
-        let mut dk = Output::new(py, inputs.k.shape())?;
-        let mut dv = Output::new(py, inputs.v.shape())?;
-        let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
-        let grads = AttentionGrads {
-            dq: dq.entries(),
-            dk: dk.entries(),
-            dv: dv.entries(),
-            dkey_bias: dkey_bias.as_mut().map(Output::entries),
-        };
-        let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, samples, grads))?;
-        let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
-        Ok((grads, plan::reports(py, &reports)?))
+) -> Outcome<Gradients<'py>> {
+    entry(|| {
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let (saved, out) = T::kept(&state.kept)
+                .ok_or_else(|| Error::Argument("state is of another dtype than q".into()))?;
+            let dout = View::new("dout", dout)?;
+            let (heads, dout) = (inputs.heads()?, dout.matrices()?);
+            let mut dq = Output::new(py, inputs.q.shape())?;
+            let mut dk = Output::new(py, inputs.k.shape())?;
+            let mut dv = Output::new(py, inputs.v.shape())?;
+            let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
+            let grads = AttentionGrads {
+                dq: dq.entries(),
+                dk: dk.entries(),
+                dv: dv.entries(),
+                dkey_bias: dkey_bias.as_mut().map(Output::entries),
+            };
+            let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, samples, grads))?;
+            let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
+            Ok((grads, plan::reports(py, &reports)?))
+        })
     })
 }
 
@@ -183,11 +190,13 @@ pub fn measure_error<'py>(
     scale: f64,
     samples: usize,
     seed: u64,
-) -> Result<Estimate> {
-    by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
-        let out = View::new("out", out)?;
-        let (heads, out) = (inputs.heads()?, out.matrices()?);
-        Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, causal, scale, &out, samples, seed))?))
+) -> Outcome<Estimate> {
+    entry(|| {
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let out = View::new("out", out)?;
+            let (heads, out) = (inputs.heads()?, out.matrices()?);
+            Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, causal, scale, &out, samples, seed))?))
+        })
     })
 }

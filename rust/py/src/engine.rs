@@ -6,7 +6,8 @@ use lingrad_core::{Engine, Error, engine};
 use numpy::PyReadonlyArrayDyn;
 use pyo3::prelude::*;
 
-use crate::error::{Failure, Result};
+use crate::entry::{Later, Outcome, entry};
+use crate::error::Failure;
 use crate::plan::{AutoFields, PlanFields};
 
 /// An engine, read from a `lingrad_rs.Exact`, `Polynomial`, `Landmark`, `Auto` or `Plan`.
@@ -136,7 +137,10 @@ impl Polynomial {
 
 /// An error where an engine's options do not fit together, or not with a causal mask or numbers of so many bytes.
 #[pyfunction]
-pub fn check_engine(engine: AnyEngine, causal: bool, itemsize: usize) -> Result<()> {
-    engine.0.validate(causal)?;
-    Ok(engine.0.check_floor(itemsize)?)
+pub fn check_engine(engine: Later<'_, AnyEngine>, causal: bool, itemsize: usize) -> Outcome<()> {
+    entry(|| {
+        let engine = engine.read()?.0;
+        engine.validate(causal)?;
+        Ok(engine.check_floor(itemsize)?)
+    })
 }

@@ -2,7 +2,7 @@
 
 use lingrad_core::Error;
 use pyo3::PyErr;
-use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError};
 
 /// Importable from Rust, defined in `lingrad_rs/errors.py`.
 mod classes {
@@ -31,6 +31,7 @@ impl From<Error> for Failure {
             Error::NonFinite(_) => classes::NonFiniteError::new_err(text),
             Error::Denominator(_) => classes::DenominatorError::new_err(text),
             Error::Tolerance(_) => classes::ToleranceError::new_err(text),
+            Error::Memory { .. } => PyMemoryError::new_err(text),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
         })
     }

@@ -12,6 +12,7 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
 use crate::engine::AnyEngine;
+use crate::entry::{Later, Outcome, entry};
 use crate::error::{Result, ShapeError};
 use crate::run::run;
 
@@ -80,13 +81,15 @@ pub fn linear_forward<'py>(
     x: Any<'_, 'py>,
     w: Any<'_, 'py>,
     b: Option<Any<'_, 'py>>,
-) -> Result<Array<'py>> {
-    by_dtype!(x, T => {
-        let (x, w) = (View::<T>::new("x", x)?, View::new("w", w)?);
-        let b = b.map(|b| View::new("b", b)?.vector()).transpose()?;
-        let (w, b) = (w.matrix()?, b.as_deref());
-        let params = [("w", w), ("b", row(b.unwrap_or_default()))];
-        forward(py, &x, w.ncols(), &params, |ctx, x, y| linear::forward(ctx, x, w, b, y))
+) -> Outcome<Array<'py>> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, w) = (View::<T>::new("x", x)?, View::new("w", w)?);
+            let b = b.map(|b| View::new("b", b)?.vector()).transpose()?;
+            let (w, b) = (w.matrix()?, b.as_deref());
+            let params = [("w", w), ("b", row(b.unwrap_or_default()))];
+            forward(py, &x, w.ncols(), &params, |ctx, x, y| linear::forward(ctx, x, w, b, y))
+        })
     })
 }
 
@@ -98,37 +101,43 @@ pub fn linear_backward<'py>(
     w: Any<'_, 'py>,
     has_bias: bool,
     dy: Any<'_, 'py>,
-) -> Result<(Array<'py>, Array<'py>, Option<Array<'py>>)> {
-    by_dtype!(x, T => {
-        let (x, w_view) = (View::<T>::new("x", x)?, View::new("w", w)?);
-        let w = w_view.matrix()?;
-        let mut dw = Output::new(py, w_view.shape())?;
-        let mut db = has_bias.then(|| Output::new(py, &[w.ncols()])).transpose()?;
-        let (dw_out, db_out) = (dw.entries(), db.as_mut().map(Output::entries));
-        let (dx, ()) = backward(py, &x, dy, &[("w", w)], |ctx, x, dy, dx| {
-            linear::backward(ctx, x, w, dy, dx, dw_out, db_out)
-        })?;
-        Ok((dx, dw.into_array(), db.map(Output::into_array)))
+) -> Outcome<(Array<'py>, Array<'py>, Option<Array<'py>>)> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, w_view) = (View::<T>::new("x", x)?, View::new("w", w)?);
+            let w = w_view.matrix()?;
+            let mut dw = Output::new(py, w_view.shape())?;
+            let mut db = has_bias.then(|| Output::new(py, &[w.ncols()])).transpose()?;
+            let (dw_out, db_out) = (dw.entries(), db.as_mut().map(Output::entries));
+            let (dx, ()) = backward(py, &x, dy, &[("w", w)], |ctx, x, dy, dx| {
+                linear::backward(ctx, x, w, dy, dx, dw_out, db_out)
+            })?;
+            Ok((dx, dw.into_array(), db.map(Output::into_array)))
+        })
     })
 }
 
 /// The activation, entry by entry.
 #[pyfunction]
-pub fn activation_forward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str) -> Result<Array<'py>> {
-    let kind: ActivationKind = kind.parse()?;
-    by_dtype!(x, T => {
-        let x = View::<T>::new("x", x)?;
-        forward(py, &x, x.rows_and_columns()?.1, &[], |ctx, x, y| activation::forward(ctx, kind, x, y))
+pub fn activation_forward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str) -> Outcome<Array<'py>> {
+    entry(|| {
+        let kind: ActivationKind = kind.parse()?;
+        by_dtype!(x, T => {
+            let x = View::<T>::new("x", x)?;
+            forward(py, &x, x.rows_and_columns()?.1, &[], |ctx, x, y| activation::forward(ctx, kind, x, y))
+        })
     })
 }
 
 /// `dx`.
 #[pyfunction]
-pub fn activation_backward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str, dy: Any<'_, 'py>) -> Result<Array<'py>> {
-    let kind: ActivationKind = kind.parse()?;
-    by_dtype!(x, T => {
-        let x = View::<T>::new("x", x)?;
-        Ok(backward(py, &x, dy, &[], |ctx, x, dy, dx| activation::backward(ctx, kind, x, dy, dx))?.0)
+pub fn activation_backward<'py>(py: Python<'py>, x: Any<'_, 'py>, kind: &str, dy: Any<'_, 'py>) -> Outcome<Array<'py>> {
+    entry(|| {
+        let kind: ActivationKind = kind.parse()?;
+        by_dtype!(x, T => {
+            let x = View::<T>::new("x", x)?;
+            Ok(backward(py, &x, dy, &[], |ctx, x, dy, dx| activation::backward(ctx, kind, x, dy, dx))?.0)
+        })
     })
 }
 
@@ -140,14 +149,16 @@ pub fn norm_forward<'py>(
     gain: Any<'_, 'py>,
     bias: Option<Any<'_, 'py>>,
     eps: f64,
-) -> Result<Array<'py>> {
-    by_dtype!(x, T => {
-        let (x, gain) = (View::<T>::new("x", x)?, View::new("gain", gain)?.vector()?);
-        let bias = bias.map(|b| View::new("bias", b)?.vector()).transpose()?;
-        let params = [("gain", row(&gain)), ("bias", row(bias.as_deref().unwrap_or_default()))];
-        forward(py, &x, x.rows_and_columns()?.1, &params, |ctx, x, y| match &bias {
-            None => norm::rms_forward(ctx, x, &gain, eps, y),
-            Some(bias) => norm::layer_forward(ctx, x, &gain, bias, eps, y),
+) -> Outcome<Array<'py>> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, gain) = (View::<T>::new("x", x)?, View::new("gain", gain)?.vector()?);
+            let bias = bias.map(|b| View::new("bias", b)?.vector()).transpose()?;
+            let params = [("gain", row(&gain)), ("bias", row(bias.as_deref().unwrap_or_default()))];
+            forward(py, &x, x.rows_and_columns()?.1, &params, |ctx, x, y| match &bias {
+                None => norm::rms_forward(ctx, x, &gain, eps, y),
+                Some(bias) => norm::layer_forward(ctx, x, &gain, bias, eps, y),
+            })
         })
     })
 }
@@ -161,17 +172,19 @@ pub fn norm_backward<'py>(
     has_bias: bool,
     eps: f64,
     dy: Any<'_, 'py>,
-) -> Result<(Array<'py>, Array<'py>, Option<Array<'py>>)> {
-    by_dtype!(x, T => {
-        let (x, gain) = (View::<T>::new("x", x)?, View::new("gain", gain)?.vector()?);
-        let mut dgain = Output::new(py, &[gain.len()])?;
-        let mut dbias = has_bias.then(|| Output::new(py, &[gain.len()])).transpose()?;
-        let (dgain_out, dbias_out) = (dgain.entries(), dbias.as_mut().map(Output::entries));
-        let (dx, ()) = backward(py, &x, dy, &[("gain", row(&gain))], |ctx, x, dy, dx| match dbias_out {
-            None => norm::rms_backward(ctx, x, &gain, eps, dy, dx, dgain_out),
-            Some(dbias) => norm::layer_backward(ctx, x, &gain, eps, dy, dx, dgain_out, dbias),
-        })?;
-        Ok((dx, dgain.into_array(), dbias.map(Output::into_array)))
+) -> Outcome<(Array<'py>, Array<'py>, Option<Array<'py>>)> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, gain) = (View::<T>::new("x", x)?, View::new("gain", gain)?.vector()?);
+            let mut dgain = Output::new(py, &[gain.len()])?;
+            let mut dbias = has_bias.then(|| Output::new(py, &[gain.len()])).transpose()?;
+            let (dgain_out, dbias_out) = (dgain.entries(), dbias.as_mut().map(Output::entries));
+            let (dx, ()) = backward(py, &x, dy, &[("gain", row(&gain))], |ctx, x, dy, dx| match dbias_out {
+                None => norm::rms_backward(ctx, x, &gain, eps, dy, dx, dgain_out),
+                Some(dbias) => norm::layer_backward(ctx, x, &gain, eps, dy, dx, dgain_out, dbias),
+            })?;
+            Ok((dx, dgain.into_array(), dbias.map(Output::into_array)))
+        })
     })
 }
 
@@ -183,13 +196,15 @@ pub fn feed_forward_forward<'py>(
     w_in: Any<'_, 'py>,
     w_out: Any<'_, 'py>,
     kind: &str,
-) -> Result<Array<'py>> {
-    let kind: ActivationKind = kind.parse()?;
-    by_dtype!(x, T => {
-        let (x, w_in, w_out) = (View::<T>::new("x", x)?, View::new("w_in", w_in)?, View::new("w_out", w_out)?);
-        let (w_in, w_out) = (w_in.matrix()?, w_out.matrix()?);
-        forward(py, &x, w_out.ncols(), &[("w_in", w_in), ("w_out", w_out)], |ctx, x, y| {
-            feed_forward::forward(ctx, x, w_in, w_out, kind, y)
+) -> Outcome<Array<'py>> {
+    entry(|| {
+        let kind: ActivationKind = kind.parse()?;
+        by_dtype!(x, T => {
+            let (x, w_in, w_out) = (View::<T>::new("x", x)?, View::new("w_in", w_in)?, View::new("w_out", w_out)?);
+            let (w_in, w_out) = (w_in.matrix()?, w_out.matrix()?);
+            forward(py, &x, w_out.ncols(), &[("w_in", w_in), ("w_out", w_out)], |ctx, x, y| {
+                feed_forward::forward(ctx, x, w_in, w_out, kind, y)
+            })
         })
     })
 }
@@ -203,34 +218,38 @@ pub fn feed_forward_backward<'py>(
     w_out: Any<'_, 'py>,
     kind: &str,
     dy: Any<'_, 'py>,
-) -> Result<(Array<'py>, Array<'py>, Array<'py>)> {
-    let kind: ActivationKind = kind.parse()?;
-    by_dtype!(x, T => {
-        let (x, in_view, out_view) = (View::<T>::new("x", x)?, View::new("w_in", w_in)?, View::new("w_out", w_out)?);
-        let (w_in, w_out) = (in_view.matrix()?, out_view.matrix()?);
-        let mut dw_in = Output::new(py, in_view.shape())?;
-        let mut dw_out = Output::new(py, out_view.shape())?;
-        let (din, dout) = (dw_in.entries(), dw_out.entries());
-        let (dx, ()) = backward(py, &x, dy, &[("w_in", w_in), ("w_out", w_out)], |ctx, x, dy, dx| {
-            feed_forward::backward(ctx, x, w_in, w_out, kind, dy, dx, din, dout)
-        })?;
-        Ok((dx, dw_in.into_array(), dw_out.into_array()))
+) -> Outcome<(Array<'py>, Array<'py>, Array<'py>)> {
+    entry(|| {
+        let kind: ActivationKind = kind.parse()?;
+        by_dtype!(x, T => {
+            let (x, in_view, out_view) = (View::<T>::new("x", x)?, View::new("w_in", w_in)?, View::new("w_out", w_out)?);
+            let (w_in, w_out) = (in_view.matrix()?, out_view.matrix()?);
+            let mut dw_in = Output::new(py, in_view.shape())?;
+            let mut dw_out = Output::new(py, out_view.shape())?;
+            let (din, dout) = (dw_in.entries(), dw_out.entries());
+            let (dx, ()) = backward(py, &x, dy, &[("w_in", w_in), ("w_out", w_out)], |ctx, x, dy, dx| {
+                feed_forward::backward(ctx, x, w_in, w_out, kind, dy, dx, din, dout)
+            })?;
+            Ok((dx, dw_in.into_array(), dw_out.into_array()))
+        })
     })
 }
 
 /// `embed[tokens]`.
 #[pyfunction]
-pub fn embedding_forward<'py>(py: Python<'py>, tokens: Tokens<'py>, embed: Any<'_, 'py>) -> Result<Array<'py>> {
-    by_dtype!(embed, T => {
-        let embed = View::<T>::new("embed", embed)?;
-        let embed = embed.matrix()?;
-        let mut y = Output::new(py, &joined(tokens.shape(), &[embed.ncols()]))?;
-        let (tokens, entries) = (slice(&tokens)?, y.entries());
-        run(py, None, |ctx| {
-            check_finite("embed", &[embed])?;
-            embedding::forward(ctx, tokens, embed, entries)
-        })?;
-        Ok(y.into_array())
+pub fn embedding_forward<'py>(py: Python<'py>, tokens: Tokens<'py>, embed: Any<'_, 'py>) -> Outcome<Array<'py>> {
+    entry(|| {
+        by_dtype!(embed, T => {
+            let embed = View::<T>::new("embed", embed)?;
+            let embed = embed.matrix()?;
+            let mut y = Output::new(py, &joined(tokens.shape(), &[embed.ncols()]))?;
+            let (tokens, entries) = (slice(&tokens)?, y.entries());
+            run(py, None, |ctx| {
+                check_finite("embed", &[embed])?;
+                embedding::forward(ctx, tokens, embed, entries)
+            })?;
+            Ok(y.into_array())
+        })
     })
 }
 
@@ -241,17 +260,19 @@ pub fn embedding_backward<'py>(
     tokens: Tokens<'py>,
     vocab: usize,
     dy: Any<'_, 'py>,
-) -> Result<Array<'py>> {
-    by_dtype!(dy, T => {
-        let dy = View::<T>::new("dy", dy)?;
-        let dy = dy.rows()?;
-        let mut dembed = Output::new(py, &[vocab, dy.d()])?;
-        let (tokens, entries) = (slice(&tokens)?, dembed.entries());
-        run(py, None, |ctx| {
-            check_finite("dy", dy.blocks())?;
-            embedding::backward(ctx, tokens, &dy, vocab, entries)
-        })?;
-        Ok(dembed.into_array())
+) -> Outcome<Array<'py>> {
+    entry(|| {
+        by_dtype!(dy, T => {
+            let dy = View::<T>::new("dy", dy)?;
+            let dy = dy.rows()?;
+            let mut dembed = Output::new(py, &[vocab, dy.d()])?;
+            let (tokens, entries) = (slice(&tokens)?, dembed.entries());
+            run(py, None, |ctx| {
+                check_finite("dy", dy.blocks())?;
+                embedding::backward(ctx, tokens, &dy, vocab, entries)
+            })?;
+            Ok(dembed.into_array())
+        })
     })
 }
 
@@ -319,14 +340,16 @@ fn self_attention<'a, T: Scalar>(
 pub fn self_attention_forward<'py>(
     py: Python<'py>,
     x: Any<'_, 'py>,
-    weights: Vec<Bound<'py, numpy::PyUntypedArray>>,
-    options: AttentionOptions,
-) -> Result<Array<'py>> {
-    by_dtype!(x, T => {
-        let (x, weights) = (View::<T>::new("x", x)?, WeightViews::new(&weights)?);
-        let weights = weights.matrices()?;
-        let module = self_attention(&weights, options)?;
-        forward(py, &x, module.output_width(), &weights, |ctx, x, y| module.forward(ctx, x, y))
+    weights: Later<'py, Vec<Bound<'py, numpy::PyUntypedArray>>>,
+    options: Later<'py, AttentionOptions>,
+) -> Outcome<Array<'py>> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, weights) = (View::<T>::new("x", x)?, WeightViews::new(&weights.read()?)?);
+            let weights = weights.matrices()?;
+            let module = self_attention(&weights, options.read()?)?;
+            forward(py, &x, module.output_width(), &weights, |ctx, x, y| module.forward(ctx, x, y))
+        })
     })
 }
 
@@ -335,22 +358,24 @@ pub fn self_attention_forward<'py>(
 pub fn self_attention_backward<'py>(
     py: Python<'py>,
     x: Any<'_, 'py>,
-    weights: Vec<Bound<'py, numpy::PyUntypedArray>>,
-    options: AttentionOptions,
+    weights: Later<'py, Vec<Bound<'py, numpy::PyUntypedArray>>>,
+    options: Later<'py, AttentionOptions>,
     dy: Any<'_, 'py>,
-) -> Result<(Array<'py>, Bound<'py, PyDict>)> {
-    by_dtype!(x, T => {
-        let (x, views) = (View::<T>::new("x", x)?, WeightViews::new(&weights)?);
-        let weights = views.matrices()?;
-        let module = self_attention(&weights, options)?;
-        let (dx, mut grads) =
-            backward(py, &x, dy, &weights, |ctx, x, dy, dx| module.backward(ctx, x, dy, dx))?;
-        let named = PyDict::new(py);
-        for (name, view) in &views.0 {
-            if let Some(grad) = grads.remove(name) {
-                named.set_item(name, from_vec(py, grad, view.shape())?)?;
+) -> Outcome<(Array<'py>, Bound<'py, PyDict>)> {
+    entry(|| {
+        by_dtype!(x, T => {
+            let (x, views) = (View::<T>::new("x", x)?, WeightViews::new(&weights.read()?)?);
+            let weights = views.matrices()?;
+            let module = self_attention(&weights, options.read()?)?;
+            let (dx, mut grads) =
+                backward(py, &x, dy, &weights, |ctx, x, dy, dx| module.backward(ctx, x, dy, dx))?;
+            let named = PyDict::new(py);
+            for (name, view) in &views.0 {
+                if let Some(grad) = grads.remove(name) {
+                    named.set_item(name, from_vec(py, grad, view.shape())?)?;
+                }
             }
-        }
-        Ok((dx, named))
+            Ok((dx, named))
+        })
     })
 }

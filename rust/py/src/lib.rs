@@ -6,6 +6,7 @@
 mod arrays;
 mod attention;
 mod engine;
+mod entry;
 mod error;
 mod huge_pages;
 mod layers;
@@ -16,7 +17,7 @@ mod transformer;
 
 use pyo3::prelude::*;
 
-use crate::error::Result;
+use crate::entry::{Outcome, entry};
 
 #[global_allocator]
 static ALLOCATOR: huge_pages::HugePages = huge_pages::HugePages;
@@ -54,26 +55,28 @@ mod _lingrad_rs {
 
 /// The number of threads that the next call works with.
 #[pyfunction]
-fn get_num_threads(py: Python<'_>) -> usize {
-    run::num_threads(py)
+fn get_num_threads(py: Python<'_>) -> Outcome<usize> {
+    entry(|| Ok(run::num_threads(py)))
 }
 
 /// Sets the number of threads that later calls work with.
 #[pyfunction]
-fn set_num_threads(py: Python<'_>, n: usize) -> Result<()> {
-    run::set_num_threads(py, n)
+fn set_num_threads(py: Python<'_>, n: usize) -> Outcome<()> {
+    entry(|| run::set_num_threads(py, n))
 }
 
 /// The vector instructions that this machine has and the kernels use.
 #[pyfunction]
-fn simd_level() -> &'static str {
-    match pulp::Arch::new() {
-        #[cfg(target_arch = "x86_64")]
-        pulp::Arch::V4(_) => "avx512",
-        #[cfg(target_arch = "x86_64")]
-        pulp::Arch::V3(_) => "avx2",
-        #[cfg(target_arch = "aarch64")]
-        pulp::Arch::Neon(_) => "neon",
-        _ => "scalar",
-    }
+fn simd_level() -> Outcome<&'static str> {
+    entry(|| {
+        Ok(match pulp::Arch::new() {
+            #[cfg(target_arch = "x86_64")]
+            pulp::Arch::V4(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            pulp::Arch::V3(_) => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            pulp::Arch::Neon(_) => "neon",
+            _ => "scalar",
+        })
+    })
 }

@@ -1,6 +1,5 @@
 //! Running the core: on the crate's own threads, without the GIL, stoppable by Ctrl-C.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -11,6 +10,7 @@ use lingrad_core::Context;
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::entry::internal_error;
 use crate::error::{ArgumentError, LingradError, Result};
 
 /// How often the waiting thread looks for signals and reports progress.
@@ -140,13 +140,4 @@ fn watch(py: Python<'_>, context: &Context, progress: Option<&Py<PyAny>>) -> PyR
         Some(progress) => progress.call1(py, (context.progress(),)).map(drop),
         None => Ok(()),
     }
-}
-
-fn internal_error(panic: &(dyn Any + Send)) -> PyErr {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("unknown");
-    LingradError::new_err(format!("internal error: {text}; please report it with the call that led to it"))
 }

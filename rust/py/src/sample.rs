@@ -10,6 +10,7 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Scalar, View, by_dtype};
 use crate::attention::{Estimate, estimate};
+use crate::entry::{Later, Outcome, entry};
 use crate::error::Result;
 use crate::plan::constants_dict;
 use crate::run::run;
@@ -62,12 +63,14 @@ pub fn draw_rows<'py>(
     guides: PyReadonlyArray2<'py, f64>,
     samples: usize,
     seed: u64,
-) -> Result<Drawn<'py>> {
-    let guides = guides.as_array();
-    let total = guides.ncols();
-    let guides: Vec<Vec<f64>> = guides.outer_iter().map(|guide| guide.to_vec()).collect();
-    let (rows, weights) = run(py, None, |_| sampled::draw_rows(total, &guides, samples, seed))?;
-    Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
+) -> Outcome<Drawn<'py>> {
+    entry(|| {
+        let guides = guides.as_array();
+        let total = guides.ncols();
+        let guides: Vec<Vec<f64>> = guides.outer_iter().map(|guide| guide.to_vec()).collect();
+        let (rows, weights) = run(py, None, |_| sampled::draw_rows(total, &guides, samples, seed))?;
+        Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
+    })
 }
 
 fn indices(py: Python<'_>, x: Vec<usize>) -> Bound<'_, PyArray1<i64>> {
@@ -83,26 +86,30 @@ pub fn estimate_error(
     weights: Numbers<'_, f64>,
     total: usize,
     given: Option<f64>,
-) -> Result<Estimate> {
-    let squares = squares.as_array();
-    if squares.ncols() != 3 {
-        return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 3)", squares.shape())).into());
-    }
-    let rows = squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2] });
-    Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
+) -> Outcome<Estimate> {
+    entry(|| {
+        let squares = squares.as_array();
+        if squares.ncols() != 3 {
+            return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 3)", squares.shape())).into());
+        }
+        let rows = squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2] });
+        Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
+    })
 }
 
 /// Rows, or keys, out of `n` that results within a tolerance are held against.
 #[pyfunction]
-pub fn rows_to_verify(n: usize) -> usize {
-    sampled::rows_to_verify(n)
+pub fn rows_to_verify(n: usize) -> Outcome<usize> {
+    entry(|| Ok(sampled::rows_to_verify(n)))
 }
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.
 #[pyfunction]
-pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Result<Bound<'_, PyArray1<i64>>> {
-    let drawn = run(py, None, |_| Ok(sampled::stratified(n, count, seed)))?;
-    Ok(indices(py, drawn))
+pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Outcome<Bound<'_, PyArray1<i64>>> {
+    entry(|| {
+        let drawn = run(py, None, |_| Ok(sampled::stratified(n, count, seed)))?;
+        Ok(indices(py, drawn))
+    })
 }
 
 /// `a_0 .. a_degree` for the scores of one head's tokens.
@@ -114,16 +121,19 @@ pub fn fitted_coefficients<'py>(
     k: Any<'_, 'py>,
     key_bias: Option<Any<'_, 'py>>,
     degree: usize,
-    query_shift: Vec<f64>,
-    key_shift: Vec<f64>,
+    query_shift: Later<'py, Vec<f64>>,
+    key_shift: Later<'py, Vec<f64>>,
     causal: bool,
     scale: f64,
     head: usize,
-) -> Result<Vec<f64>> {
-    by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-        let tokens = inputs.tokens(causal, scale, head)?;
-        run(py, None, |_| sampled::fitted_coefficients(&tokens, degree, [query_shift, key_shift]))
+) -> Outcome<Vec<f64>> {
+    entry(|| {
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
+            let tokens = inputs.tokens(causal, scale, head)?;
+            let shift = [query_shift.read()?, key_shift.read()?];
+            run(py, None, |_| sampled::fitted_coefficients(&tokens, degree, shift))
+        })
     })
 }
 
@@ -137,25 +147,28 @@ pub fn fitted_polynomials<'py>(
     k: Any<'_, 'py>,
     key_bias: Option<Any<'_, 'py>>,
     degree: usize,
-    query_shift: Vec<f64>,
-    key_shift: Vec<f64>,
-    positions: Option<(Numbers<'py, i64>, Numbers<'py, i64>)>,
+    query_shift: Later<'py, Vec<f64>>,
+    key_shift: Later<'py, Vec<f64>>,
+    positions: Later<'py, Option<(Numbers<'py, i64>, Numbers<'py, i64>)>>,
     causal: bool,
     scale: f64,
-) -> Result<(Vec<Option<Vec<f64>>>, f64)> {
-    let position = |x: &Numbers<'py, i64>| -> lingrad_core::Result<Vec<usize>> {
-        let negative = |_| Error::Argument("a position is negative; expected those of tokens".into());
-        numbers(x).into_iter().map(|i| usize::try_from(i).map_err(negative)).collect()
-    };
-    let positions = positions.map(|(q, k)| Ok::<_, Error>([position(&q)?, position(&k)?])).transpose()?;
-    by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-        let tokens = inputs.tokens(causal, scale, 0)?;
-        let positions = positions.as_ref().map(|[q, k]| [&q[..], &k[..]]);
-        let Fits { coefficients, error } = run(py, None, |_| {
-            sampled::fitted_polynomials(&tokens, degree, [query_shift, key_shift], positions)
-        })?;
-        Ok((coefficients, error))
+) -> Outcome<(Vec<Option<Vec<f64>>>, f64)> {
+    entry(|| {
+        let position = |x: &Numbers<'py, i64>| -> lingrad_core::Result<Vec<usize>> {
+            let negative = |_| Error::Argument("a position is negative; expected those of tokens".into());
+            numbers(x).into_iter().map(|i| usize::try_from(i).map_err(negative)).collect()
+        };
+        let positions = positions.read()?.map(|(q, k)| Ok::<_, Error>([position(&q)?, position(&k)?])).transpose()?;
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
+            let tokens = inputs.tokens(causal, scale, 0)?;
+            let positions = positions.as_ref().map(|[q, k]| [&q[..], &k[..]]);
+            let shift = [query_shift.read()?, key_shift.read()?];
+            let Fits { coefficients, error } = run(py, None, |_| {
+                sampled::fitted_polynomials(&tokens, degree, shift, positions)
+            })?;
+            Ok((coefficients, error))
+        })
     })
 }
 
@@ -173,13 +186,15 @@ pub fn landmark_constants<'py>(
     causal: bool,
     scale: f64,
     head: usize,
-) -> Result<Bound<'py, PyDict>> {
-    let constants: LandmarkConstants = by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-        let tokens = inputs.tokens(causal, scale, head)?;
-        run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed))?
-    });
-    constants_dict(py, &constants)
+) -> Outcome<Bound<'py, PyDict>> {
+    entry(|| {
+        let constants: LandmarkConstants = by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
+            let tokens = inputs.tokens(causal, scale, head)?;
+            run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed))?
+        });
+        constants_dict(py, &constants)
+    })
 }
 
 /// The rank, the constants (None with `strict`) and the error of landmarks within a tolerance, or why there are none.
@@ -198,28 +213,34 @@ pub fn landmark_candidates<'py>(
     gradients: bool,
     strict: bool,
     seed: u64,
-    ranks: Vec<usize>,
+    ranks: Later<'py, Vec<usize>>,
     causal: bool,
     scale: f64,
     head: usize,
-) -> Result<Candidate<'py>> {
-    let auto = Auto { tol, gradients, strict_causal: strict, seed };
-    let found = by_dtype!(q, T => {
-        let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-        let tokens = inputs.tokens(causal, scale, head)?;
-        run(py, None, |ctx| sampled::landmark_candidates(ctx, &tokens, &auto, strict, &ranks))?
-    });
-    match found {
-        Ok(found) => {
-            let constants = found.constants.map(|constants| constants_dict(py, &constants)).transpose()?;
-            Ok((Some((found.rank, constants, found.error)), String::new()))
+) -> Outcome<Candidate<'py>> {
+    entry(|| {
+        let ranks = ranks.read()?;
+        let auto = Auto { tol, gradients, strict_causal: strict, seed };
+        let found = by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
+            let tokens = inputs.tokens(causal, scale, head)?;
+            run(py, None, |ctx| sampled::landmark_candidates(ctx, &tokens, &auto, strict, &ranks))?
+        });
+        match found {
+            Ok(found) => {
+                let constants = found.constants.map(|constants| constants_dict(py, &constants)).transpose()?;
+                Ok((Some((found.rank, constants, found.error)), String::new()))
+            }
+            Err(reason) => Ok((None, reason)),
         }
-        Err(reason) => Ok((None, reason)),
-    }
+    })
 }
 
 /// The largest relative error of the polynomial with these coefficients over `|s| <= r`.
 #[pyfunction]
-pub fn largest_relative_error(py: Python<'_>, coefficients: Vec<f64>, r: f64) -> Result<f64> {
-    run(py, None, |_| Ok(sampled::largest_relative_error(&coefficients, r)))
+pub fn largest_relative_error(py: Python<'_>, coefficients: Later<'_, Vec<f64>>, r: f64) -> Outcome<f64> {
+    entry(|| {
+        let coefficients = coefficients.read()?;
+        run(py, None, |_| Ok(sampled::largest_relative_error(&coefficients, r)))
+    })
 }

@@ -12,6 +12,7 @@ use pyo3::types::PyDict;
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
 use crate::attention::{Estimate, estimate};
 use crate::engine::AnyEngine;
+use crate::entry::{Later, Outcome, entry};
 use crate::error::{Result, ShapeError};
 use crate::layers::{check_finite, slice};
 use crate::plan;
@@ -57,8 +58,8 @@ impl ConfigFields {
 
 /// The name and shape of every parameter, in the model's order; an error where the configuration does not fit.
 #[pyfunction]
-pub fn transformer_param_shapes(config: ConfigFields) -> Result<Vec<(String, Vec<usize>)>> {
-    Ok(config.config()?.param_shapes())
+pub fn transformer_param_shapes(config: Later<'_, ConfigFields>) -> Outcome<Vec<(String, Vec<usize>)>> {
+    entry(|| Ok(config.read()?.config()?.param_shapes()))
 }
 
 /// Parameters as Python hands them over.
@@ -171,22 +172,24 @@ keep!(f64, F64);
 #[pyfunction]
 pub fn transformer_forward<'py>(
     py: Python<'py>,
-    config: ConfigFields,
-    params: Named<'py>,
+    config: Later<'py, ConfigFields>,
+    params: Later<'py, Named<'py>>,
     input: Any<'_, 'py>,
-) -> Result<(Bound<'py, PyAny>, TransformerTrace)> {
-    let config = config.config()?;
-    by_dtype!(first(&params)?, T => {
-        let (views, source) = (ParamViews::<T>::new(&params)?, Source::new(input)?);
-        let (params, rows) = (views.params()?, source.rows()?);
-        let input = source.input(&rows)?;
-        let mut y = Output::new(py, &joined(source.positions(), &[config.vocab_size]))?;
-        let entries = y.entries();
-        let trace = run(py, None, |ctx| {
-            check_input(&input)?;
-            transformer::forward(ctx, &config, &params, &input, entries)
-        })?;
-        Ok((y.into_array(), T::keep(trace)))
+) -> Outcome<(Bound<'py, PyAny>, TransformerTrace)> {
+    entry(|| {
+        let (config, params) = (config.read()?.config()?, params.read()?);
+        by_dtype!(first(&params)?, T => {
+            let (views, source) = (ParamViews::<T>::new(&params)?, Source::new(input)?);
+            let (params, rows) = (views.params()?, source.rows()?);
+            let input = source.input(&rows)?;
+            let mut y = Output::new(py, &joined(source.positions(), &[config.vocab_size]))?;
+            let entries = y.entries();
+            let trace = run(py, None, |ctx| {
+                check_input(&input)?;
+                transformer::forward(ctx, &config, &params, &input, entries)
+            })?;
+            Ok((y.into_array(), T::keep(trace)))
+        })
     })
 }
 
@@ -194,27 +197,29 @@ pub fn transformer_forward<'py>(
 #[pyfunction]
 pub fn transformer_backward<'py>(
     py: Python<'py>,
-    config: ConfigFields,
-    params: Named<'py>,
+    config: Later<'py, ConfigFields>,
+    params: Later<'py, Named<'py>>,
     input: Any<'_, 'py>,
     trace: &TransformerTrace,
     dy: Any<'_, 'py>,
-) -> Result<(Bound<'py, PyAny>, Bound<'py, PyDict>)> {
-    let config = config.config()?;
-    by_dtype!(first(&params)?, T => {
-        let (views, source) = (ParamViews::<T>::new(&params)?, Source::new(input)?);
-        let (params, rows) = (views.params()?, source.rows()?);
-        let input = source.input(&rows)?;
-        let trace = T::kept(trace).ok_or_else(|| Error::Argument("trace is of another dtype than params".into()))?;
-        let dy = View::new("dy", dy)?;
-        let dy = dy.rows()?;
-        let Backward { dx, grads, .. } = run(py, None, |ctx| {
-            check_input(&input)?;
-            check_finite("dy", dy.blocks())?;
-            transformer::backward(ctx, &config, &params, &input, trace, &dy)
-        })?;
-        let dx = from_vec(py, dx, &joined(source.positions(), &[config.d_model]))?;
-        Ok((dx, named(py, &config, grads)?))
+) -> Outcome<(Bound<'py, PyAny>, Bound<'py, PyDict>)> {
+    entry(|| {
+        let (config, params) = (config.read()?.config()?, params.read()?);
+        by_dtype!(first(&params)?, T => {
+            let (views, source) = (ParamViews::<T>::new(&params)?, Source::new(input)?);
+            let (params, rows) = (views.params()?, source.rows()?);
+            let input = source.input(&rows)?;
+            let trace = T::kept(trace).ok_or_else(|| Error::Argument("trace is of another dtype than params".into()))?;
+            let dy = View::new("dy", dy)?;
+            let dy = dy.rows()?;
+            let Backward { dx, grads, .. } = run(py, None, |ctx| {
+                check_input(&input)?;
+                check_finite("dy", dy.blocks())?;
+                transformer::backward(ctx, &config, &params, &input, trace, &dy)
+            })?;
+            let dx = from_vec(py, dx, &joined(source.positions(), &[config.d_model]))?;
+            Ok((dx, named(py, &config, grads)?))
+        })
     })
 }
 
@@ -227,26 +232,28 @@ type LayerReport<'py> = (Option<Estimate>, Vec<Bound<'py, PyDict>>);
 #[pyo3(signature = (config, params, tokens, targets, *, samples, progress))]
 pub fn transformer_value_and_grad<'py>(
     py: Python<'py>,
-    config: ConfigFields,
-    params: Named<'py>,
+    config: Later<'py, ConfigFields>,
+    params: Later<'py, Named<'py>>,
     tokens: PyReadonlyArrayDyn<'py, u32>,
     targets: PyReadonlyArrayDyn<'py, u32>,
     samples: usize,
     progress: Option<&Bound<'py, PyAny>>,
-) -> Result<(f64, Bound<'py, PyDict>, Vec<LayerReport<'py>>)> {
-    let config = config.config()?;
-    by_dtype!(first(&params)?, T => {
-        let views = ParamViews::<T>::new(&params)?;
-        let params = views.params()?;
-        let (batch, n) = batch_and_n(tokens.shape());
-        let (tokens, targets) = (slice(&tokens)?, slice(&targets)?);
-        let (loss, Backward { grads, reports, .. }) = run(py, progress, |ctx| {
-            transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)
-        })?;
-        let layers = (reports.iter())
-            .map(|report| Ok((report.error.map(estimate), plan::reports(py, &report.heads)?)))
-            .collect::<Result<_>>()?;
-        Ok((loss, named(py, &config, grads)?, layers))
+) -> Outcome<(f64, Bound<'py, PyDict>, Vec<LayerReport<'py>>)> {
+    entry(|| {
+        let (config, params) = (config.read()?.config()?, params.read()?);
+        by_dtype!(first(&params)?, T => {
+            let views = ParamViews::<T>::new(&params)?;
+            let params = views.params()?;
+            let (batch, n) = batch_and_n(tokens.shape());
+            let (tokens, targets) = (slice(&tokens)?, slice(&targets)?);
+            let (loss, Backward { grads, reports, .. }) = run(py, progress, |ctx| {
+                transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)
+            })?;
+            let layers = (reports.iter())
+                .map(|report| Ok((report.error.map(estimate), plan::reports(py, &report.heads)?)))
+                .collect::<Result<_>>()?;
+            Ok((loss, named(py, &config, grads)?, layers))
+        })
     })
 }
 
