@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import RUST
+from conftest import GPU_NUMPY, RUST
 from helpers import (
     assert_close,
     assert_same_bits,
@@ -236,6 +236,19 @@ def test_tokens_may_be_integers_of_any_kind(kind, backend, rng):
     want_loss, want = model.value_and_grad(tokens, targets)
     assert loss == want_loss
     assert_same_bits(grads, want)
+
+
+@pytest.mark.parametrize("kind", [">u2", ">i4", ">i8"])
+@pytest.mark.parametrize("backend", [RUST, GPU_NUMPY], indirect=True, ids=lambda backend: backend.name)
+def test_tokens_may_be_in_another_byte_order(kind, backend, rng):
+    model, tokens, targets = model_and_tokens(backend, rng)
+    want_loss, want = model.value_and_grad(tokens, targets)
+    loss, grads = model.value_and_grad(tokens.astype(kind), targets.astype(kind))
+    assert loss == want_loss
+    assert_same_bits(grads, want)
+    assert np.array_equal(model.model.vjp(tokens.astype(kind))[0], model.model.vjp(tokens)[0])
+    embedding = lg.Embedding(embed=np.eye(13))
+    assert np.array_equal(embedding.vjp(tokens.astype(kind))[0], embedding.vjp(tokens)[0])
 
 
 def test_parameters_may_change_between_calls(backend, rng):

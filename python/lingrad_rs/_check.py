@@ -123,8 +123,8 @@ def _plain_name(dtype: Any) -> str:
 
 
 def is_integer(x: Any) -> bool:
-    """Whether an array is of an integer dtype."""
-    return dtype_name(x).startswith(("int", "uint"))
+    """Whether an array is of an integer dtype, in any byte order."""
+    return x.dtype.kind in "iu" if isinstance(x.dtype, np.dtype) else dtype_name(x).startswith(("int", "uint"))
 
 
 def is_float(x: Any) -> bool:

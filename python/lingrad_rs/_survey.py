@@ -8,17 +8,17 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _bench
+from . import _bench, _files
 from .attention import _arguments, attention, attention_vjp, measure_error, plan_attention
 from .engines import Auto, Engine, Exact, Landmark, Polynomial
 from .errors import ArgumentError, LingradError, ShapeError
 from .plan import ErrorEstimate, HeadPlan
-from .transformer import Transformer, load
+from .transformer import is_model
 
 __all__ = ["Choice", "Head", "Scores", "Survey", "Task", "Trial", "heads", "plot", "read", "survey"]
 
@@ -114,15 +114,10 @@ class Survey:
 
 def read(path: Path, task: Task, max_tokens: int | None) -> tuple[Array, Array, Array]:
     """The arrays q, k and v of a file, each (layers, heads, n, d), no more than so many tokens of them."""
-    if path.suffix not in (".npz", ".safetensors"):
+    if str(path) != "-" and path.suffix not in (".npz", ".safetensors"):
         raise ArgumentError(f"{path} is of an unknown kind; expected a name that ends in .npz or .safetensors")
-    stored = _read_npz(path) if path.suffix == ".npz" else load(path)
-    if isinstance(stored, Transformer):
-        raise ArgumentError(f"{path} holds a Transformer; expected arrays q, k and v")
-    for name in "qkv":
-        if name not in stored:
-            raise ArgumentError(f"{path} lacks an array {name!r}; it holds {', '.join(stored) or 'none'}")
-    q, k, v = stored["q"], stored["k"], stored["v"]
+    with _files.seekable(path) as (file, name):
+        q, k, v = _stored(file, name, path.suffix)
     if not 2 <= q.ndim <= 4:
         raise ShapeError(f"q has shape {q.shape}; expected (n, d), (heads, n, d) or (layers, heads, n, d)")
     (q, k, v, _), _ = _arguments(q, k, v, None, Exact(), task.causal, task.scale)
@@ -133,15 +128,20 @@ def read(path: Path, task: Task, max_tokens: int | None) -> tuple[Array, Array, 
     return q, k, v
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ArgumentError(f"{path} cannot be read as .npz: it is not an archive")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files if name in ("q", "k", "v")}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"{path} cannot be read as .npz: {error}") from error
+def _stored(file: BinaryIO, name: str, suffix: str) -> tuple[Array, Array, Array]:
+    """The arrays q, k and v of an open file, whose first bytes tell its kind where its name does not."""
+    if suffix == ".npz" or (not suffix and zipfile.is_zipfile(file)):
+        arrays, held = _files.read_npz(file, name, "qkv")
+    else:
+        stored = _files.SafeTensors(file, name)
+        if is_model(stored):
+            raise ArgumentError(f"{name} holds a Transformer; expected arrays q, k and v")
+        held = list(stored.shapes)
+        arrays = stored.read(array for array in "qkv" if array in held)
+    for array in "qkv":
+        if array not in arrays:
+            raise ArgumentError(f"{name} lacks an array {array!r}; it holds {', '.join(held) or 'none'}")
+    return arrays["q"], arrays["k"], arrays["v"]
 
 
 def heads(arrays: tuple[Array, Array, Array], layers: Sequence[int], picked: Sequence[int]) -> list[Head]:

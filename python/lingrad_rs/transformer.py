@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _backend, _check
+from . import _backend, _check, _files
 from .engines import Auto, Engine, Exact, Landmark, Polynomial, check_engine
 from .errors import ArgumentError, DeviceError, ShapeError
 from .modules import ACTIVATIONS
@@ -24,6 +26,10 @@ __all__ = ["GradientReport", "LayerReport", "Transformer", "TransformerConfig", 
 
 Array = NDArray[Any]
 _METADATA = "lingrad_rs.config"
+
+# Far beyond any model; so that nothing grows without end before it is known to fit, be it names or sizes in bytes.
+_MOST_LAYERS = 2**16
+_MOST_PARAMETERS = 2**59
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,26 @@ class TransformerConfig:
         if self.score_bound is not None:
             object.__setattr__(self, "score_bound", _check.positive("score_bound", self.score_bound))
         check_engine(self.engine)
-        self.param_shapes()
+        count = self.param_count()
+        for what, number, most in (
+            (f"n_layers is {self.n_layers}, of {count} parameters", self.n_layers, _MOST_LAYERS),
+            (f"the parameters are {count} numbers", count, _MOST_PARAMETERS),
+        ):
+            if number > most:
+                raise ArgumentError(f"{what}; expected at most {most}: in float32 they would take {4 * count} bytes")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter by name, in the model's order."""
-        return {name: tuple(shape) for name, shape in _backend.of().transformer_param_shapes(self)}
+        return self._shapes(self.n_layers)
+
+    def param_count(self) -> int:
+        """How many numbers all parameters are together."""
+        one, two = (sum(map(math.prod, self._shapes(n).values())) for n in (1, 2))
+        return one + (self.n_layers - 1) * (two - one)
+
+    def _shapes(self, n_layers: int) -> dict[str, tuple[int, ...]]:
+        config: Any = SimpleNamespace(**{f.name: getattr(self, f.name) for f in fields(self)} | {"n_layers": n_layers})
+        return {name: tuple(shape) for name, shape in _backend.of().transformer_param_shapes(config)}
 
 
 @dataclass(frozen=True)
@@ -378,37 +399,37 @@ def _small_init(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> d
 def save(path: str | os.PathLike[str], model_or_params: Transformer | Mapping[str, Array]) -> None:
     """Write a model, or arrays by name, to a safetensors file.
 
+    The file is written under another name in the same folder and then renamed, so that there is never half of one.
+
     Parameters
     ----------
     path : path
         Where; a file there is replaced.
     model_or_params : Transformer or mapping of str to ndarray
-        A model's configuration goes into the file's metadata.
+        A model's configuration goes into the file's metadata. Arrays of any shape, and NumPy's numbers.
 
     Raises
     ------
-    ImportError
-        Without the safetensors library, which ``pip install 'lingrad_rs[cli]'`` brings.
     DtypeError, DeviceError, ArgumentError
-        Something is not an array of float32 or float64, or the model's engine holds constants of landmarks.
+        Something is not an array of float32 or float64, or the model's engine holds constants of landmarks; a name is
+        no text, or is ``"__metadata__"``, which the format keeps for itself; the path is none.
     OSError
         The file cannot be written.
     """
-    safetensors = _safetensors()
-    metadata = None
+    metadata = {}
     if isinstance(model_or_params, Transformer):
-        metadata = {_METADATA: json.dumps(_config_to_json(model_or_params.config))}
+        metadata = {_METADATA: json.dumps(_config_to_json(model_or_params.config), allow_nan=False)}
         model_or_params = dict(model_or_params._checked_params())
     elif not isinstance(model_or_params, Mapping):
         raise ArgumentError(f"got a {type(model_or_params).__name__}; expected a Transformer or a dict of arrays")
-    arrays = {name: np.ascontiguousarray(_on_host(name, x)) for name, x in model_or_params.items()}
-    data = safetensors.numpy.save(arrays, metadata=metadata)
-    with open(path, "wb") as file:
-        file.write(data)
+    arrays = {name: _on_host(name, x) for name, x in model_or_params.items()}
+    _files.write_safetensors(_files.path_text(path), arrays, metadata)
 
 
-def _on_host(name: str, value: object) -> Array:
-    x = _check.floats(**{name: value})[0]
+def _on_host(name: object, value: object) -> Array:
+    if isinstance(value, np.floating):
+        value = np.asarray(value)
+    x = _check.floats(**{str(name): value})[0]
     if not isinstance(x, np.ndarray):
         raise DeviceError(
             f"{name} is a {_check.type_name(x)}; expected a NumPy array: nothing is copied from a device to be saved "
@@ -417,38 +438,48 @@ def _on_host(name: str, value: object) -> Array:
     return x
 
 
-def load(path: str | os.PathLike[str]) -> Transformer | dict[str, Array]:
+def load(path: str | os.PathLike[str], *, names: Iterable[str] | None = None) -> Transformer | dict[str, Array]:
     """Read what `save` wrote: a Transformer where the file holds a configuration, else a dict of arrays.
+
+    Parameters
+    ----------
+    path : path
+        A safetensors file, of `save` or of another library.
+    names : iterable of str, optional
+        The arrays to read, as a dict, whatever else the file holds. Unless given: of a file with a configuration those
+        of the model, else all.
+
+    Returns
+    -------
+    Transformer or dict of str to ndarray
+        Of the dtypes in the file, but that bfloat16 is widened to float32, which holds each of its numbers.
 
     Raises
     ------
-    ImportError
-        Without the safetensors library, which ``pip install 'lingrad_rs[cli]'`` brings.
-    ArgumentError
-        The file is not a safetensors file, or its configuration is not one.
+    ArgumentError, ShapeError
+        The file is not a safetensors file, or its configuration is not one, or not one of its arrays; it lacks an array
+        that is asked for.
+    DtypeError
+        An array that is asked for is of a dtype that NumPy does not have, such as float8. Others do not matter.
     OSError
         The file cannot be read.
     """
-    safetensors = _safetensors()
-    with open(path, "rb"):  # for Python's own error where it cannot be read
-        pass
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, TypeError, ValueError, AttributeError) as error:
-        raise ArgumentError(f"{os.fspath(path)} cannot be read as safetensors: {error}") from error
-    if _METADATA not in metadata:
-        return params
-    return Transformer(_config_from_json(metadata[_METADATA]), params)
+    path = _files.path_text(path)
+    with open(path, "rb") as file:
+        stored = _files.SafeTensors(file, path)
+        if names is not None:
+            return stored.read(_listed(names))
+        if not is_model(stored):
+            return stored.read(stored.shapes)
+        config = stored_config(stored)
+        return Transformer(config, stored.read(config.param_shapes()))
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError("save and load need safetensors: pip install 'lingrad_rs[cli]'") from error
-    return safetensors
+def _listed(names: Iterable[str]) -> list[str]:
+    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str | bytes) else [None]
+    if not all(isinstance(name, str) for name in listed):
+        raise ArgumentError(f"names is {names!r}; expected names of arrays")
+    return listed  # type: ignore[return-value]
 
 
 def _plain(record: object) -> dict[str, Any]:
@@ -459,14 +490,40 @@ def _config_to_json(config: TransformerConfig) -> dict[str, Any]:
     if isinstance(config.engine, Landmark) and config.engine.constants is not None:
         raise ArgumentError(f"engine is {config.engine!r}; expected one without constants: a file keeps no landmarks")
     engine = {"kind": type(config.engine).__name__} | _plain(config.engine)
-    return _plain(config) | {"engine": engine}
+    # Those of a class derived from it are not known to `load`.
+    return {f.name: getattr(config, f.name) for f in fields(TransformerConfig)} | {"engine": engine}
 
 
-def _config_from_json(text: str) -> TransformerConfig:
+def is_model(stored: _files.SafeTensors) -> bool:
+    """Whether a file holds a configuration beside its arrays."""
+    return _METADATA in stored.metadata
+
+
+def stored_config(stored: _files.SafeTensors) -> TransformerConfig:
+    """The configuration in a file's metadata, once the file is known to hold that model's parameters.
+
+    Raises
+    ------
+    ArgumentError, ShapeError
+        It cannot be read, or the file lacks a parameter, or has one of another shape.
+    """
     try:
-        config = dict(json.loads(text))
+        config = dict(json.loads(stored.metadata[_METADATA]))
         engine = dict(config.pop("engine"))
         kinds: dict[str, type[Engine]] = {kind.__name__: kind for kind in (Exact, Polynomial, Landmark, Auto)}
-        return TransformerConfig(**config, engine=kinds[engine.pop("kind")](**engine))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(f"the configuration in the file cannot be read: {error}") from error
+        made = kinds[engine.pop("kind")](**engine)
+        # Before anything is made for each layer.
+        layers = len({name.split(".")[1] for name in stored.shapes if name.startswith("layers.")})
+        if config.get("n_layers") != layers:
+            raise ValueError(f"n_layers is {config.get('n_layers')!r}; expected {layers}, of which there are tensors")
+        result = TransformerConfig(**config, engine=made)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"the configuration in {stored.name} cannot be read: {error}") from error
+    for name, shape in result.param_shapes().items():
+        if name not in stored.shapes:
+            raise ArgumentError(f"{stored.name} lacks {name!r}; expected an array of shape {shape}")
+        if stored.shapes[name] != shape:
+            raise ShapeError(
+                f"{name} in {stored.name} has shape {stored.shapes[name]}; expected {shape} to match its configuration"
+            )
+    return result
