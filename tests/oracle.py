@@ -39,7 +39,7 @@ def _head(q, k, v, b, dout, engine, causal, c, near):
     consistent = engine["gradient"] == "consistent"
     alpha = beta = np.zeros(q.shape[1])
     if engine["shift"] == "mean":
-        alpha, beta = q.mean(axis=0), k.mean(axis=0)
+        alpha, beta = q.mean(axis=0), k[b > -np.inf].mean(axis=0)
     # The same scores up to constants of a row.
     q1, k1 = q - alpha, k - beta
     b1 = b + c * k1 @ alpha
@@ -53,7 +53,8 @@ def _head(q, k, v, b, dout, engine, causal, c, near):
     dk1 = dk1 + c * np.outer(db, alpha)
     dalpha = -dq1.sum(axis=0) + c * k1.T @ db
     dbeta = -dk1.sum(axis=0)
-    return out, dq1 + dalpha / len(q), dk1 + dbeta / len(k), dv, db
+    live = b > -np.inf
+    return out, dq1 + dalpha / len(q), dk1 + np.outer(live, dbeta / live.sum()), dv, db
 
 
 def _softmax(s, causal):

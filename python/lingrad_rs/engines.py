@@ -53,8 +53,8 @@ class Polynomial:
         derivative of the approximate output (which passes central differences).
     shift : {"none", "mean"} or pair of sequences of float
         What is subtracted from queries and from keys, which leaves exact attention as it is and makes scores small:
-        nothing, the means of the call, or two constant vectors of d numbers. The means take in later tokens, so
-        ``"mean"`` is refused with ``causal=True``.
+        nothing, the means of the call (of the keys that no bias removes), or two constant vectors of d numbers. The
+        means take in later tokens, so ``"mean"`` is refused with ``causal=True``.
     diagonal : {"exact", "polynomial"}
         With ``causal=True``, whether the scores near the diagonal go through ``exp`` or through the polynomial.
     window : int

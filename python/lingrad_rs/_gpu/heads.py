@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..engines import Exact, Landmark, Polynomial
 from .device import Space
 
-__all__ = ["Grads", "Heads", "Saved", "dots", "part_of"]
+__all__ = ["Grads", "Heads", "Saved", "dots", "live_keys", "part_of"]
 
 Array = Any
 
@@ -99,6 +100,11 @@ class Grads:
     dk: Array
     dv: Array
     dkey_bias: Array | None
+
+
+def live_keys(heads: Heads) -> Array | None:
+    """Which keys no bias removes, ``(heads, m)``; None where there is no bias."""
+    return None if heads.key_bias is None else heads.key_bias != -math.inf
 
 
 def dots(sp: Space, x: Array, y: Array) -> Array:

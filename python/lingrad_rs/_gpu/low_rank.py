@@ -11,11 +11,13 @@ Backward, with ``delta_i = dout_i.out_i`` and ``R = sum_i [dout_i, -delta_i]^T p
     dq_i = J_phi(q'_i)^T W S^T [dout_i; -delta_i] / D_i
     dk'_j = w_j J_chi(k'_j)^T W^T R^T [v_j; 1]     [dv_j, h_j] = w_j R W chi(k'_j)       db_j = dv_j.v_j + h_j
 
-and ``dk_j = dk'_j + scale db_j alpha``. Where the shifts are the means of the call, the consistent gradient also goes
-through them:
+and ``dk_j = dk'_j + scale db_j alpha``. Where the shifts are the means of the call, that of keys over the ``m'`` that
+no bias removes, the consistent gradient also goes through them:
 
     dalpha = -sum_i dq'_i + scale sum_j db_j k'_j      dq_i = dq'_i + dalpha / n
-    dbeta = -sum_j dk_j                                dk_j = dk_j + dbeta / m
+    dbeta = -sum_j dk_j                                dk_j = dk_j + dbeta / m'
+
+the last for those ``m'`` keys alone.
 
 Sums over tokens are products over blocks of them in the arrays' dtype, added up in float64.
 """
@@ -29,7 +31,7 @@ from typing import Any
 
 from .device import Space
 from .features import Features, Side
-from .heads import Grads, Heads, dots
+from .heads import Grads, Heads, dots, live_keys
 
 __all__ = [
     "Floor",
@@ -342,7 +344,12 @@ def finish(sp: Space, run: Pass, dq: Array, dk: Array, dv: Array, db: Array) -> 
         through_bias = weighted_sum(sp, db, heads.k)[:, None, :]
         dalpha = (heads.scale * through_bias - sums[0]) / heads.q.shape[1]
         dq = dq + sp.astype(dalpha, dq.dtype)
-        dk = dk - sp.astype(sums[1] / heads.k.shape[1], dk.dtype)
+        live = live_keys(heads)
+        if live is None:
+            dk = dk - sp.astype(sums[1] / heads.k.shape[1], dk.dtype)
+        else:
+            number = xp.sum(sp.wide(live), axis=1)[:, None, None]
+            dk = xp.where(live[..., None], dk - sp.astype(sums[1] / number, dk.dtype), dk)
     return Grads(dq, dk, dv, None if heads.key_bias is None else db)
 
 

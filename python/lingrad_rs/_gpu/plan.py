@@ -31,7 +31,7 @@ from ..plan import HeadPlan
 from . import guides, measure, sample
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
-from .heads import Heads
+from .heads import Heads, live_keys
 from .landmark import WINDOW
 from .measure import Draw, Floats, Rows
 from .polynomial import LARGEST_STATE
@@ -426,11 +426,6 @@ def _polynomial(degree: int, coefficients: Any, shift: tuple[Floats, Floats] | N
     return Polynomial(degree, coefficients, shift=by, window=WINDOW)
 
 
-def _live(sp: Space, heads: Heads) -> Array | None:
-    """Which keys no bias removes, ``(heads, m)``."""
-    return None if heads.key_bias is None else heads.key_bias != -math.inf
-
-
 def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
     """Of live rows ``(heads, rows, width)``: column sums, the sum of squares, and how many; ``(heads, width + 2)``."""
     xp = sp.xp
@@ -450,7 +445,7 @@ def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
 
 def _shifts(sp: Space, heads: Heads) -> list[tuple[Floats, Floats] | None]:
     """The means of each head's queries and keys, in its dtype, where subtracting them makes scores smaller."""
-    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, _live(sp, heads))]))
+    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, live_keys(heads))]))
     number = np.maximum(sums[..., -1], 1)
     mean = sums[..., :-2] / number[..., None]
     large = np.sum(mean**2, axis=-1) > _SMALL_MEAN**2 * sums[..., -2] / number
@@ -465,8 +460,8 @@ def _rounded(sp: Space, heads: Heads, x: Floats) -> Floats:
 
 
 def _spreads(sp: Space, heads: Heads) -> list[float]:
-    """The size of each head's values less their mean, relative to their size."""
-    of_heads = sp.host(_sums(sp, heads.v))
+    """The size of each head's values less their mean, relative to their size, of keys that no bias removes."""
+    of_heads = sp.host(_sums(sp, heads.v, live_keys(heads)))
     sums, squares, number = of_heads[:, :-2], of_heads[:, -2], of_heads[:, -1]
     return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
 
@@ -532,7 +527,7 @@ def longest(sp: Space, x: Array, by: Array | None = None, live: Array | None = N
 
 def _bounds(sp: Space, heads: Heads, rows: Rows, by: Floats) -> tuple[Floats, Floats]:
     """Of each head: what no score of these rows exceeds, and how large a gradient of a query may be for a dout of 1."""
-    xp, live = sp.xp, _live(sp, heads)
+    xp, live = sp.xp, live_keys(heads)
     alpha, beta = (sp.asarray(by[:, side], xp.float64) for side in (0, 1))
     queries = measure.take_rows(sp, heads.q, rows) - alpha[:, None, :]
     sizes = [

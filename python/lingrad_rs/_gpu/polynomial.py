@@ -21,7 +21,7 @@ from ..errors import ArgumentError, ShapeError
 from . import causal, low_rank, sample
 from .device import Space
 from .features import Polynomials
-from .heads import Grads, Heads
+from .heads import Grads, Heads, live_keys
 from .monomials import monomials, rank
 
 __all__ = ["LARGEST_STATE", "Constants", "backward", "constants", "forward", "left_out", "near", "numbers"]
@@ -78,11 +78,10 @@ def constants(sp: Space, own: Sequence[Polynomial], heads: Heads) -> Constants:
 
 def _shifts(sp: Space, own: Sequence[Polynomial], heads: Heads) -> tuple[Array | None, Array | None]:
     """``alpha`` and ``beta``, ``(heads, d)`` in the arrays' dtype."""
-    xp, dtype = sp.xp, heads.q.dtype
+    dtype = heads.q.dtype
     if own[0].shift == "mean":
-        sums = ((xp.sum(x, axis=1, dtype=xp.float64), x.shape[1]) for x in (heads.q, heads.k))
-        query, key = (sp.astype(total / count, dtype) for total, count in sums)
-        return query, key
+        query, key = _mean(sp, heads.q, None), _mean(sp, heads.k, live_keys(heads))
+        return sp.astype(query, dtype), sp.astype(key, dtype)
     if all(engine.shift == "none" for engine in own):
         return None, None
     by = np.zeros((2, heads.count, heads.sizes[2]))
@@ -94,6 +93,16 @@ def _shifts(sp: Space, own: Sequence[Polynomial], heads: Heads) -> tuple[Array |
                 raise ShapeError(f"shift has {len(given)} numbers for the {name}; expected d = {by.shape[2]}")
             by[side, i] = given
     return sp.asarray(by[0], dtype), sp.asarray(by[1], dtype)
+
+
+def _mean(sp: Space, x: Array, live: Array | None) -> Array:
+    """That of each head's rows ``(heads, rows, d)``, or of its live ones ``(heads, rows)``; float64."""
+    xp = sp.xp
+    if live is None:
+        return xp.sum(x, axis=1, dtype=xp.float64) / x.shape[1]
+    total = xp.sum(xp.where(live[..., None], x, xp.zeros_like(x)), axis=1, dtype=xp.float64)
+    number = xp.sum(sp.wide(live), axis=1, keepdims=True)
+    return total / xp.where(number == 0, xp.ones_like(number), number)
 
 
 def _fitted(

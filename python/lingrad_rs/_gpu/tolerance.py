@@ -27,7 +27,7 @@ from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report, unplanned
 from . import engines, guides, measure
 from .device import Space
 from .engines import AnyEngine
-from .heads import Grads, Heads, Saved
+from .heads import Grads, Heads, Saved, live_keys
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
 
@@ -235,12 +235,13 @@ def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) ->
             [(each.key_shift, at) for each, at in constants.values()],
         )
     )
-    live = None if some.key_bias is None else some.key_bias != -math.inf
+    live = live_keys(some)
+    v = some.v if live is None else xp.where(live[..., None], some.v, xp.zeros_like(some.v))
     own = measure.chosen(sp, out, list(constants))
     sizes = [
         longest(sp, some.q, query_shifts),
         longest(sp, some.k, key_shifts, live),
-        sp.wide(xp.max(xp.abs(some.v), axis=(1, 2))),
+        sp.wide(xp.max(xp.abs(v), axis=(1, 2))),
         xp.sqrt(xp.sum(measure.dots(sp, own, own), axis=1)),
     ]
     bounds = {}

@@ -22,13 +22,15 @@
 //!
 //! Shifts. With `q' = q - α`, `k' = k - β` and the bias `b'_j = b_j + c α.k'_j`, `c q'.k' + b'` differs from `c q.k +
 //! b` by a constant of the row, which exact attention does not see. Back from the primed gradients: `dk_j = dk'_j + c
-//! db_j α`, which for constant shifts, and for the closed form, is all. Where `α` and `β` are the means of the call, the
-//! consistent gradient also goes through them:
+//! db_j α`, which for constant shifts, and for the closed form, is all. Where `α` and `β` are the means of the call, `β`
+//! that of the `m'` keys that no bias removes, the consistent gradient also goes through them:
 //!
 //! ```text
 //! dα = -sum_i dq'_i + c sum_j db_j k'_j      dq_i = dq'_i + dα / n
-//! dβ = -sum_j (dk'_j + c db_j α)             dk_j = dk'_j + c db_j α + dβ / m
+//! dβ = -sum_j (dk'_j + c db_j α)             dk_j = dk'_j + c db_j α + dβ / m'
 //! ```
+//!
+//! the last for those `m'` keys alone: a removed key gives nothing and gets nothing.
 //!
 //! Sums over tokens are added up in float64: see `state.rs`.
 
@@ -648,16 +650,17 @@ impl<'a, T: Real> Pass<'a, T> {
         let (mut dk, mut dv_, mut db) = (vec![T::ZERO; m * d], vec![T::ZERO; m * dv], vec![T::ZERO; m]);
         let own = HeadGrads { dq: &mut *grads.dq, dk: &mut dk, dv: &mut dv_, dkey_bias: Some(&mut db) };
         self.backward(key_state, up, own)?;
-        let mut dalpha = column_sums(grads.dq, d);
-        let mut dbeta = column_sums(&dk, d);
+        let live = live_keys(self.head, m);
+        let mut dalpha = column_sums(grads.dq, d, 0..n);
+        let mut dbeta = column_sums(&dk, d, live.iter().copied());
         for (col, (dalpha, dbeta)) in dalpha.iter_mut().zip(&mut dbeta).enumerate() {
-            let through_bias: f64 =
-                (0..m).map(|j| db[j].to_f64() * (self.head.k[(j, col)].to_f64() - beta[col].to_f64())).sum();
+            let of_key = |&j: &usize| db[j].to_f64() * (self.head.k[(j, col)].to_f64() - beta[col].to_f64());
+            let through_bias: f64 = live.iter().map(of_key).sum();
             *dalpha = (self.scale * through_bias - *dalpha) / n as f64;
-            *dbeta = -*dbeta / m as f64;
+            *dbeta = -*dbeta / live.len() as f64;
         }
-        add_to_rows(grads.dq, &dalpha);
-        add_to_rows(&mut dk, &dbeta);
+        add_to_rows(grads.dq, &dalpha, 0..n);
+        add_to_rows(&mut dk, &dbeta, live.into_iter());
         let into = |total: &mut [T], own: &[T]| total.iter_mut().zip(own).for_each(|(t, &o)| *t += o);
         into(grads.dk, &dk);
         into(grads.dv, &dv_);
@@ -853,10 +856,10 @@ fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Opti
     }
 }
 
-/// The mean row.
-pub(crate) fn mean<T: Real>(x: MatRef<'_, T>) -> Vec<T> {
-    let count = x.nrows() as f64;
-    sums_and_square(x, 0..x.nrows()).0.into_iter().map(|sum| T::of(sum / count)).collect()
+/// The mean of some rows.
+pub(crate) fn mean<T: Real>(x: MatRef<'_, T>, rows: impl ExactSizeIterator<Item = usize>) -> Vec<T> {
+    let count = rows.len().max(1) as f64;
+    sums_and_square(x, rows).0.into_iter().map(|sum| T::of(sum / count)).collect()
 }
 
 /// Those of the first `count` keys that no bias removes.
@@ -877,19 +880,21 @@ pub(crate) fn sums_and_square<T: Real>(x: MatRef<'_, T>, rows: impl Iterator<Ite
     (sums, square)
 }
 
-fn column_sums<T: Real>(x: &[T], width: usize) -> Vec<f64> {
+/// The sum of some rows.
+fn column_sums<T: Real>(x: &[T], width: usize, rows: impl Iterator<Item = usize>) -> Vec<f64> {
     let mut sums = vec![0.0; width];
-    for row in x.chunks_exact(width) {
-        for (sum, x) in sums.iter_mut().zip(row) {
+    for row in rows {
+        for (sum, x) in sums.iter_mut().zip(&x[row * width..]) {
             *sum += x.to_f64();
         }
     }
     sums
 }
 
-fn add_to_rows<T: Real>(x: &mut [T], by: &[f64]) {
-    for row in x.chunks_exact_mut(by.len()) {
-        for (x, &by) in row.iter_mut().zip(by) {
+/// Adds the same to some rows.
+fn add_to_rows<T: Real>(x: &mut [T], by: &[f64], rows: impl Iterator<Item = usize>) {
+    for row in rows {
+        for (x, &by) in x[row * by.len()..].iter_mut().zip(by) {
             *x += T::of(by);
         }
     }

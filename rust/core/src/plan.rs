@@ -361,7 +361,7 @@ fn best_polynomial<T: Real>(
         Ok(a) => sample.error(&a),
         Err(_) => f64::INFINITY,
     };
-    if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head.v) >= SPREAD) {
+    if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head) >= SPREAD) {
         return Ok(none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")));
     }
     let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, &guides::of_queries(head));
@@ -417,10 +417,11 @@ fn best_polynomial<T: Real>(
     Ok(BestPolynomial { best, reason })
 }
 
-/// The size of values less their mean, relative to their size.
-fn spread<T: Real>(v: faer::MatRef<'_, T>) -> f64 {
-    let (sums, square) = sums_and_square(v, 0..v.nrows());
-    let of_mean = sums.iter().map(|sum| sum * sum).sum::<f64>() / v.nrows() as f64;
+/// The size of values less their mean, relative to their size, of keys that no bias removes.
+fn spread<T: Real>(head: &Head<'_, T>) -> f64 {
+    let keys = live_keys(head, head.v.nrows());
+    let (sums, square) = sums_and_square(head.v, keys.iter().copied());
+    let of_mean = sums.iter().map(|sum| sum * sum).sum::<f64>() / keys.len() as f64;
     ((square - of_mean).max(0.0) / square).sqrt()
 }
 
@@ -763,10 +764,10 @@ pub(crate) fn error_bound<T: Real>(
 ) -> Option<f64> {
     let by = |shift: &[T], c: usize| shift.get(c).map_or(0.0, |b| b.to_f64());
     let longest_query = longest_of(head.q, 0..head.q.nrows(), |c| by(&constants.shifts.query, c));
-    let keys = live_keys(head, head.k.nrows()).into_iter();
-    let longest_key = longest_of(head.k, keys, |c| by(&constants.shifts.key, c));
+    let keys = live_keys(head, head.k.nrows());
+    let longest_key = longest_of(head.k, keys.iter().copied(), |c| by(&constants.shifts.key, c));
     let eps = largest_relative_error(&constants.coefficients, scale.abs() * longest_query * longest_key);
-    let largest = head.v.col_iter().flat_map(|c| c.iter()).map(|v| v.to_f64().abs()).fold(0.0, f64::max);
+    let largest = keys.iter().flat_map(|&j| head.v.row(j).iter()).map(|v| v.to_f64().abs()).fold(0.0, f64::max);
     let absolute = 2.0 * eps / (1.0 - eps) * largest * (out.len() as f64).sqrt();
     let size = out.iter().map(|x| x.to_f64().powi(2)).sum::<f64>().sqrt();
     (eps < 1.0 && absolute < size).then(|| absolute / (size - absolute))

@@ -139,7 +139,10 @@ pub(crate) fn backward<T: Real>(
 pub(crate) fn shifts<T: Real>(head: &Head<'_, T>, shift: &Shift) -> Result<Shifts<T>> {
     Ok(match shift {
         Shift::None => Shifts { query: Vec::new(), key: Vec::new() },
-        Shift::Mean => Shifts { query: mean(head.q), key: mean(head.k) },
+        Shift::Mean => {
+            let keys = live_keys(head, head.k.nrows());
+            Shifts { query: mean(head.q, 0..head.q.nrows()), key: mean(head.k, keys.into_iter()) }
+        }
         Shift::Given { query, key } => {
             let d = head.q.ncols();
             for (name, by) in [("query", query), ("key", key)] {
