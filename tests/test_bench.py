@@ -217,7 +217,7 @@ def test_lengths_that_do_not_fit_a_gpu_s_memory_are_left_out_and_told(on_gpu):
     code, out, err = on_gpu(lambda: fake_cupy(free=3 << 19), "--json")
     assert code == 0
     assert {row["n"] for row in json.loads(out)["rows"]} == {1024}
-    assert err == "lingrad: n = 2,048 is left out: its arrays take 2.2 MiB, and 1.5 MiB are free\n"
+    assert err == "lingrad: n = 2,048 is left out: its arrays take 2.2 MiB, and there is room for 1.5 MiB\n"
 
 
 def scaled(methods, sizes, **options):

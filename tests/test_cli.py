@@ -306,6 +306,17 @@ BAD = {
     "unknown engine": (["--engine", "magic"], "--engine"),
     "unknown comparison": (["--compare", "magic"], "--compare"),
     "no folder to write to": (["--out", "{missing}/grads"], "there is no directory"),
+    "a folder to write to": (["--out", "{folder}"], "cannot be written: Is a directory"),
+    "tokens without end": (["--tokens", "1e11", "--text", "{short}"], "has 5 bytes; expected at least 100000000001"),
+    "tokens without end of the library": (["--tokens", "100000000000"], "bytes; expected at least 100000000001"),
+    "half a token": (["--tokens", "1.5"], "'1.5' is not an integer"),
+    "tokens that are none": (["--tokens", "nan"], "'nan' is not an integer"),
+    "a number without end": (["--tokens", "1e999999999"], "'1e999999999' is not an integer"),
+    "layers without end": (["--layers", "1000000000"], "in float32 they would take 49408000065664 bytes"),
+    "a width without end": (["--d-model", "1e6"], "--d-model 1000000 --d-ff 4000000 --tokens 2048 would take 192,"),
+    "hidden units without end": (["--d-ff", "99999999999"], "would take 102,400,00"),
+    "sizes beyond 64 bits": (["--d-ff", "1e19"], "d_ff is 10000000000000000000; expected an integer below 2**63"),
+    "standard input twice": (["--text", "-", "--params", "-"], "expected standard input to be one of them"),
     "no threads": (["--threads", "0"], "--threads"),
     "unknown option": (["--tokns", "5"], "--tokns"),
 }
@@ -339,8 +350,124 @@ def test_ctrl_c_exits_with_130_and_no_traceback():
     assert "Traceback" not in stderr
 
 
-def test_an_unwritable_output_is_told_without_a_traceback(tmp_path):
-    done = lingrad("grad", *SMALL, "--out", tmp_path)
+ON_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other shells and streams")
+
+
+def shell(script, *arguments, **options):
+    """Runs ``lingrad ...``, which is "$@" in the script."""
+    command = ["bash", "-c", script, "bash", *COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=HANG_SECONDS, check=False, **options)
+
+
+UNWRITABLE = {
+    "a folder": ("{folder}/folder.png", "cannot be written: Is a directory"),
+    "in no folder": ("{folder}/missing/plot.png", "there is no directory"),
+    "in a file": ("{folder}/file/plot.png", "there is no directory"),
+    "where nothing can be made": ("/proc/plot.png", "cannot be written: "),
+    "a name that is too long": ("{folder}/" + 300 * "x" + ".png", "cannot be written: File name too long"),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="there is no folder where nobody may make a file")
+@pytest.mark.parametrize("command", [("grad", "--out"), ("bench", "--plot"), ("plan", "missing.npz", "--plot")])
+@pytest.mark.parametrize(("path", "message"), UNWRITABLE.values(), ids=UNWRITABLE.keys())
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(path, message, command, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    # Of a text, and of heads, that are missing, which would be told next.
+    done = lingrad(*command, path.format(folder=tmp_path), *(("--text", "missing") if command[0] == "grad" else ()))
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr
+    assert done.stderr.startswith(f"lingrad: {command[-1]} ")
+    assert message in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+    assert os.listdir(tmp_path / "folder.png") == []
+
+
+@ON_POSIX
+@pytest.mark.parametrize("arguments", [("grad", *SMALL), ("grad", *SMALL, "--json"), ("--help",), ("--version",)])
+def test_a_pipe_that_nobody_reads_ends_the_command_quietly_as_it_does_others(arguments):
+    done = shell('"$@" | true; exit ${PIPESTATUS[0]}', *arguments)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stdout == done.stderr == b""
+
+
+@ON_POSIX
+@pytest.mark.parametrize("arguments", [("grad", *SMALL), ("grad", *SMALL, "--json"), ("--help",), ("--version",)])
+def test_a_closed_output_is_no_error(arguments, tmp_path):
+    out = ("--out", tmp_path / "grads") if arguments[0] == "grad" else ()
+    done = shell('exec "$@" >&-', *arguments, *out)
+    assert done.returncode == 0
+    assert done.stdout == done.stderr == b""
+    if out:
+        assert lg.load(tmp_path / "grads").keys() == CONFIG.param_shapes().keys()
+
+
+@ON_POSIX
+def test_with_its_errors_closed_the_command_does_what_it_does_otherwise():
+    done = shell('exec "$@" 2>&-', "grad", *SMALL, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout).keys() == KEYS
+    done = shell('exec "$@" 2>&-', "grad", "--layers", "0")
+    assert done.returncode == 2
+    assert done.stdout == done.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize("arguments", [("grad", *SMALL), ("grad", *SMALL, "--json"), ("--help",), ("--version",)])
+def test_an_output_that_is_full_is_told_without_a_traceback(arguments):
+    done = shell('exec "$@" >/dev/full', *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"lingrad: ")
+    assert done.stderr.endswith(b" No space left on device\n")
+    assert b"Traceback" not in done.stderr
+
+
+@ON_POSIX
+def test_a_dash_is_standard_input(tmp_path):
+    text = bytes(range(200))
+    (tmp_path / "text").write_bytes(text)
+    config = small_config(vocab_size=256)
+    lg.save(tmp_path / "model", lg.Transformer(config, seed=5))
+    (model,) = tmp_path.glob("model")
+    want = grad(*SMALL, "--tokens", "150", "--text", tmp_path / "text")["loss"]
+    options = ("grad", *SMALL, "--tokens", "150", "--json")
+    assert json.loads(shell('exec "$@"', *options, "--text", "-", input=text).stdout)["loss"] == want
+    # A pipe by its name, too.
+    script = f'exec "$@" --text <(cat {tmp_path / "text"})'
+    assert json.loads(shell(script, *options).stdout)["loss"] == want
+    want = grad("--params", model, "--tokens", "150", "--text", tmp_path / "text")["loss"]
+    options = ("grad", "--tokens", "150", "--json", "--text", tmp_path / "text", "--params")
+    assert json.loads(shell('exec "$@"', *options, "-", input=model.read_bytes()).stdout)["loss"] == want
+    done = shell('exec "$@"', "grad", *SMALL, "--text", "-", input=b"abc")
+    assert done.returncode == 2
+    assert b"the text (standard input) has 3 bytes; expected at least 2049" in done.stderr
+    done = shell('exec "$@" <&-', "grad", *SMALL, "--text", "-")
+    assert done.returncode == 2
+    assert b"- is standard input, which is closed" in done.stderr
+
+
+@ON_POSIX
+def test_a_text_without_end_is_read_no_further_than_its_tokens():
+    result = grad(*SMALL, "--text", "/dev/zero")
+    assert result["tokens"] == TOKENS
+    done = lingrad("grad", *SMALL, "--text", "/dev/zero", "--tokens", "1e12")
+    assert done.returncode == 2
+    assert "for the layers' inputs; there are" in done.stderr
+
+
+def test_integers_may_have_exponents():
+    assert grad(*SMALL, "--tokens", "1e2", "--d-model", "3.2e1")["tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bias", "holds 'bias', which the model does not have"), ("layers.9" + 30 * "9" + ".w", "lacks 'layers.2.attn_n")],
+)
+def test_parameters_of_another_model_are_told_by_name_before_they_are_read(name, message, tmp_path):
+    arrays = {x: np.zeros(shape) for x, shape in CONFIG.param_shapes().items()}
+    lg.save(tmp_path / "params", arrays | {name: np.zeros(3)})
+    content = (tmp_path / "params").read_bytes()
+    (tmp_path / "params").write_bytes(content.replace(b'"F64"', b'"F8?"'))  # which cannot be read
+    done = lingrad("grad", "--params", tmp_path / "params", "--heads", "2")
+    assert done.returncode == 2
+    assert message in done.stderr

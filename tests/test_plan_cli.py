@@ -214,3 +214,44 @@ def test_a_model_is_no_head(tmp_path):
     done = plan(tmp_path / "model.safetensors")
     assert done.returncode == 2
     assert "holds a Transformer; expected arrays q, k and v" in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no bash")
+def test_a_dash_is_standard_input_of_either_kind(tmp_path):
+    np.savez(tmp_path / "heads.npz", q=X, k=X, v=X)
+    lg.save(tmp_path / "heads.safetensors", {"q": X, "k": X, "v": X})
+    for path in tmp_path.iterdir():
+        done = subprocess.run(
+            [COMMAND, "plan", "-", *FORWARD, "--json"],
+            input=path.read_bytes(),
+            capture_output=True,
+            timeout=HANG_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert [head["tokens"] for head in json.loads(done.stdout)["heads"]] == [8, 8]
+    done = subprocess.run([COMMAND, "plan", "-"], input=b"text", capture_output=True, timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 2
+    assert b"standard input cannot be read as safetensors" in done.stderr
+
+
+def test_heads_in_bfloat16_are_read_and_what_lies_beside_them_does_not_matter(tmp_path):
+    path = tmp_path / "heads.safetensors"
+    small = np.random.default_rng(0).integers(-8, 9, (2, 8, 4)).astype(np.float32) / 8  # exact in bfloat16
+    lg.save(path, {"q": small, "k": small, "v": small})
+    want = result(path, *FORWARD)["heads"][0]["scores"]
+    halves = (small.view(np.uint32) >> 16).astype("<u2").tobytes()
+    header, data = {}, b""
+    for name, dtype, content in [("a", "F8_E5M2", b"12345"), *((x, "BF16", halves) for x in "qkv"), ("z", "F4", b"1")]:
+        shape = [2, 8, 4] if dtype == "BF16" else [len(content)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    found = result(path, *FORWARD)["heads"]
+    assert found[0]["scores"] == want
+    assert found[0]["dtype"] == "float32"
+    path.write_bytes(path.read_bytes().replace(b'"k": {"dtype": "BF16"', b'"k": {"dtype": "F16?"'))
+    done = plan(path)
+    assert done.returncode == 2
+    assert f"k in {path} has dtype F16?, which NumPy does not have" in done.stderr

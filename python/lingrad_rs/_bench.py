@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from . import __version__
 from ._devices import HOST, Device
+from ._files import check_output, whole_file
 from .attention import attention, attention_vjp
 from .engines import Engine, Exact, Polynomial
 from .errors import ArgumentError, DeviceError
@@ -37,6 +38,7 @@ __all__ = [
     "relative_error",
     "scaling",
     "torch_sdpa",
+    "write_plot",
 ]
 
 Array = NDArray[Any]
@@ -263,7 +265,9 @@ def scaling(
         chosen = [method for method in methods if expected[method.name] <= limit]
         needed, free = _bytes(at, len(chosen), dtype), device.free_bytes()
         if free is not None and needed > free:
-            tell(f"n = {n:,} is left out: its arrays take {_mebibytes(needed)}, and {_mebibytes(free)} are free")
+            tell(
+                f"n = {n:,} is left out: its arrays take {_mebibytes(needed)}, and there is room for {_mebibytes(free)}"
+            )
         else:
             measured = _at_size(chosen, at, score_std=score_std, dtype=dtype, rounds=rounds, tell=tell, device=device)
             expected |= {row.method: row.both.median for row in measured}
@@ -357,10 +361,15 @@ def check_plot(path: Path) -> None:
     """An error, before anything is computed, where the plot could not be written."""
     if path.suffix not in (".png", ".svg"):
         raise ArgumentError(f"--plot is {path}; expected a name that ends in .png or .svg")
-    if not path.absolute().parent.is_dir():
-        raise ArgumentError(f"--plot {path}: there is no directory {path.absolute().parent}")
+    check_output("--plot", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError(f"--plot {path} needs matplotlib: pip install 'lingrad_rs[plot]'")
+
+
+def write_plot(figure: Any, path: Path) -> None:
+    """Writes a figure, whole or not at all."""
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
@@ -395,4 +404,4 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     for axes in (forward, both, error):
         axes.grid(True, which="both", alpha=0.2)
     both.legend(fontsize="small")
-    figure.savefig(path)
+    write_plot(figure, path)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .threads import build_info
 
-__all__ = ["HOST", "Device", "Gpu", "Host"]
+__all__ = ["HOST", "Device", "Gpu", "Host", "memory_bytes"]
+
+
+def memory_bytes() -> int | None:
+    """What memory this process can ever have: the machine's and its swap, or less by a limit; None where unknown."""
+    sizes = []
+    with suppress(OSError, ValueError, LookupError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        sizes.append(1024 * (kilobytes["MemTotal"] + kilobytes.get("SwapTotal", 0)))
+    if not sizes and hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # of a container; "max" where there is none
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with suppress(ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        sizes += [] if limit == resource.RLIM_INFINITY else [limit]
+    return min((size for size in sizes if size > 0), default=None)
 
 
 class Device(Protocol):
@@ -69,8 +90,8 @@ class Host:
         return time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
-        """Unknown: the system may lend more than there is."""
-        return None
+        """All that there is: what others hold, the system may take from them."""
+        return memory_bytes()
 
     def release(self) -> None:
         """Nothing: the system is given what is no longer in use."""

@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 
 from .errors import ArgumentError, DtypeError
 
-__all__ = ["SafeTensors", "path_text", "read_npz", "seekable", "standard_input", "whole_file", "write_safetensors"]
+__all__ = [
+    "SafeTensors",
+    "check_output",
+    "path_text",
+    "read_npz",
+    "seekable",
+    "standard_input",
+    "whole_file",
+    "write_safetensors",
+]
 
 Array = NDArray[Any]
 
@@ -86,26 +95,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     What is no regular file (a pipe, a device) is written as it is.
     """
-    target = Path(os.path.realpath(path))
-    existed = target.exists()
-    if existed and not target.is_file():
+    target = _target(path)
+    if target is None:
         with open(path, "wb") as file:
             yield file
         return
-    if existed and not os.access(target, os.W_OK):  # of no consequence to a rename, but meant
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(target, path)
     try:
-        file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
-    except OSError as error:
-        error.filename = os.fspath(path)
-        raise
-    try:
-        with file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if existed:
+        if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
@@ -114,6 +115,42 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not, and the file is whole all the same
             _sync_folder(target.parent)
+
+
+def check_output(option: str, path: Path) -> None:
+    """An error, before anything is computed, where `whole_file` could not write."""
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError(f"{option} {path}: there is no directory {path.absolute().parent}")
+    try:
+        if (target := _target(path)) is not None:
+            _temporary(target, path).unlink()
+    except OSError as error:
+        raise ArgumentError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
+def _target(path: str | os.PathLike[str]) -> Path | None:
+    """The regular file that is to be replaced or made, None for what is no regular file; an OSError for a folder."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not target.exists():
+        return target
+    if not target.is_file():
+        return None
+    if not os.access(target, os.W_OK):  # which a rename would not ask
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+    return target
+
+
+def _temporary(target: Path, path: str | os.PathLike[str]) -> Path:
+    """A new, empty file in the same folder, with the mode of new files."""
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.open("xb").close()
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+    return temporary
 
 
 def _sync_folder(folder: Path) -> None:

@@ -353,4 +353,4 @@ def plot(surveys: Sequence[Survey], path: Path, title: str) -> None:
     figure.supylabel("worst relative error, 95% interval")
     drawn = [name for name in names if name in handles]
     figure.legend([handles[name] for name in drawn], drawn, loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(path)
+    _bench.write_plot(figure, path)

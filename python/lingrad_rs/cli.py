@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
+import signal
 import sys
 import sysconfig
 import textwrap
@@ -18,20 +20,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from . import __version__, _backend, _bench, _survey
-from ._devices import HOST, Device, Gpu
+from . import __version__, _backend, _bench, _files, _survey
+from ._devices import HOST, Device, Gpu, memory_bytes
 from .engines import Auto, Engine, Exact, Landmark, Polynomial
 from .errors import ArgumentError, LingradError
 from .plan import ErrorEstimate, HeadPlan
 from .threads import set_num_threads
-from .transformer import GradientReport, Transformer, TransformerConfig, load, save
+from .transformer import GradientReport, Transformer, TransformerConfig, check_stored, is_model, save, stored_config
 
 try:
     import typer
@@ -59,8 +62,31 @@ _RESULTS = ("out", "dq", "dk", "dv")
 _BYTES = 256  # the vocabulary: a token is a byte
 _SAMPLES = 256  # rows of each layer's attention whose error is measured
 
+_STDIN = Path("-")
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+
+def _whole_number(text: str | int) -> int:
+    """An integer, also as 1e6."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
+        raise typer.BadParameter(f"{text!r} is not an integer.")
+    return int(number)
+
+
+def _positive_number(text: str | int) -> int:
+    number = _whole_number(text)
+    if number < 1:
+        raise typer.BadParameter(f"{number} is not at least 1.")
+    return number
+
+
+_integer: dict[str, Any] = {"parser": _whole_number, "metavar": "INTEGER"}
+_positive: dict[str, Any] = {"parser": _positive_number, "metavar": "INTEGER"}
 
 # Options that several commands have.
 PlotOption = Annotated[Path | None, typer.Option(help="Draw it there (.png or .svg).")]
@@ -108,7 +134,22 @@ class DeviceName(str, Enum):
 
 def main() -> None:
     """Run the command line."""
-    app()
+    # A stream that was closed before the start is None, and its number free for the next file to be opened.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+    # Where nobody reads the output any more (`| head`), the process ends at once and quietly, as others do.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # while it can be told that it fails
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which tries again at the end
+        typer.echo(f"lingrad: standard output: {error.strerror}", err=True)
+        sys.exit(2)
 
 
 def _version(asked: bool) -> None:
@@ -129,16 +170,26 @@ def _root(
 @app.command()
 def grad(
     text: Annotated[
-        Path | None, typer.Option(help="The text, read as bytes.", show_default="the sources of Python's library")
+        Path | None,
+        typer.Option(
+            help="The text, read as bytes; - is standard input.", show_default="the sources of Python's library"
+        ),
     ] = None,
     params: Annotated[
-        Path | None, typer.Option(help="Weights of one's own (safetensors).", show_default="drawn by SmallInit")
+        Path | None,
+        typer.Option(
+            help="Weights of one's own (safetensors; - is standard input).", show_default="drawn by SmallInit"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many bytes of the text to read.")] = 16384,
-    layers: Annotated[int | None, typer.Option(help="Layers.", show_default="4, or as in --params")] = None,
-    d_model: Annotated[int | None, typer.Option(help="Width of a token.", show_default="64, or as in --params")] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads.", show_default="4, or as in --params")] = None,
-    d_ff: Annotated[int | None, typer.Option(help="Hidden units.", show_default="4 d-model, or as in --params")] = None,
+    tokens: Annotated[int, typer.Option(help="How many bytes of the text to read.", **_positive)] = 16384,
+    layers: Annotated[int | None, typer.Option(help="Layers.", show_default="4, or as in --params", **_integer)] = None,
+    d_model: Annotated[
+        int | None, typer.Option(help="Width of a token.", show_default="64, or as in --params", **_integer)
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads.", show_default="4, or as in --params", **_integer)] = None,
+    d_ff: Annotated[
+        int | None, typer.Option(help="Hidden units.", show_default="4 d-model, or as in --params", **_integer)
+    ] = None,
     dtype: Annotated[
         FloatName | None, typer.Option(help="Precision.", show_default="float32, or as in --params")
     ] = None,
@@ -169,8 +220,11 @@ def grad(
     with _clean_exit():
         if threads is not None:
             set_num_threads(threads)
-        if out is not None and not out.absolute().parent.is_dir():
-            raise ArgumentError(f"--out {out}: there is no directory {out.absolute().parent}")
+        if out is not None:
+            _files.check_output("--out", out)
+        if text == params == _STDIN:
+            raise ArgumentError("--text and --params are both -; expected standard input to be one of them")
+        _check_text(text, tokens + 1)
         sizes = {"n_layers": layers, "d_model": d_model, "n_heads": heads, "d_ff": d_ff}
         options = {
             "degree": degree,
@@ -182,9 +236,12 @@ def grad(
         given = {name: value for name, value in options.items() if value is not None}
         chosen = functools.partial(_engine, None if engine is None else engine.value, given)
         if params is None:
-            model = _new_model(sizes, chosen(_DEFAULT_ENGINE), seed, "float32" if dtype is None else dtype.value)
+            config, drawn = _new_config(sizes, chosen(_DEFAULT_ENGINE)), "float32" if dtype is None else dtype.value
+            _check_memory(config, tokens, drawn)
+            model = Transformer(config, seed=seed, dtype=drawn)
         else:
             model = _stored_model(params, sizes, chosen, None if dtype is None else dtype.value)
+            _check_memory(model.config, tokens, model.params["embed"].dtype)
         read = _read_text(text, tokens + 1)
         inputs, targets = read[:-1], read[1:]
 
@@ -204,9 +261,9 @@ def grad(
 
 @app.command()
 def bench(
-    d: Annotated[int, typer.Option("--d", min=1, help="Width of a head.")] = 16,
-    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="The greatest length; the others are halves of it.")] = 65536,
+    d: Annotated[int, typer.Option("--d", help="Width of a head.", **_positive)] = 16,
+    heads: Annotated[int, typer.Option(help="Heads.", **_positive)] = 1,
+    tokens: Annotated[int, typer.Option(help="The greatest length; the others are halves of it.", **_positive)] = 65536,
     degree: Annotated[
         list[int] | None, typer.Option(min=1, help="Degrees of the polynomial.", show_default="2")
     ] = None,
@@ -255,6 +312,8 @@ def bench(
             )
         for note in notes:
             typer.echo(f"lingrad: {note}", err=True)
+        if not rows:
+            raise ArgumentError("nothing could be timed")
         machine = _bench.machine(where)
         title = (
             f"{'causal' if causal else 'full'} attention, d = {d}, {heads} heads, {dtype.value}, score std {score_std}"
@@ -321,7 +380,10 @@ def _print_bench(rows: list[_bench.Row], machine: str, title: str, limit: float)
 def plan(
     file: Annotated[
         Path,
-        typer.Argument(help="Arrays q, k, v (.npz or .safetensors): (n, d), (heads, n, d) or (layers, heads, n, d)."),
+        typer.Argument(
+            help="Arrays q, k, v (.npz or .safetensors; - is standard input): (n, d), (heads, n, d) or "
+            "(layers, heads, n, d)."
+        ),
     ],
     causal: Annotated[bool, typer.Option("--causal/--full", help="With or without a causal mask.")] = True,
     scale: Annotated[float | None, typer.Option(help="Factor of the scores.", show_default="1/sqrt(d)")] = None,
@@ -333,7 +395,9 @@ def plan(
     ] = True,
     layer: Annotated[list[int] | None, typer.Option(help="Only these layers.", show_default="all")] = None,
     head: Annotated[list[int] | None, typer.Option(help="Only these heads.", show_default="all")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens.", show_default="all")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Only so many tokens.", show_default="all", **_positive)
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 3,
     threads: ThreadsOption = None,
     plot: PlotOption = None,
@@ -369,7 +433,9 @@ def plan(
             f"{first.tokens:,} tokens, d = {first.d}, {first.dtype}"
         )
         if plot is not None:
-            _survey.plot(surveys, plot, f"{file.name}: {title}\n{_bench.machine()}")
+            _survey.plot(
+                surveys, plot, f"{'standard input' if file == _STDIN else file.name}: {title}\n{_bench.machine()}"
+            )
         if json_:
             _print_json(
                 {
@@ -436,6 +502,8 @@ def _clean_exit() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except MemoryError as error:
+        _fail(f"there is too little memory: {error}" if str(error) else "there is too little memory")
     except (LingradError, OSError, ImportError) as error:
         if type(error) is LingradError:  # an internal error, which the user cannot mend
             raise
@@ -457,46 +525,65 @@ def _engine(name: str | None, options: Mapping[str, Any], default: Engine) -> En
     return dataclasses.replace(default if _engine_name(default) == name else _ENGINES[name], **options)
 
 
-def _new_model(sizes: Mapping[str, int | None], engine: Engine, seed: int, dtype: str) -> Transformer:
+def _new_config(sizes: Mapping[str, int | None], engine: Engine) -> TransformerConfig:
     defaults = {"n_layers": 4, "d_model": 64, "n_heads": 4}
     known: dict[str, Any] = defaults | {name: size for name, size in sizes.items() if size is not None}
     known.setdefault("d_ff", 4 * known["d_model"])
-    config = TransformerConfig(**known, vocab_size=_BYTES, engine=engine)
-    return Transformer(config, seed=seed, dtype=dtype)
+    return TransformerConfig(**known, vocab_size=_BYTES, engine=engine)
+
+
+def _check_memory(config: TransformerConfig, tokens: int, dtype: DTypeLike) -> None:
+    """An error, before anything is made, where there cannot be the memory for what is kept at the same time."""
+    itemsize, have = np.dtype(dtype).itemsize, memory_bytes()
+    parameters = 2 * itemsize * config.param_count()
+    inputs = itemsize * (config.n_layers + 1) * tokens * config.d_model
+    if have is not None and parameters + inputs > have:
+        raise ArgumentError(
+            f"--layers {config.n_layers} --d-model {config.d_model} --d-ff {config.d_ff} --tokens {tokens} would take "
+            f"{parameters + inputs:,} bytes: {parameters:,} for the parameters and their gradients, {inputs:,} for "
+            f"the layers' inputs; there are {have:,}"
+        )
 
 
 def _stored_model(
     path: Path, sizes: Mapping[str, int | None], engine: Callable[[Engine], Engine], dtype: str | None
 ) -> Transformer:
-    stored = load(path)
-    if isinstance(stored, Transformer):
-        config, params = dataclasses.replace(stored.config, engine=engine(stored.config.engine)), stored.params
-    else:
-        config, params = _config_of(path, stored, sizes["n_heads"] or 4, engine(_DEFAULT_ENGINE)), stored
-    for name, size in sizes.items():
-        if size is not None and size != getattr(config, name):
-            raise ArgumentError(f"{name} is {size}; expected {getattr(config, name)} to match {path}")
+    with _files.seekable(path) as (file, name):
+        stored = _files.SafeTensors(file, name)
+        if is_model(stored):
+            config = stored_config(stored)
+            config = dataclasses.replace(config, engine=engine(config.engine))
+        else:
+            config = _config_of(name, stored.shapes, sizes["n_heads"] or 4, engine(_DEFAULT_ENGINE))
+            check_stored(stored, config)
+            # Of another model, perhaps: no configuration says that this is all of it.
+            for tensor in stored.shapes.keys() - config.param_shapes().keys():
+                raise ArgumentError(f"{name} holds {tensor!r}, which the model does not have")
+        params = stored.read(config.param_shapes())
+    for size, value in sizes.items():
+        if value is not None and value != getattr(config, size):
+            raise ArgumentError(f"{size} is {value}; expected {getattr(config, size)} to match {name}")
     found = params["embed"].dtype
     if dtype is not None and found != np.dtype(dtype):
-        raise ArgumentError(f"--dtype is {dtype}; expected {found} to match {path}")
+        raise ArgumentError(f"--dtype is {dtype}; expected {found} to match {name}")
     return Transformer(config, params)
 
 
-def _config_of(path: Path, params: Mapping[str, NDArray[Any]], n_heads: int, engine: Engine) -> TransformerConfig:
+def _config_of(path: str, shapes: Mapping[str, tuple[int, ...]], n_heads: int, engine: Engine) -> TransformerConfig:
     """The configuration that bare parameters tell, all but the number of heads."""
 
     def shape(name: str) -> tuple[int, int]:
-        if name not in params or params[name].ndim != 2:
+        if len(shapes.get(name, ())) != 2:
             raise ArgumentError(f"{path} lacks a matrix {name!r}, so it does not hold the parameters of a Transformer")
-        rows, columns = params[name].shape
+        rows, columns = shapes[name]
         return rows, columns
 
     vocab_size, d_model = shape("embed")
-    layers = [int(match[1]) for name in params if (match := re.match(r"layers\.(\d+)\.", name))]
+    layers = {match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
     width = max(d_model // n_heads, 1)
-    norm: Literal["rms", "layer"] = "layer" if "norm.bias" in params else "rms"
+    norm: Literal["rms", "layer"] = "layer" if "norm.bias" in shapes else "rms"
     return TransformerConfig(
-        n_layers=max(layers, default=0) + 1,
+        n_layers=max(len(layers), 1),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=max(shape("layers.0.attn.w_k")[1] // width, 1),
@@ -507,20 +594,42 @@ def _config_of(path: Path, params: Mapping[str, NDArray[Any]], n_heads: int, eng
     )
 
 
-def _read_text(path: Path | None, size: int) -> NDArray[np.uint8]:
-    """The first ``size`` bytes of the text."""
-    if path is not None:
-        with path.open("rb") as file:
-            text = file.read(size)
-        name = str(path)
-    else:
-        text, name = _library_sources(size), "the standard library"
-    if len(text) < size:
+def _check_text(path: Path | None, size: int) -> None:
+    """An error at once where a text is known to be shorter; how much a pipe holds, nobody knows."""
+    if path is None:
+        _check_length("the standard library", len(_library_sources(size)), size)
+    elif path.is_file() and (held := path.stat().st_size):  # which is 0 for what a system makes up when it is read
+        _check_length(str(path), held, size)
+
+
+def _check_length(name: str, held: int, size: int) -> None:
+    if held < size:
         raise ArgumentError(
-            f"the text ({name}) has {len(text)} bytes; expected at least {size}, one more than --tokens; "
+            f"the text ({name}) has {held} bytes; expected at least {size}, one more than --tokens; "
             "give a longer --text or fewer --tokens"
         )
+
+
+def _read_text(path: Path | None, size: int) -> NDArray[np.uint8]:
+    """The first ``size`` bytes of the text."""
+    if path is None:
+        return np.frombuffer(_library_sources(size), np.uint8)
+    if path == _STDIN:
+        name, text = "standard input", _read_bytes(_files.standard_input(), size)
+    else:
+        name = str(path)
+        with path.open("rb") as file:
+            text = _read_bytes(file, size)
+    _check_length(name, len(text), size)
     return np.frombuffer(text, np.uint8)
+
+
+def _read_bytes(file: BinaryIO, size: int) -> bytearray:
+    """No more than so many bytes; memory is taken for those that are there."""
+    text = bytearray()
+    while len(text) < size and (block := file.read(min(size - len(text), 1 << 20))):
+        text += block
+    return text
 
 
 def _library_sources(size: int) -> bytes:

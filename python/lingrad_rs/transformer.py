@@ -519,11 +519,16 @@ def stored_config(stored: _files.SafeTensors) -> TransformerConfig:
         result = TransformerConfig(**config, engine=made)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"the configuration in {stored.name} cannot be read: {error}") from error
-    for name, shape in result.param_shapes().items():
+    check_stored(stored, result)
+    return result
+
+
+def check_stored(stored: _files.SafeTensors, config: TransformerConfig) -> None:
+    """Raise unless a file holds a model's parameters, in their shapes."""
+    for name, shape in config.param_shapes().items():
         if name not in stored.shapes:
             raise ArgumentError(f"{stored.name} lacks {name!r}; expected an array of shape {shape}")
         if stored.shapes[name] != shape:
             raise ShapeError(
                 f"{name} in {stored.name} has shape {stored.shapes[name]}; expected {shape} to match its configuration"
             )
-    return result
