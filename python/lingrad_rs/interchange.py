@@ -60,20 +60,25 @@ def from_dlpack(x: Any) -> Any:
 
     Examples
     --------
-    Attention as a function that PyTorch differentiates, on the CPU or a GPU:
+    Attention as a function that PyTorch differentiates, once, on the CPU or a GPU:
 
     >>> class Attention(torch.autograd.Function):
     ...     @staticmethod
     ...     def forward(ctx, q, k, v):
-    ...         arrays = [lg.from_dlpack(x.detach()) for x in (q, k, v)]
+    ...         ctx.save_for_backward(q, k, v)
+    ...         arrays = (lg.from_dlpack(x.detach()) for x in (q, k, v))
     ...         out, ctx.vjp = lg.attention_vjp(*arrays, tol=1e-2, causal=True)
     ...         return torch.from_dlpack(out)
     ...
     ...     @staticmethod
     ...     @torch.autograd.function.once_differentiable
     ...     def backward(ctx, dout):
-    ...         return tuple(torch.from_dlpack(g) for g in ctx.vjp(lg.from_dlpack(dout)))
-    >>> out = Attention.apply(q, k, v)  # doctest: +SKIP
+    ...         ctx.saved_tensors  # raises where q, k or v has been changed in place
+    ...         return tuple(torch.from_dlpack(x) for x in ctx.vjp(lg.from_dlpack(dout.detach())))
+    >>> @torch.compiler.disable  # which does not look into other libraries
+    ... def attention(q, k, v):
+    ...     return Attention.apply(q, k, v)
+    >>> out = attention(q, k, v)  # doctest: +SKIP
     """
     if _backend.kind(x) is not None:
         return _check.array("x", x)
