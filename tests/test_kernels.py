@@ -260,6 +260,22 @@ def test_score_gradients_are_those_of_plain_code(batch, blocks, rows, keys, give
     assert_near(got[1], want[1], KERNEL[dtype])
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_overflows_in_the_products_with_removed_keys_is_not_seen(value, both, dtype, rng):
+    s, most, bias, first, last = scores(rng, dtype, 2, 3, 5, 33)
+    e = rng.standard_normal(s.shape).astype(dtype)
+    for x in (s, e):
+        x[..., ::3] = value
+    most[most == -np.inf] = 0
+    got, want = both(tiles.exponentials, s, most, bias, first, last)
+    assert all(np.isfinite(x).all() for x in (*got, *want))
+    got, want = both(tiles.score_gradients, s, e, most, most, most, bias, first, last)
+    for x in (*got, *want):
+        assert np.isfinite(x).all()
+        assert (x[..., ::3] == 0).all()
+
+
 @SHAPES
 def test_gaussians_are_those_of_plain_code(batch, blocks, rows, keys, both, dtype, rng):
     products = rng.standard_normal((batch, blocks, rows, keys)).astype(dtype)

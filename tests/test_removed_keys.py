@@ -7,12 +7,27 @@ from helpers import assert_close, cast, difference_error, draw, run_attention
 from limits import DIFFERENCE, ORACLE
 
 import lingrad_rs as lg
-from lingrad_rs import Exact, Polynomial
+from lingrad_rs import Auto, Exact, Landmark, Polynomial
 
 SHIFTED = {
     "closed form": Polynomial(shift="mean"),
     "consistent": Polynomial(shift="mean", gradient="consistent"),
     "consistent, fitted": Polynomial(shift="mean", gradient="consistent", coefficients="fitted"),
+}
+
+
+ENGINES = {
+    "exact": Exact(),
+    "closed form": Polynomial(),
+    "consistent": Polynomial(gradient="consistent"),
+    "degree 4": Polynomial(degree=4),
+    "fitted": Polynomial(coefficients="fitted"),
+    "no window": Polynomial(window=0),
+    "polynomial diagonal": Polynomial(diagonal="polynomial"),
+    "polynomial diagonal, consistent": Polynomial(diagonal="polynomial", gradient="consistent"),
+    "given shift": Polynomial(shift=((0.1,) * 5, (-0.2,) * 5)),
+    "landmarks": Landmark(rank=40),
+    "tolerance": Auto(tol=1e-2),
 }
 
 
@@ -81,3 +96,60 @@ def test_the_bound_of_an_error_is_of_the_keys_that_are_left(backend, dtype, rng)
         bounds.append([head.error_bound for head in vjp.heads])
     assert bounds[0] == bounds[1]
     assert None not in bounds[0]
+
+
+def filled(inputs, gone, value):
+    """Removed keys and their values hold the value, with signs by turns."""
+    signs = {x: np.resize([1, -1, -1], inputs[x].shape[-1] * inputs[x].shape[-2]) for x in "kv"}
+    of_gone = {x: value * signs[x].reshape(inputs[x].shape[-2:]) for x in "kv"}
+    return inputs | {x: np.where(gone[..., None], of_gone[x], inputs[x]).astype(inputs[x].dtype) for x in "kv"}
+
+
+def huge(dtype):
+    return float(np.finfo(dtype).max)
+
+
+@pytest.mark.parametrize("n", [5, 150, 700])
+@pytest.mark.parametrize("causal", [False, True])
+@engines(ENGINES | SHIFTED)
+def test_removed_keys_may_hold_the_largest_numbers_there_are(engine, causal, n, backend, dtype, rng):
+    if causal and isinstance(engine, Polynomial) and engine.shift == "mean":
+        return  # refused
+    inputs, gone = padded(rng, n=n, m=n, size=0.4)
+    inputs = cast(inputs, dtype)
+    far = filled(inputs, gone, huge(dtype))
+    want, got = (run_attention(backend, x, engine=engine, causal=causal) for x in (inputs, far))
+    assert_close(got, want, ORACLE[dtype])
+    assert_nothing_for(gone, got)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@engines({name: ENGINES[name] for name in ("exact", "closed form", "landmarks")})
+def test_errors_are_measured_beside_removed_keys_that_hold_anything(engine, causal, backend, dtype, rng):
+    inputs, gone = padded(rng, n=150, m=150, size=0.3)
+    arrays = filled(cast(inputs, dtype), gone, huge(dtype))
+    q, k, v, bias, dout = (backend.array(arrays[x]) for x in ("q", "k", "v", "key_bias", "dout"))
+    options = {"causal": causal, "key_bias": bias}
+    out, vjp = lg.attention_vjp(q, k, v, engine=engine, **options)
+    for samples in (20, 1000):
+        vjp(dout, samples=samples)
+        assert all(error.high <= 0.5 for head in vjp.heads for error in head.errors.values())
+        assert lg.measure_error(q, k, v, out, samples=samples, **options).high <= 0.5
+
+
+@pytest.mark.parametrize("n", [3, 150, 1200])
+@engines({name: engine for name, engine in ENGINES.items() if name != "tolerance"})  # which looks at all tokens
+def test_later_keys_may_hold_the_largest_numbers_there_are(engine, n, backend, dtype, rng):
+    if n < 1024 and isinstance(engine, Landmark):
+        return  # landmarks are taken from the first 1024 tokens, of which that one would be
+    # The last token's value and key are far out of the range of products with the others; its own gradient is 0.
+    inputs = draw(rng, n=n, heads=(4,), key_heads=(2,), size=0.3)
+    inputs["dout"][:, -1] = 0.0
+    inputs["q"][:, -1] = 0.0
+    inputs = cast(inputs, dtype)
+    last = np.zeros((2, n), bool)
+    last[:, -1] = True
+    far = filled(inputs, last, huge(dtype))
+    want, got = (run_attention(backend, x, engine=engine, causal=True) for x in (inputs, far))
+    for name in ("out", "dq", "dk", "dv"):
+        assert_close({name: got[name][:, :-1]}, {name: want[name][:, :-1]}, ORACLE[dtype])

@@ -457,8 +457,9 @@ def _forward_scan(cut: _Cut, row_max: Array, row_scale: Array, upstream: Array, 
         else:
             w, e = _near_weights(cut, segment, level, most)[0] * scale[..., None], e + minus_delta[..., None]
             f = _weighted(sp, w, coefficients, s)
-            of_bias = f * e
-            ds = _weighted(sp, w, _derivative(sp, coefficients), s) * e if cut.near.consistent else of_bias
+            of_bias = ds = tiles.times(sp, f, e)
+            if cut.near.consistent:
+                ds = tiles.times(sp, _weighted(sp, w, _derivative(sp, coefficients), s), e)
         add_rows(sp, total.dq, segment.starts[0], heads.scale * xp.matmul(ds, k))
         cut.add_near_rows(total.dk, t(xp.matmul(t(scaled_q), ds)), segment)
         cut.add_near_rows(total.dv, t(xp.matmul(t(dout), f)), segment)

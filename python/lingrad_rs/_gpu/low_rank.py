@@ -70,7 +70,7 @@ class Pass:
     Attributes
     ----------
     heads : Heads
-        Whose ``q`` and ``k`` are shifted; removed keys are 0, whatever they hold.
+        Whose ``q`` and ``k`` are shifted; keys and values are 0 where a key is removed, whatever they hold.
     features : Features
     query_shift : array, shape (heads, d), or None
     bias : array of float64, shape (heads or 1, m)
@@ -107,16 +107,16 @@ def make_pass(
     """The pass of `Heads` as they came, for shifts ``(heads, d)`` in their dtype."""
     xp = sp.xp
     q = heads.q if query_shift is None else heads.q - query_shift[:, None, :]
-    k = heads.k if key_shift is None else heads.k - key_shift[:, None, :]
+    k, v = heads.k if key_shift is None else heads.k - key_shift[:, None, :], heads.v
     plain = sp.zeros((1, heads.sizes[1]), xp.float64)
     if heads.key_bias is not None:
         plain = sp.wide(heads.key_bias)
-        k = xp.where((plain == -math.inf)[..., None], xp.zeros_like(k), k)
+        k, v = (xp.where((plain == -math.inf)[..., None], xp.zeros_like(x), x) for x in (k, v))
     if query_shift is not None:
         plain = plain + heads.scale * dots(sp, k, xp.broadcast_to(query_shift[:, None, :], k.shape))
     norms = features.norms(sp, "keys", k)
     return Pass(
-        heads=Heads(q, k, heads.v, heads.key_bias, heads.causal, heads.scale, heads.first),
+        heads=Heads(q, k, v, heads.key_bias, heads.causal, heads.scale, heads.first),
         features=features,
         query_shift=query_shift,
         bias=plain if norms is None else plain + norms,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from ..plan import ErrorEstimate
-from . import guides
+from . import guides, tiles
 from .device import Space
 from .finite import check_heads
 from .heads import Heads, dots
@@ -118,11 +118,6 @@ def select(sp: Space, heads: Heads, which: Sequence[int]) -> Heads:
     return replace(heads, q=q, k=k, v=v, key_bias=bias)
 
 
-def _biased(sp: Space, scores: Array, bias: Array | None) -> Array:
-    """Scores with their biases; minus infinity removes whatever there is."""
-    return scores if bias is None else sp.xp.where(bias == -math.inf, bias, scores + bias)
-
-
 @dataclass(frozen=True)
 class ExactRows:
     """Exact attention of some queries of each head, in float64.
@@ -183,7 +178,9 @@ def exact_rows(sp: Space, heads: Heads, rows: Rows, dout: Array | None = None) -
     for a, b in sp.tiles(end, count * (4 * width + 2 * (d + dv))):
         k, v = sp.wide(heads.k[:, a:b, :]), sp.wide(heads.v[:, a:b, :])
         bias = None if heads.key_bias is None else sp.wide(heads.key_bias[:, None, a:b])
-        s = _biased(sp, heads.scale * xp.matmul(q, t(k)), bias)
+        s = heads.scale * xp.matmul(q, t(k))
+        if bias is not None:
+            s = tiles.biased(sp, s, bias)
         if heads.causal:
             s = xp.where(sp.arange(a, b) <= place[..., None], s, sp.full((), -math.inf, xp.float64))
         before, most = most, xp.maximum(most, xp.max(s, axis=-1))
@@ -191,7 +188,7 @@ def exact_rows(sp: Space, heads: Heads, rows: Rows, dout: Array | None = None) -
         weights, by = xp.exp(s - level[..., None]), xp.exp(before - level)
         parts = [xp.matmul(weights, v)]
         if dout is not None:
-            parts += [xp.matmul(weights, k), xp.matmul(weights * xp.matmul(dout, t(v)), k)]
+            parts += [xp.matmul(weights, k), xp.matmul(tiles.times(sp, weights, xp.matmul(dout, t(v))), k)]
         sums = sums * by + xp.sum(weights, axis=-1)
         totals = totals * by[..., None] + xp.concat(parts, axis=-1)
     totals = totals / xp.where(sums > 0, sums, xp.ones_like(sums))[..., None]
@@ -238,12 +235,14 @@ def key_gradients(sp: Space, heads: Heads, keys: Rows, dout: Array, delta: Array
     for a, b in sp.tiles(n - start, count * (4 * width + 2 * (d + dv))):
         i = slice(start + a, start + b)
         q, up = sp.wide(heads.q[:, i, :]), sp.wide(dout[:, i, :])
-        exponent = _biased(sp, heads.scale * xp.matmul(q, t(k)), bias) - log_sums[:, i, None]
+        exponent = heads.scale * xp.matmul(q, t(k)) - log_sums[:, i, None]
+        if bias is not None:
+            exponent = tiles.biased(sp, exponent, bias)
         if heads.causal:
             seen = sp.arange(start + a, start + b)[:, None] >= place
             exponent = xp.where(seen, exponent, sp.full((), -math.inf, xp.float64))
         f = xp.exp(exponent)
-        ds = f * (xp.matmul(up, t(v)) - delta[:, i, None])
+        ds = tiles.times(sp, f, xp.matmul(up, t(v)) - delta[:, i, None])
         dk = dk + xp.matmul(t(ds), q)
         dv_ = dv_ + xp.matmul(t(f), up)
         db = db + xp.sum(ds, axis=1)[..., None]

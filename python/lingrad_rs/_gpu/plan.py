@@ -28,7 +28,7 @@ from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
 from ..plan import HeadPlan
-from . import guides, measure, sample
+from . import guides, measure, sample, tiles
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
 from .heads import Heads, live_keys
@@ -574,7 +574,7 @@ def _moments(
     xp, t = sp.xp, sp.xp.matrix_transpose
     count, width = rows.shape
     d, dv = size.d, size.dv
-    biases = _biases(sp, heads, by)
+    biases, live = _biases(sp, heads, by), live_keys(heads)
     level = xp.max(biases, axis=1, keepdims=True)
     level = xp.where(level == -math.inf, xp.zeros_like(level), level)
     alpha, beta = (sp.asarray(by[:, side], xp.float64)[:, None, :] for side in (0, 1))
@@ -588,6 +588,8 @@ def _moments(
     end = int(rows.max()) + 1 if heads.causal else size.m
     for a, b in sp.tiles(end, count * (8 * width + 3 * (d + dv))):
         k, v = sp.wide(heads.k[:, a:b, :]) - beta, sp.wide(heads.v[:, a:b, :])
+        if live is not None:
+            k, v = (xp.where(live[:, a:b, None], x, xp.zeros_like(x)) for x in (k, v))
         w = xp.exp(biases[:, a:b] - level)[:, None, :]
         s = heads.scale * xp.matmul(q, t(k))
         s = xp.where(w == 0, xp.zeros_like(s), s)  # whatever a removed key holds
@@ -616,7 +618,7 @@ def _weighted(sp: Space, weights: Array, values: Array, upstream: Array | None, 
     sums = sp.xp.matmul(weights, values)
     if upstream is None:
         return sums
-    return sp.xp.concat([sums, sp.xp.matmul(weights * upstream, k)], axis=-1)
+    return sp.xp.concat([sums, sp.xp.matmul(tiles.times(sp, weights, upstream), k)], axis=-1)
 
 
 class _Moments:

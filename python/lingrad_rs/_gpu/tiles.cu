@@ -27,6 +27,8 @@ struct Seen {
     __device__ __forceinline__ REAL exponent(REAL score, long long k) const
     {
         if (k < first || k >= last) return MINUS_INFINITY;
+        // What a removed key holds may have overflowed in its scores.
+        if (bias && bias[k] == MINUS_INFINITY) return MINUS_INFINITY;
         return bias ? score + bias[k] : score;
     }
 };
@@ -120,7 +122,7 @@ extern "C" __global__ void score_gradients(
     for (long long k = blockIdx.y * blockDim.x + threadIdx.x; k < keys; k += threads) {
         const REAL f = exp(seen.exponent(s[k], k) - row_most) * row_scale;
         s[k] = f;
-        e[k] = f * (e[k] - row_delta);
+        e[k] = f == 0 ? REAL(0) : f * (e[k] - row_delta);  // as `times` of tiles.py
     }
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from . import kernels
 from .device import Space
 
-__all__ = ["exponentials", "gaussian", "keep", "score_gradients"]
+__all__ = ["biased", "exponentials", "gaussian", "keep", "score_gradients", "times"]
 
 Array = Any
 
@@ -17,6 +17,19 @@ def keep(sp: Space, keys: int, first: Array, last: Array) -> Array:
     """Which of so many keys each row sees: those from ``first`` on and before ``last``, ``(..., rows, keys)``."""
     index = sp.xp.astype(sp.arange(0, keys), first.dtype, copy=False)
     return (index >= first[..., None]) & (index < last[..., None])
+
+
+def biased(sp: Space, scores: Array, bias: Array) -> Array:
+    """Scores with the biases that broadcast against them; minus infinity removes whatever there is."""
+    return sp.xp.where(bias == -math.inf, bias, scores + bias)
+
+
+def times(sp: Space, weights: Array, x: Array) -> Array:
+    """Weights times numbers: 0 where the weight is, though the number be infinite or NaN.
+
+    What a key without weight holds may overflow in a product, and must not be seen.
+    """
+    return sp.xp.where(weights == 0, sp.xp.zeros_like(weights), weights * x)
 
 
 def exponentials(
@@ -63,7 +76,7 @@ def score_gradients(
     first: Array | None,
     last: Array | None,
 ) -> tuple[Array, Array]:
-    """``f = e^(s + bias - M) scale`` and the scores' gradients ``f (e - delta)``.
+    """``f = e^(s + bias - M) scale`` and the scores' gradients ``f (e - delta)``, 0 where ``f`` is.
 
     Shapes are those of `exponentials`; ``e`` is ``dout v^T``, shaped as ``s``, and ``scale`` and ``delta`` as ``most``.
     Neither ``s`` nor ``e`` is needed afterwards.
@@ -71,12 +84,12 @@ def score_gradients(
     if kernels.usable(s):
         return kernels.score_gradients(s, e, most, scale, delta, bias, first, last)
     f = sp.xp.exp(_masked(sp, s, bias, first, last) - most[..., None]) * scale[..., None]
-    return f, f * (e - delta[..., None])
+    return f, times(sp, f, e - delta[..., None])
 
 
 def _masked(sp: Space, s: Array, bias: Array | None, first: Array | None, last: Array | None) -> Array:
     if bias is not None:
-        s = s + bias[..., None, :]
+        s = biased(sp, s, bias[..., None, :])
     if first is not None and last is not None:
         s = sp.xp.where(keep(sp, s.shape[-1], first, last), s, sp.full((), -math.inf, s.dtype))
     return s

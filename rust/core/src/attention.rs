@@ -83,6 +83,13 @@ pub(crate) struct Head<'a, T> {
     pub key_bias: Option<ColRef<'a, T>>,
 }
 
+impl<T: Real> Head<'_, T> {
+    /// Whether a bias of `-inf` removes a key: whatever it holds, nothing takes from it and nothing goes to it.
+    pub fn removed(&self, key: usize) -> bool {
+        self.key_bias.is_some_and(|bias| bias[key] == T::NEG_INFINITY)
+    }
+}
+
 /// The factors that turn a row of scores into a row of `f`: `f_ij = exp(s_ij - max_i) scale_i`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RowFactors<'a, T> {

@@ -652,7 +652,7 @@ impl<T: Real> Near<T> {
             || {
                 for (slope, ds) in slope.chunks_exact(bq).zip(ds.chunks_exact_mut(bq)) {
                     for ((ds, &slope), &delta) in ds.iter_mut().zip(slope).zip(delta) {
-                        *ds = slope * (*ds - delta);
+                        *ds = slope.times(*ds - delta);
                     }
                 }
             },
@@ -703,7 +703,7 @@ impl<T: Real> Near<T> {
                 let f = rows(&self.f).row(j);
                 for i in 0..bq {
                     let dot: T = (0..dv).map(|c| dout[(i, c)] * v[c]).sum();
-                    *db += f[i] * (dot - up.delta[queries.start + i]);
+                    *db += f[i].times(dot - up.delta[queries.start + i]);
                 }
             }
         }

@@ -157,7 +157,7 @@ impl<T: Real> Softmax<T> {
         let mut first = 0;
         for (v, factor) in values {
             if let Some(factor) = factor {
-                self.scores[..bk * bq].iter_mut().zip(*factor).for_each(|(s, by)| *s *= *by);
+                self.scores[..bk * bq].iter_mut().zip(*factor).for_each(|(s, by)| *s = s.times(*by));
             }
             let width = v.ncols();
             let tile_out = view_mut(&mut self.tile_out[first * bq..], width, bq);
@@ -423,7 +423,7 @@ fn score_gradients<T: Real>(
                 }
                 for (f, ds) in f.iter_mut().zip(ds.iter_mut()) {
                     *f = (*f - max).exp_nonpositive() * scale;
-                    *ds = *f * (*ds - delta);
+                    *ds = f.times(*ds - delta);
                 }
                 let seen = seen.map_or(bk, |seen| (seen + i).min(bk));
                 f[seen..].fill(T::ZERO);

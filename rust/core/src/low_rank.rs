@@ -360,18 +360,24 @@ impl<'a, T: Real> Pass<'a, T> {
     /// Shifted keys; those that a bias of `-inf` removes are 0, whatever they hold.
     fn load_keys(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.k, start, len, &self.shifts.key, x);
-        if self.biases.is_some() {
-            for t in (0..len).filter(|t| self.bias(start + t) == f64::NEG_INFINITY) {
-                x.iter_mut().skip(t).step_by(len).take(self.head.k.ncols()).for_each(|x| *x = T::ZERO);
-            }
-        }
+        self.clear_removed(start, len, self.head.k.ncols(), x);
     }
 
-    /// `[v_j; 1]` as `(e, len)`.
+    /// `[v_j; 1]` as `(e, len)`, with the values of removed keys as 0.
     fn load_values(&self, start: usize, len: usize, x: &mut [T]) {
         load_transposed(self.head.v, start, len, &[], x);
         let e = self.e();
+        self.clear_removed(start, len, e - 1, x);
         x[(e - 1) * len..e * len].fill(T::ONE);
+    }
+
+    /// Sets to 0 what removed keys hold in a tile `(width, len)`.
+    fn clear_removed(&self, start: usize, len: usize, width: usize, x: &mut [T]) {
+        if self.biases.is_some() {
+            for t in (0..len).filter(|t| self.bias(start + t) == f64::NEG_INFINITY) {
+                x.iter_mut().skip(t).step_by(len).take(width).for_each(|x| *x = T::ZERO);
+            }
+        }
     }
 
     /// `[dout_i; -delta_i]` as `(e, len)`.
@@ -827,6 +833,9 @@ pub(crate) fn biases<T: Real>(
     }
     let bias = |j: usize| {
         let mut bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
+        if bias == f64::NEG_INFINITY {
+            return bias; // whatever the key holds
+        }
         for (c, k) in head.k.row(j).iter().enumerate() {
             let k = k.to_f64() - beta.get(c).map_or(0.0, |b| b.to_f64());
             bias += scale * alpha.get(c).map_or(0.0, |a| a.to_f64()) * k + half * k * k;
@@ -864,7 +873,7 @@ pub(crate) fn mean<T: Real>(x: MatRef<'_, T>, rows: impl ExactSizeIterator<Item 
 
 /// Those of the first `count` keys that no bias removes.
 pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Vec<usize> {
-    (0..count).filter(|&j| head.key_bias.is_none_or(|bias| bias[j] != T::NEG_INFINITY)).collect()
+    (0..count).filter(|&j| !head.removed(j)).collect()
 }
 
 /// The sum of each column, and the sum of all squares, of some rows, one after the other as they lie.

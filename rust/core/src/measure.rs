@@ -233,6 +233,17 @@ pub(crate) fn widened<T: Real>(x: MatRef<'_, T>, rows: Range<usize>) -> Vec<f64>
     x.subrows(rows.start, rows.len()).row_iter().flat_map(|row| row.iter().map(|x| x.to_f64())).collect()
 }
 
+/// The same of rows that belong to keys, `(keys, width)`: those of removed keys are 0, whatever they hold.
+pub(crate) fn widened_keys<T: Real>(head: &Head<'_, T>, x: MatRef<'_, T>, keys: Range<usize>) -> Vec<f64> {
+    let mut rows = widened(x, keys.clone());
+    for (row, j) in rows.chunks_exact_mut(x.ncols()).zip(keys) {
+        if head.removed(j) {
+            row.fill(0.0);
+        }
+    }
+    rows
+}
+
 /// Computes rows exactly, in parallel over keys; `dout` has a row for each.
 pub(crate) fn exact_rows<T: Real>(
     ctx: &Context,
@@ -259,7 +270,7 @@ pub(crate) fn exact_rows<T: Real>(
                 for j0 in (range * RANGE..end.min((range + 1) * RANGE)).step_by(TILE) {
                     ctx.check()?;
                     let bk = TILE.min(end - j0);
-                    let (k, v) = (widened(head.k, j0..j0 + bk), widened(head.v, j0..j0 + bk));
+                    let (k, v) = (widened_keys(head, head.k, j0..j0 + bk), widened_keys(head, head.v, j0..j0 + bk));
                     let (k, v) = (view(&k, bk, d), view(&v, bk, dv));
                     let s = &mut softmax.scores;
                     product(view_mut(s, bk, count), k, q.transpose(), scale);
@@ -352,7 +363,11 @@ pub(crate) fn key_gradients<T: Real>(
     weights: Option<&dyn Weights>,
 ) -> Result<(KeyGradients, Option<KeyGradients>)> {
     let (n, d, dv, count) = (head.q.nrows(), head.q.ncols(), head.v.ncols(), keys.len());
-    let (k, v) = (gather(head.k, keys), gather(head.v, keys));
+    let (mut k, mut v) = (gather(head.k, keys), gather(head.v, keys));
+    for (t, _) in keys.iter().enumerate().filter(|&(_, &j)| head.removed(j)) {
+        k.row_mut(t).fill(0.0);
+        v.row_mut(t).fill(0.0);
+    }
     let bias: Vec<f64> = keys.iter().map(|&j| head.key_bias.map_or(0.0, |b| b[j].to_f64())).collect();
     let width = d + dv + 1;
     let kinds = 1 + usize::from(weights.is_some());
@@ -396,14 +411,14 @@ pub(crate) fn key_gradients<T: Real>(
                         slope = &mut s[..bq * count];
                     }
                     for ((ds, slope), e) in ds.iter_mut().zip(&*slope).zip(e) {
-                        *ds = slope * e;
+                        *ds = slope.times(*e);
                     }
                     let (of_dk, rest) = sums.split_at_mut(d * count);
                     let (of_dv, of_db) = rest.split_at_mut(dv * count);
                     add_product(view_mut(of_dk, d, count), q.transpose(), view(ds, bq, count), scale);
                     add_product(view_mut(of_dv, dv, count), dout.transpose(), view(f, bq, count), 1.0);
                     for (f, e) in f.chunks_exact(count).zip(e.chunks_exact(count)) {
-                        of_db.iter_mut().zip(f.iter().zip(e)).for_each(|(db, (f, e))| *db += f * e);
+                        of_db.iter_mut().zip(f.iter().zip(e)).for_each(|(db, (f, e))| *db += f.times(*e));
                     }
                 }
             }

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::guides;
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
-use crate::measure::{Draw, Weights, gather, widened};
+use crate::measure::{Draw, Weights, gather, widened_keys};
 use crate::monomials;
 use crate::polynomial;
 use crate::real::{Real, vectorised};
@@ -516,15 +516,14 @@ impl<'a> Moments<'a> {
                 for j0 in (range * RANGE..end.min((range + 1) * RANGE)).step_by(TILE) {
                     ctx.check()?;
                     let bk = TILE.min(end - j0);
-                    let mut k = widened(head.k, j0..j0 + bk);
+                    let mut k = widened_keys(head, head.k, j0..j0 + bk);
+                    let v = widened_keys(head, head.v, j0..j0 + bk);
                     for k in k.chunks_exact_mut(d) {
                         k.iter_mut().zip(&shifts.key).for_each(|(k, by)| *k -= by.to_f64());
                     }
                     let mut values = vec![1.0; bk * e];
                     for (t, values) in values.chunks_exact_mut(e).enumerate() {
-                        for c in 0..dv {
-                            values[1 + c] = head.v[(j0 + t, c)].to_f64();
-                        }
+                        values[1..=dv].copy_from_slice(&v[t * dv..(t + 1) * dv]);
                         if dout.is_some() {
                             values[1 + dv..].copy_from_slice(&k[t * d..(t + 1) * d]);
                         }
@@ -581,7 +580,7 @@ impl<'a> Moments<'a> {
                         let (plain, scored) = sums.split_at_mut(e * count);
                         add_product(view_mut(plain, e, count), values.transpose(), view(weights, bk, count), 1.0);
                         if dout.is_some() {
-                            let with = weights[..bk * count].iter().zip(&upstream).map(|(w, u)| w * u);
+                            let with = weights[..bk * count].iter().zip(&upstream).map(|(w, u)| w.times(*u));
                             let with: Vec<f64> = with.collect();
                             add_product(view_mut(scored, d, count), k.transpose(), view(&with, bk, count), 1.0);
                         }
@@ -693,7 +692,7 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
         let start = if self.causal { near_start(&self.settings, i) } else { usize::MAX };
         let row = dot(self.head.q.row(i), &self.shifts.key);
         for ((&j, score), f) in keys.iter().zip(scores).zip(f) {
-            if j >= start || (self.causal && j > i) {
+            if j >= start || (self.causal && j > i) || self.head.removed(j) {
                 *score = *f;
                 continue;
             }
@@ -709,8 +708,8 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
                 slope = slope * s + p;
                 p = p * s + a;
             }
-            *f = w * p;
-            *score = w * if self.settings.consistent { slope } else { p };
+            *f = w.times(p);
+            *score = w.times(if self.settings.consistent { slope } else { p });
         }
     }
 }

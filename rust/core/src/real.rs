@@ -127,6 +127,9 @@ pub trait Real:
     fn exp_nonpositive(self) -> Self;
     /// The larger of two numbers that are not NaN.
     fn larger(self, other: Self) -> Self;
+    /// `self x` for a weight: 0 where the weight is, though `x` be infinite or NaN. What a key without weight holds may
+    /// overflow in a product, and must not be seen.
+    fn times(self, x: Self) -> Self;
 }
 
 macro_rules! real {
@@ -168,6 +171,10 @@ macro_rules! real {
             #[inline(always)]
             fn larger(self, other: Self) -> Self {
                 if self > other { self } else { other }
+            }
+            #[inline(always)]
+            fn times(self, x: Self) -> Self {
+                if self == 0.0 { 0.0 } else { self * x }
             }
         }
     };
