@@ -264,7 +264,7 @@ def test_samples_that_do_not_fit_together_are_errors():
     with pytest.raises(lg.ArgumentError, match="expected at least 1"):
         core.draw_rows(np.empty((1, 0)), 3, 0)
     with pytest.raises(lg.ShapeError, match="expected 1"):
-        core.estimate_error(np.ones((1, 3)), np.ones(2), 3)
+        core.estimate_error(np.ones((1, 4)), np.ones(2), 3)
     with pytest.raises(lg.ShapeError, match="q, k and v have shapes"):
         core.fitted_coefficients(x, x[:, :1], None, **options, query_shift=[], key_shift=[])
     with pytest.raises(lg.ShapeError, match="shift has 1 numbers"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..engines import Exact, Landmark, Polynomial
 from .device import Space
 
-__all__ = ["Grads", "Heads", "Saved", "dots", "live_keys", "part_of"]
+__all__ = ["Grads", "Heads", "Saved", "dots", "live_keys", "part_of", "rows_of_heads", "side_by_side"]
 
 Array = Any
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,17 @@ def dots(sp: Space, x: Array, y: Array) -> Array:
         product = sp.wide(x[:, start:end, :]) * sp.wide(y[:, start:end, :])
         result[:, start:end] = sp.xp.sum(product, axis=-1)
     return result
+
+
+def side_by_side(rows: Sequence[Rows]) -> Rows:
+    """``(heads, rows)``: the last row of each, of which it has at least one, fills up those that have fewer."""
+    most = max(map(len, rows))
+    return np.stack([np.pad(of_head, (0, most - len(of_head)), mode="edge") for of_head in rows])
+
+
+def rows_of_heads(sp: Space, x: Array, which: Sequence[int], rows: Rows) -> Array:
+    """Rows ``(some heads, rows)`` of those heads of ``x (heads, all rows, width)``."""
+    count, n, width = x.shape
+    index = (np.asarray(which, np.int64)[:, None] * n + rows).reshape(-1)
+    taken = sp.xp.take(sp.xp.reshape(x, (count * n, width)), sp.asarray(index, sp.xp.int64), axis=0)
+    return sp.xp.reshape(taken, (*rows.shape, width))

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from ..plan import ErrorEstimate
-from . import guides, tiles
+from . import tiles
 from .device import Space
 from .finite import check_heads
-from .heads import Heads, dots
+from .guides import Known
+from .heads import Heads, dots, rows_of_heads, side_by_side
 
 __all__ = [
     "Draw",
@@ -60,13 +61,17 @@ class Draw:
         rows, weights = core.draw_rows(np.stack(guides), samples, seed)
         return Draw(rows, weights, len(guides[0]))
 
-    def compare(self, exact: Floats, got: Floats, given: float | None = None) -> ErrorEstimate:
+    def compare(
+        self, exact: Floats, got: Floats, given: float | None = None, more: Floats | None = None
+    ) -> ErrorEstimate:
         """The estimate for rows ``(rows, width)`` in the order of `rows`; those that fill up may follow.
 
-        ``given`` is what the squares of all rows got add up to, where that is known.
+        ``given`` is what the squares of all rows got add up to, where that is known, and ``more`` the squared error
+        that is expected in each besides, of unknown direction.
         """
         exact, got = (x[: len(self.rows)].astype(np.float64, copy=False) for x in (exact, got))
-        squares = np.stack([np.sum(x**2, axis=1) for x in (exact - got, exact, got)], axis=1)
+        own = [np.sum(x**2, axis=1) for x in (exact - got, exact, got)]
+        squares = np.stack([*own, np.zeros(len(own[0])) if more is None else more[: len(own[0])]], axis=1)
         return ErrorEstimate(*core.estimate_error(squares, self.weights, self.total, given))
 
 
@@ -83,20 +88,6 @@ def square_sums(sp: Space, x: Array) -> Floats:
 def padded(draws: Sequence[Draw]) -> Rows:
     """The rows of all heads, ``(heads, rows)``: the last one fills up those that have fewer."""
     return side_by_side([draw.rows for draw in draws])
-
-
-def side_by_side(rows: Sequence[Rows]) -> Rows:
-    """``(heads, rows)``: the last row of each, of which it has at least one, fills up those that have fewer."""
-    most = max(map(len, rows))
-    return np.stack([np.pad(of_head, (0, most - len(of_head)), mode="edge") for of_head in rows])
-
-
-def rows_of_heads(sp: Space, x: Array, which: Sequence[int], rows: Rows) -> Array:
-    """Rows ``(some heads, rows)`` of those heads of ``x (heads, all rows, width)``."""
-    count, n, width = x.shape
-    index = (np.asarray(which, np.int64)[:, None] * n + rows).reshape(-1)
-    taken = sp.xp.take(sp.xp.reshape(x, (count * n, width)), sp.asarray(index, sp.xp.int64), axis=0)
-    return sp.xp.reshape(taken, (*rows.shape, width))
 
 
 def take_rows(sp: Space, x: Array, rows: Rows) -> Array:
@@ -283,11 +274,10 @@ def measure_error(
     q, k, v, out = (flat(x, 2) for x in (q, k, v, out))
     bias = None if key_bias is None else flat(key_bias, 1)
     n, group = q.shape[1], q.shape[0] // k.shape[0]
-    whole = Heads(q, *(xp.repeat(x, group, axis=0) if group > 1 else x for x in (k, v)), None, causal, scale)
-    if bias is not None:
-        whole = replace(whole, key_bias=xp.repeat(bias, group, axis=0) if group > 1 else bias)
+    shared = lambda x: x if group == 1 or x is None else xp.repeat(x, group, axis=0)  # noqa: E731
+    whole = Heads(q, shared(k), shared(v), shared(bias), causal, scale)
     sizes = sp.host(dots(sp, out, out))
-    by = [*guides.of_queries(sp, whole), sizes]
+    by = [*Known.of(sp, whole).of_queries(sp), sizes]
     draw = Draw.of([guide.reshape(-1) for guide in by], samples, seed)
     of_heads = [(int(h), draw.rows[draw.rows // n == h] % n) for h in np.unique(draw.rows // n)]
     parts, got = [], []

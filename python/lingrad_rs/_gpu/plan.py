@@ -28,9 +28,10 @@ from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
 from ..plan import HeadPlan
-from . import guides, measure, sample, tiles
+from . import measure, sample, tiles
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
+from .guides import Known
 from .heads import Heads, live_keys
 from .landmark import WINDOW
 from .measure import Draw, Floats, Rows
@@ -360,7 +361,7 @@ def _polynomials(
     if not which:
         return found
     some = measure.select(sp, heads, which)
-    draws = measure.draw_rows(guides.of_queries(sp, some), size.rows, auto.seed ^ 0x9A)
+    draws = measure.draw_rows(Known.of(sp, some).of_queries(sp), size.rows, auto.seed ^ 0x9A)
     rows = measure.padded(draws)
     by = np.array([shifts[i] or np.zeros((2, size.d)) for i in which])
     bounds, natural = _bounds(sp, some, rows, by)

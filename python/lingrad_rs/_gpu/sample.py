@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from .causal import PREFIX
 from .device import Space
-from .heads import Heads
-from .measure import chosen, rows_of_heads, side_by_side
+from .heads import Heads, rows_of_heads, side_by_side
+from .measure import chosen
 
 __all__ = ["FIT", "POOL", "Tokens", "first", "spread"]
 

@@ -24,9 +24,10 @@ from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, Polynomial
 from ..errors import DenominatorError, NonFiniteError
 from ..plan import ErrorEstimate, HeadPlan, head_plans, head_report, unplanned
-from . import engines, guides, measure
+from . import engines, measure
 from .device import Space
 from .engines import AnyEngine
+from .guides import Known
 from .heads import Grads, Heads, Saved, live_keys
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
@@ -197,7 +198,7 @@ def _references(
 ) -> dict[int, tuple[Draw, Floats]]:
     """Rows of some heads, drawn by the squares of their results too, and their exact output."""
     some = measure.select(sp, heads, which)
-    by = [*guides.of_queries(sp, some), sizes]
+    by = [*Known.of(sp, some).of_queries(sp), sizes]
     draws = measure.draw_rows(by, core.rows_to_verify(sizes.shape[1]), seed)
     rows = measure.padded(draws)
     exact = measure.exact_rows(sp, some, rows)
@@ -405,11 +406,69 @@ class _Sample:
     seed: int
 
 
-def _replaced(sp: Space, x: Array, which: Sequence[int], rows: Rows, values: Array) -> Array:
-    """A copy of ``x (heads, n)`` with other numbers in some rows of some heads; by way of the host."""
-    on_host = np.array(sp.host(x))
-    on_host[np.asarray(which)[:, None], rows] = sp.host(values)
-    return sp.asarray(on_host, sp.xp.float64)
+@dataclass(frozen=True)
+class _Keys:
+    """Drawn keys of some heads, on the host: ``rows (heads, keys)``, and what they hold, in float64."""
+
+    rows: Rows
+    k: Floats
+    v: Floats
+    bias: Floats | None
+
+    @staticmethod
+    def of(sp: Space, heads: Heads, rows: Rows) -> _Keys:
+        k, v = (sp.host(measure.take_rows(sp, x, rows)) for x in (heads.k, heads.v))
+        bias = None
+        if heads.key_bias is not None:
+            bias = sp.host(measure.take_rows(sp, heads.key_bias[..., None], rows))[..., 0]
+        return _Keys(rows, k, v, bias)
+
+
+@dataclass(frozen=True)
+class _RowSums:
+    """Logarithms of row sums, and ``dout_i.out_i``, of all rows of some heads ``(heads, n)``, on the host."""
+
+    logs: Floats
+    deltas: Floats
+
+    def set_exact(
+        self,
+        sp: Space,
+        c: int,
+        place: int,
+        draw: Draw,
+        heads: Heads,
+        dout: Array,
+        exact: measure.ExactRows,
+        keys: _Keys,
+        count: int,
+    ) -> Floats:
+        """Sets drawn rows of a head to their exact sums, and the others' off by as much as those on average.
+
+        Returns what the others may add to the squared errors of ``count`` keys, ``(keys, 3)``, as the core's
+        ``unseen_row_sums`` has it. The head is ``c`` among those whose rows are given, and ``place`` among these.
+        """
+        xp, size = sp.xp, len(draw.rows)
+        own = lambda x: sp.host(x[c, :size, ...])  # noqa: E731
+        up, out = own(dout), own(exact.out)
+        logs, deltas = own(exact.largest + xp.log(exact.sums)), np.sum(up * out, axis=1)
+        squares = np.sum(up**2, axis=1)
+        # Rows that are taken for certain stand for no others.
+        mass = (draw.weights - 1) * squares
+        if np.sum(mass) > 0:
+            self.logs[place] += np.sum(mass * (logs - self.logs[place, draw.rows])) / np.sum(mass)
+        q = sp.host(measure.take_rows(sp, heads.q[c : c + 1, ...], draw.rows[None, :]))[0]
+        scores = heads.scale * q @ keys.k[c, :count].T
+        if keys.bias is not None:
+            bias = keys.bias[c, :count]
+            scores = np.where(bias == -math.inf, bias, scores + bias)
+        if heads.causal:
+            scores[keys.rows[c, :count] > draw.rows[:, None]] = -math.inf
+        before = np.stack([self.logs[place, draw.rows], self.deltas[place, draw.rows]])
+        self.logs[place, draw.rows], self.deltas[place, draw.rows] = logs, deltas
+        sizes = np.stack([heads.scale**2 * np.sum(q**2, axis=1), squares])
+        upstream = up @ keys.v[c, :count].T
+        return core.unseen_row_sums(scores, upstream, draw.weights, np.stack([logs, deltas]), before, sizes)
 
 
 @dataclass(frozen=True)
@@ -423,6 +482,8 @@ class _Check:
         Of each key head.
     exact_keys : dict of str to ndarray, shape (key heads, keys, width)
         The gradients of those keys.
+    unseen : list of ndarray, shape (keys, 3)
+        What row sums of queries that were not drawn may add to the squared errors of dk, dv and the bias.
     heads : list of int
         The query heads whose dq is checked.
     queries : list of Draw
@@ -433,6 +494,7 @@ class _Check:
     of: _Sample
     keys: list[Draw]
     exact_keys: dict[str, Floats]
+    unseen: list[Floats]
     heads: list[int]
     queries: list[Draw]
     exact_out: Floats
@@ -447,28 +509,32 @@ class _Check:
         up, own = measure.chosen(sp, dout, members), measure.chosen(sp, out, members)
         checked = [i for i in members if i in of.of_dq]
         queried = measure.select(sp, heads, checked)
-        sizes = [_row_squares(sp, x, checked) for x in (dout, grads.dq)]
-        queries = measure.draw_rows([*guides.of_queries(sp, queried), *sizes], of.samples, of.seed ^ 1)
+        known, sizes = Known.of(sp, some), _row_squares(sp, up, range(len(members)))
+        places = [members.index(i) for i in checked]
+        by = [x[places] for x in known.of_queries(sp, sizes)] + [_row_squares(sp, grads.dq, checked)]
+        queries = measure.draw_rows(by, of.samples, of.seed ^ 1)
         rows = measure.padded(queries)
+        by = [np.sum(x.reshape(len(groups), of.group, -1), axis=1) for x in known.of_keys(sp, sizes)]
+        by += [_row_squares(sp, x, groups) for x in (grads.dk, grads.dv)]
+        keys = measure.draw_rows(by, of.samples, of.seed)
+        key_rows = np.repeat(measure.padded(keys), of.group, axis=0)
         up_rows = measure.take_rows(sp, measure.chosen(sp, dout, checked), rows)
         exact_rows = measure.exact_rows(sp, queried, rows, up_rows)
         exact_rows.check(sp, rows, [heads.first + i for i in checked])
-        # Exact row sums where they are known, those of the engine elsewhere.
-        deltas = measure.dots(sp, up, own)
-        places = [members.index(i) for i in checked]
-        log_sums = _replaced(sp, log_sums, places, rows, exact_rows.largest + xp.log(exact_rows.sums))
-        deltas = _replaced(sp, deltas, places, rows, xp.sum(up_rows * exact_rows.out, axis=-1))
-        by = [np.sum(x.reshape(len(groups), of.group, -1), axis=1) for x in guides.of_keys(sp, some)]
-        by += [_row_squares(sp, x, groups) for x in (grads.dk, grads.dv)]
-        keys = measure.draw_rows(by, of.samples, of.seed)
-        rows = np.repeat(measure.padded(keys), of.group, axis=0)
-        exact = measure.key_gradients(sp, some, rows, up, deltas, log_sums)
+        sums = _RowSums(sp.host(log_sums).copy(), sp.host(measure.dots(sp, up, own)).copy())
+        of_keys = _Keys.of(sp, queried, key_rows[places])
+        unseen = [np.zeros((len(draw.rows), 3)) for draw in keys]
+        for c, (place, draw) in enumerate(zip(places, queries, strict=True)):
+            g = place // of.group
+            unseen[g] += sums.set_exact(sp, c, place, draw, queried, up_rows, exact_rows, of_keys, len(keys[g].rows))
+        log_sums, deltas = (sp.asarray(x, xp.float64) for x in (sums.logs, sums.deltas))
+        exact = measure.key_gradients(sp, some, key_rows, up, deltas, log_sums)
         by_name = {"dk": exact.dk, "dv": exact.dv} | ({} if heads.key_bias is None else {"dkey_bias": exact.db})
         exact_keys = {
             name: sp.host(xp.sum(xp.reshape(x, (len(groups), of.group, *x.shape[1:])), axis=1))
             for name, x in by_name.items()
         }
-        return _Check(of, keys, exact_keys, checked, queries, sp.host(exact_rows.out), sp.host(exact_rows.dq))
+        return _Check(of, keys, exact_keys, unseen, checked, queries, sp.host(exact_rows.out), sp.host(exact_rows.dq))
 
     def of_queries(self, sp: Space, exact: Floats, got: Array) -> dict[int, ErrorEstimate]:
         """The error of rows ``(all heads, n, width)`` of each checked head."""
@@ -491,8 +557,10 @@ class _Check:
                 g,
                 {i: dq[i] for i in range(g * group, (g + 1) * group) if i in dq},
                 {
-                    name: self.keys[c].compare(self.exact_keys[name][c], got[name][c], float(all_rows[name][c]))
-                    for name in got
+                    name: self.keys[c].compare(
+                        self.exact_keys[name][c], got[name][c], float(all_rows[name][c]), self.unseen[c][:, kind]
+                    )
+                    for kind, name in enumerate(got)
                 },
             )
             for c, g in enumerate(self.of.groups)

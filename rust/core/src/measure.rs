@@ -21,7 +21,7 @@ use crate::attention::{Head, Heads, Sizes, check_finite, expect_views};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::exact::{Softmax, TILE, add_bias};
-use crate::guides;
+use crate::guides::{self, Known};
 use crate::real::{Real, vectorised};
 use crate::sample::uniform;
 use crate::tile::{add_product, product, view, view_mut};
@@ -128,7 +128,7 @@ impl Draw {
         let largest = squares.iter().fold(0.0, |largest: f64, s| largest.max(s.error).max(s.exact));
         let unit = if largest > 0.0 { largest } else { 1.0 };
         let weighted = || squares.iter().zip(&self.weights);
-        let error: f64 = weighted().map(|(s, w)| w * (s.error / unit)).sum();
+        let error: f64 = weighted().map(|(s, w)| w * ((s.error + s.more) / unit)).sum();
         let plain: f64 = weighted().map(|(s, w)| w * (s.exact / unit)).sum();
         let difference = |s: &Squares| s.exact / unit - s.given / unit;
         // What is known of all given rows is of use where they are near the exact ones.
@@ -143,8 +143,13 @@ impl Draw {
             return exactly(f64::INFINITY);
         }
         let r = error / size;
+        // What is expected is exceeded by more the fewer rows it is a sum over: by chi-square with so many degrees of
+        // freedom; and it may lie along the error.
+        let more = |power: i32| weighted().map(|(s, w)| (w * (s.more / unit)).powi(power)).sum::<f64>();
+        let along: f64 = weighted().map(|(s, w)| w * w * (s.error / unit) * (s.more / unit)).sum();
+        let beyond = 2.0 * NORMAL_95 * (more(2).sqrt() + along.sqrt()) / size;
         if rows == self.total {
-            return exactly(r.sqrt());
+            return ErrorEstimate { relative: r.sqrt(), low: r.sqrt(), high: (r + beyond).sqrt(), rows };
         }
         // The standard error of a ratio: that of the sum of e_i - r x_i, over the sum of x_i.
         let drawn: Vec<(f64, f64)> = weighted()
@@ -162,17 +167,30 @@ impl Draw {
         let with_worst = r + worst / size;
         let factor = |around: f64| (NORMAL_95 * deviation / around).exp();
         let (low, high) =
-            if count < 2.0 { (0.0, f64::INFINITY) } else { (r / factor(r), with_worst * factor(with_worst)) };
+            if count < 2.0 { (0.0, f64::INFINITY) } else { (r / factor(r), with_worst * factor(with_worst) + beyond) };
         let high = if high.is_nan() { f64::INFINITY } else { high };
         ErrorEstimate { relative: r.sqrt(), low: low.sqrt(), high: high.sqrt(), rows }
     }
 
     /// The estimate for given rows, `width` numbers each, against exact ones in the order of [`rows`](Self::rows).
     pub fn compare<T: Real>(&self, exact: &Mat<f64>, given: &[T], width: usize) -> ErrorEstimate {
+        self.compare_with(exact, given, width, |_| 0.0)
+    }
+
+    /// The same, with more squared error expected in some of the rows, of unknown direction.
+    pub fn compare_with<T: Real>(
+        &self,
+        exact: &Mat<f64>,
+        given: &[T],
+        width: usize,
+        more: impl Fn(usize) -> f64,
+    ) -> ErrorEstimate {
         let rows = Mat::from_fn(exact.nrows(), width, |i, c| given[self.rows[i] * width + c].to_f64());
         let all = given.par_chunks(RANGE).map(|x| x.iter().map(|x| x.to_f64().powi(2)).sum::<f64>());
         let all: Vec<f64> = all.collect();
-        self.estimate(&squares(exact, &rows), Some(all.iter().sum()))
+        let mut squares = squares(exact, &rows);
+        squares.iter_mut().enumerate().for_each(|(i, squares)| squares.more = more(i));
+        self.estimate(&squares, Some(all.iter().sum()))
     }
 
     /// The same for rows that are both in the order of [`rows`](Self::rows), where the others are not known.
@@ -182,7 +200,7 @@ impl Draw {
 }
 
 /// The numbers of the `count` largest of a guide.
-fn first_rows(guide: &[f64], count: usize) -> Vec<usize> {
+pub(crate) fn first_rows(guide: &[f64], count: usize) -> Vec<usize> {
     let mut rows: Vec<usize> = (0..guide.len()).filter(|&i| guide[i] > 0.0).collect();
     if count < rows.len() {
         rows.select_nth_unstable_by(count, |&a, &b| guide[b].total_cmp(&guide[a]).then(a.cmp(&b)));
@@ -200,6 +218,8 @@ pub struct Squares {
     pub exact: f64,
     /// `|given|^2`.
     pub given: f64,
+    /// What is expected to be missing in `error`: the mean square of a change whose direction is not known.
+    pub more: f64,
 }
 
 fn squares(exact: &Mat<f64>, given: &Mat<f64>) -> Vec<Squares> {
@@ -209,6 +229,7 @@ fn squares(exact: &Mat<f64>, given: &Mat<f64>) -> Vec<Squares> {
             error: exact.iter().zip(given.iter()).map(|(x, y)| (x - y).powi(2)).sum(),
             exact: exact.iter().map(square).sum(),
             given: given.iter().map(square).sum(),
+            more: 0.0,
         })
         .collect()
 }
@@ -437,6 +458,49 @@ pub(crate) fn key_gradients<T: Real>(
     Ok((exact.unwrap_or_else(|| unreachable!("the exact kind is always there")), all.next()))
 }
 
+/// Pairs of drawn queries and keys, row-major `(queries, keys)`, and what is known of the queries.
+#[derive(Debug, Clone, Copy)]
+pub struct Pairs<'a> {
+    /// `s_ij`, with its bias; minus infinity where the query does not see the key.
+    pub scores: &'a [f64],
+    /// `dout_i.v_j`.
+    pub upstream: &'a [f64],
+    /// What each query stands for.
+    pub weights: &'a [f64],
+    /// `ln D_i` and `dout_i.out_i`, exact.
+    pub exact: [&'a [f64]; 2],
+    /// The same of the engine.
+    pub own: [&'a [f64]; 2],
+    /// `|c q_i|^2` and `|dout_i|^2`.
+    pub squares: [&'a [f64]; 2],
+}
+
+/// What row sums of the engine, in place of exact ones, are expected to add to the squared errors of `[dk, dv, db]` of
+/// each key, from queries that were not drawn: a row's part in a key's gradient changes by
+///
+/// ```text
+/// t_ij = f_ij (dout_i.v_j - delta_i) - (the same with the engine's sums),   or   f_ij - (the same)  for dv
+/// ```
+///
+/// and as parts of different queries have no common direction, their squares add up: `sum_i (w_i - 1) t_ij^2 |c q_i|^2`.
+pub fn unseen_row_sums(pairs: &Pairs<'_>) -> Vec<[f64; 3]> {
+    let count = pairs.weights.len();
+    let keys = pairs.scores.len().checked_div(count).unwrap_or(0);
+    let mut all = vec![[0.0; 3]; keys];
+    for i in 0..count {
+        let unseen = pairs.weights[i] - 1.0;
+        let row = i * keys..(i + 1) * keys;
+        for ((all, &s), &e) in all.iter_mut().zip(&pairs.scores[row.clone()]).zip(&pairs.upstream[row]) {
+            let (f, own) = ((s - pairs.exact[0][i]).exp(), (s - pairs.own[0][i]).exp());
+            let t = f * (e - pairs.exact[1][i]) - own * (e - pairs.own[1][i]);
+            all[0] += unseen * t * t * pairs.squares[0][i];
+            all[1] += unseen * (f - own).powi(2) * pairs.squares[1][i];
+            all[2] += unseen * t * t;
+        }
+    }
+    all
+}
+
 /// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random (see the top of
 /// this file), each computed exactly, in float64.
 ///
@@ -465,7 +529,7 @@ pub fn measure_error<T: Real>(
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, out));
+    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, (causal, scale), out));
     let of_heads: Vec<&[usize]> = draw.rows.chunk_by(|a, b| a / n == b / n).collect();
     let exact = of_heads
         .into_par_iter()
@@ -482,9 +546,10 @@ pub fn measure_error<T: Real>(
 }
 
 /// What rows of all heads together are drawn by.
-fn of_all_heads<T: Real>(heads: &Heads<'_, T>, out: &[MatRef<'_, T>]) -> Vec<Vec<f64>> {
+fn of_all_heads<T: Real>(heads: &Heads<'_, T>, options: (bool, f64), out: &[MatRef<'_, T>]) -> Vec<Vec<f64>> {
     let of_head = |i: usize| {
-        let mut guides = guides::of_queries(&heads.head(i));
+        let head = heads.head(i);
+        let mut guides = Known::new(&head, options.1).of_queries(&head, options, None);
         guides.push(guides::squares(out[i]));
         guides
     };

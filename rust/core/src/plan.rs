@@ -24,7 +24,7 @@ use crate::causal::near_start;
 use crate::context::Context;
 use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
 use crate::error::{Error, Result};
-use crate::guides;
+use crate::guides::Known;
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
 use crate::measure::{Draw, Weights, gather, widened_keys};
@@ -239,7 +239,7 @@ pub(crate) fn plan_head<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
     auto: &Auto,
-) -> Result<HeadPlan> {
+) -> Result<(HeadPlan, Option<Known>)> {
     let size = Size {
         n: head.q.nrows(),
         m: head.k.nrows(),
@@ -276,11 +276,22 @@ pub(crate) fn plan_head<T: Real>(
         .collect();
     if degrees == 0 && ranks.is_empty() || size.moments(rows(size.n), degrees) > PLANNING * exact_cost {
         plan.reason = "no low-rank engine is clearly faster at this size".into();
-        return Ok(plan);
+        return Ok((plan, None));
     }
     let shift = if strict { None } else { shift(head) };
-    let polynomial =
-        best_polynomial(ctx, head, attention, auto, shift.as_ref(), &costs[..degrees], CHEAP * exact_cost, engine)?;
+    let known = Known::new(head, attention.scale);
+    let guides = known.of_queries(head, (attention.causal, attention.scale), None);
+    let polynomial = best_polynomial(
+        &guides,
+        ctx,
+        head,
+        attention,
+        auto,
+        shift.as_ref(),
+        &costs[..degrees],
+        CHEAP * exact_cost,
+        engine,
+    )?;
     if let Some((chosen, error)) = &polynomial.best {
         plan.cost = costs[chosen.degree - 1];
         plan.predicted_error = Some(*error);
@@ -310,7 +321,7 @@ pub(crate) fn plan_head<T: Real>(
             Err(_) => {}
         }
     }
-    Ok(plan)
+    Ok((plan, Some(known)))
 }
 
 /// The means, where subtracting them makes scores smaller.
@@ -332,6 +343,7 @@ struct BestPolynomial {
 }
 
 fn best_polynomial<T: Real>(
+    guides: &[Vec<f64>],
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
@@ -364,7 +376,7 @@ fn best_polynomial<T: Real>(
     if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head) >= SPREAD) {
         return Ok(none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")));
     }
-    let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, &guides::of_queries(head));
+    let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, guides);
     let dv = head.v.ncols();
     let dout = auto
         .gradients

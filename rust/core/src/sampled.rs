@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
 use crate::error::{Error, Result, expect_len};
 use crate::fit;
-use crate::measure::{Draw, ErrorEstimate, Squares};
+use crate::measure::{self, Draw, ErrorEstimate, Pairs, Squares};
 use crate::plan;
 use crate::polynomial;
 use crate::real::Real;
@@ -77,6 +77,26 @@ pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given:
     expect_len("weights", weights.len(), squares.len())?;
     let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(squares.len()).max(1) };
     Ok(draw.estimate(squares, given))
+}
+
+/// What row sums of queries that were not drawn may add to the squared errors of drawn keys: see [`Pairs`]. The last three
+/// hold two numbers a query, the first ones of all before the second ones.
+pub fn unseen_row_sums(
+    scores: &[f64],
+    upstream: &[f64],
+    weights: &[f64],
+    [exact, own, squares]: [&[f64]; 3],
+) -> Result<Vec<[f64; 3]>> {
+    let count = weights.len();
+    for (name, numbers) in [("exact", exact), ("own", own), ("squares", squares)] {
+        expect_len(name, numbers.len(), 2 * count)?;
+    }
+    expect_len("upstream", upstream.len(), scores.len())?;
+    if scores.len().checked_rem(count) != Some(0) {
+        return Err(Error::Shape(format!("scores holds {} numbers; expected a multiple of {count}", scores.len())));
+    }
+    let [exact, own, squares] = [exact, own, squares].map(|x| <[_; 2]>::from(x.split_at(count)));
+    Ok(measure::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }))
 }
 
 /// Rows, or keys, out of `n` that results within a tolerance are held against.

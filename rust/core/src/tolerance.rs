@@ -12,13 +12,17 @@ use crate::context::Context;
 use crate::engine::{Auto, Engine};
 use crate::error::{Error, Result};
 use crate::exact;
-use crate::guides;
+use crate::guides::{self, Known};
 use crate::low_rank;
-use crate::measure::{Draw, ErrorEstimate, KeyGradients, Queries, Weights, exact_rows, gather, key_gradients};
+use crate::measure::{
+    Draw, ErrorEstimate, ExactRows, KeyGradients, Pairs, Queries, Weights, exact_rows, gather, key_gradients,
+    unseen_row_sums,
+};
 use crate::monomials::Monomials;
 use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
 use crate::polynomial;
 use crate::real::Real;
+use crate::tile::{product, view_mut};
 
 /// Rows, and keys, of each head that results are held against: one of so many, within limits. Exact ones in float64 cost
 /// about three times their share of exact attention.
@@ -112,8 +116,8 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<(Constants<T>, HeadReport)> {
-    let plan = match given {
-        Some(plan) => plan.clone(),
+    let (plan, mut facts) = match given {
+        Some(plan) => (plan.clone(), None),
         None => plan_head(ctx, head, attention, auto)?,
     };
     if let Some(known) = known {
@@ -129,10 +133,12 @@ pub(crate) fn forward<T: Real>(
             Ok(constants) => {
                 // Not the rows that the engine was chosen by.
                 let dv = head.v.ncols();
-                let mut guides = guides::of_queries(head);
+                let options = (attention.causal, attention.scale);
+                let facts = facts.get_or_insert_with(|| Known::new(head, attention.scale));
+                let mut guides = facts.of_queries(head, options, None);
                 guides.push(guides::squares_of(out, dv));
                 let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides);
-                let exact = exact_rows(ctx, head, (attention.causal, attention.scale), &draw.rows, None)?.out;
+                let exact = exact_rows(ctx, head, options, &draw.rows, None)?.out;
                 let error = draw.compare(&exact, out, dv);
                 if error.high <= auto.tol && all_finite(out) {
                     report.errors.out = Some(error);
@@ -179,6 +185,8 @@ struct Check {
     queries: Vec<Option<QueryCheck>>,
     keys: Draw,
     exact: KeyGradients,
+    /// What the row sums of queries that were not drawn may add to the squared errors of dk, dv and the bias.
+    unseen: Vec<[f64; 3]>,
     /// Where every head is exact or a polynomial.
     own: Option<KeyGradients>,
 }
@@ -342,10 +350,19 @@ impl<T: Real> Group<'_, '_, T> {
     }
 
     /// Keys drawn by what all heads that share them say of them, and by their gradients where they are there.
-    fn draw_keys(&self, samples: usize, seed: u64, grads: Option<&HeadGrads<'_, T>>) -> Draw {
-        let mut all = guides::of_keys(&self.heads.head(self.first));
-        for i in self.first + 1..self.first + self.group {
-            for (all, own) in all.iter_mut().zip(guides::of_keys(&self.heads.head(i))) {
+    fn draw_keys(
+        &self,
+        known: &[Known],
+        dout: &[Vec<f64>],
+        samples: usize,
+        seed: u64,
+        grads: Option<&HeadGrads<'_, T>>,
+    ) -> Draw {
+        let options = (self.attention.causal, self.attention.scale);
+        let of_head = |i: usize| known[i].of_keys(&self.heads.head(self.first + i), options, &dout[i]);
+        let mut all = of_head(0);
+        for i in 1..self.group {
+            for (all, own) in all.iter_mut().zip(of_head(i)) {
                 all.iter_mut().zip(own).for_each(|(all, own)| *all += own);
             }
         }
@@ -384,6 +401,67 @@ impl HeadReport {
     }
 }
 
+/// Row sums of drawn queries, exact and the engine's.
+struct RowSums<'a> {
+    draw: &'a Draw,
+    exact: &'a [f64],
+    /// `dout_i.out_i`, exact.
+    delta: Vec<f64>,
+    own: Vec<f64>,
+    /// By how much logarithms of the exact sums are larger, on average over what `dout` holds. Other rows are taken to be
+    /// off by as much.
+    mean_change: f64,
+}
+
+impl<'a> RowSums<'a> {
+    fn new(draw: &'a Draw, dout: &Mat<f64>, exact: &'a ExactRows, log_sums: &[f64]) -> Self {
+        let dot = |i: usize| dout.row(i).iter().zip(exact.out.row(i).iter()).map(|(a, b)| a * b).sum();
+        let own: Vec<f64> = draw.rows.iter().map(|&row| log_sums[row]).collect();
+        let (mut total, mut changes) = (0.0, 0.0);
+        for (i, (exact, own)) in exact.log_sums.iter().zip(&own).enumerate() {
+            // Rows that are taken for certain stand for no others.
+            let weight = (draw.weights[i] - 1.0) * dout.row(i).squared_norm_l2();
+            total += weight;
+            changes += weight * (exact - own);
+        }
+        let mean_change = if total > 0.0 { changes / total } else { 0.0 };
+        let own = own.into_iter().map(|own| own + mean_change).collect();
+        Self { draw, exact: &exact.log_sums, delta: (0..dout.nrows()).map(dot).collect(), own, mean_change }
+    }
+
+    /// See [`unseen_row_sums`].
+    fn unseen<T: Real>(
+        &self,
+        head: &Head<'_, T>,
+        (causal, scale): (bool, f64),
+        keys: &[usize],
+        dout: &Mat<f64>,
+        own_delta: &[T],
+    ) -> Vec<[f64; 3]> {
+        let (count, width) = (self.draw.rows.len(), keys.len());
+        let (q, k, v) = (gather(head.q, &self.draw.rows), gather(head.k, keys), gather(head.v, keys));
+        let (mut scores, mut upstream) = (vec![0.0; count * width], vec![0.0; count * width]);
+        product(view_mut(&mut scores, count, width), q.as_ref(), k.transpose(), scale);
+        product(view_mut(&mut upstream, count, width), dout.as_ref(), v.transpose(), 1.0);
+        for (&row, scores) in self.draw.rows.iter().zip(scores.chunks_exact_mut(width)) {
+            for (&j, s) in keys.iter().zip(scores) {
+                let bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
+                *s = if bias == f64::NEG_INFINITY || (causal && j > row) { f64::NEG_INFINITY } else { *s + bias };
+            }
+        }
+        let own_delta: Vec<f64> = self.draw.rows.iter().map(|&row| own_delta[row].to_f64()).collect();
+        let squares = |x: &Mat<f64>, by: f64| x.row_iter().map(|row| by * row.squared_norm_l2()).collect::<Vec<_>>();
+        unseen_row_sums(&Pairs {
+            scores: &scores,
+            upstream: &upstream,
+            weights: &self.draw.weights,
+            exact: [self.exact, &self.delta],
+            own: [&self.own, &own_delta],
+            squares: [&squares(&q, scale * scale), &squares(dout, 1.0)],
+        })
+    }
+}
+
 impl Check {
     /// On so many queries of each head, and keys; drawn by `results` too, dq and the others, where they are there.
     fn new<T: Real>(
@@ -395,15 +473,17 @@ impl Check {
         results: Option<(&[T], &HeadGrads<'_, T>)>,
     ) -> Result<Self> {
         let options = (of.attention.causal, of.attention.scale);
-        let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
-        let keys = of.draw_keys(samples, seed, results.map(|results| results.1));
+        let d = of.heads.q[0].ncols();
+        let known: Vec<Known> = of.indices().map(|i| Known::new(&of.heads.head(i), of.attention.scale)).collect();
+        let sizes: Vec<Vec<f64>> = of.indices().map(|i| guides::squares(of.dout[i])).collect();
+        let keys = of.draw_keys(&known, &sizes, samples, seed, results.map(|results| results.1));
+        let mut unseen = vec![[0.0; 3]; keys.rows.len()];
         let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
         for i in of.indices() {
             let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
             let (max, scale) = of.saved.rows(i);
             let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
-            let mut guides = guides::of_queries(&head);
-            guides.push(guides::squares(of.dout[i]));
+            let mut guides = known[i - of.first].of_queries(&head, options, Some(&sizes[i - of.first]));
             if let Some((dq, _)) = results {
                 let rows = of.rows() * d;
                 guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d));
@@ -425,15 +505,22 @@ impl Check {
                 None => None,
             };
             // Exact row sums where they are known, those of the engine elsewhere.
-            let (mut exact_sums, mut delta) = (log_sums.clone(), delta(of.dout[i], of.out_of(i)));
+            let (mut exact_sums, own_delta) = (log_sums.clone(), delta(of.dout[i], of.out_of(i)));
+            let mut delta = own_delta.clone();
             let (out, dq, own_dq) = match moments {
                 Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
                 None if !wanted.exact_heads && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
                 None => {
                     let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
-                    for (at, (&row, &log_sum)) in draw.rows.iter().zip(&exact.log_sums).enumerate() {
+                    let sums = RowSums::new(&draw, &dout, &exact, &log_sums);
+                    exact_sums.iter_mut().for_each(|log_sum| *log_sum += sums.mean_change);
+                    let added = sums.unseen(&head, options, &keys.rows, &dout, &own_delta);
+                    for (all, added) in unseen.iter_mut().zip(added) {
+                        all.iter_mut().zip(added).for_each(|(all, added)| *all += added);
+                    }
+                    for ((&row, &log_sum), &exact) in draw.rows.iter().zip(&exact.log_sums).zip(&sums.delta) {
                         exact_sums[row] = log_sum;
-                        delta[row] = T::of((0..dv).map(|c| dout[(at, c)] * exact.out[(at, c)]).sum());
+                        delta[row] = T::of(exact);
                     }
                     (exact.out, exact.dq, None)
                 }
@@ -462,7 +549,7 @@ impl Check {
         let Some((exact, own)) = sums else {
             return Err(Error::Argument("a group of no heads".into()));
         };
-        Ok(Self { queries, keys, exact, own })
+        Ok(Self { queries, keys, exact, unseen, own })
     }
 
     /// Those of the polynomials by their definition, where every head is one or exact.
@@ -486,13 +573,15 @@ impl Check {
         let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
             .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, dq, d)))
             .collect();
-        let keys = |exact: &Mat<f64>, got: &[T], width: usize| self.keys.compare(exact, got, width);
+        let keys = |exact: &Mat<f64>, got: &[T], width: usize, kind: usize| {
+            self.keys.compare_with(exact, got, width, |j| self.unseen[j][kind])
+        };
         GroupErrors {
             dq,
-            dk: keys(&self.exact.dk, grads.dk, d),
-            dv: keys(&self.exact.dv, grads.dv, dv),
+            dk: keys(&self.exact.dk, grads.dk, d, 0),
+            dv: keys(&self.exact.dv, grads.dv, dv, 1),
             db: match &grads.dkey_bias {
-                Some(db) => keys(&self.exact.db, db, 1),
+                Some(db) => keys(&self.exact.db, db, 1, 2),
                 None => ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 },
             },
         }

@@ -38,7 +38,7 @@ mod _lingrad_rs {
     #[pymodule_export]
     use crate::sample::{
         draw_rows, estimate_error, fitted_coefficients, fitted_polynomials, landmark_candidates, landmark_constants,
-        largest_relative_error, rows_to_verify, stratified,
+        largest_relative_error, rows_to_verify, stratified, unseen_row_sums,
     };
     #[pymodule_export]
     use crate::transformer::{

@@ -4,7 +4,7 @@ use lingrad_core::Error;
 use lingrad_core::engine::{Auto, LandmarkConstants};
 use lingrad_core::measure::Squares;
 use lingrad_core::sampled::{self, Fits, Tokens};
-use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -77,7 +77,7 @@ fn indices(py: Python<'_>, x: Vec<usize>) -> Bound<'_, PyArray1<i64>> {
     PyArray1::from_iter(py, x.into_iter().map(|i| i as i64))
 }
 
-/// `(relative, low, high, rows)` from the squared lengths `(rows, 3)` of the errors of drawn rows, of the exact rows and of
+/// `(relative, low, high, rows)` from the squared lengths `(rows, 4)` of the errors of drawn rows, of the exact rows and of
 /// the given ones, out of `total` rows whose given ones add up to `given`.
 #[pyfunction]
 #[pyo3(signature = (squares, weights, total, given=None))]
@@ -89,11 +89,34 @@ pub fn estimate_error(
 ) -> Outcome<Estimate> {
     entry(|| {
         let squares = squares.as_array();
-        if squares.ncols() != 3 {
-            return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 3)", squares.shape())).into());
+        if squares.ncols() != 4 {
+            return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 4)", squares.shape())).into());
         }
-        let rows = squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2] });
+        let rows =
+            squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2], more: row[3] });
         Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
+    })
+}
+
+/// `(keys, 3)` from pairs `(queries, keys)` and queries: see `lingrad_core::measure::unseen_row_sums`. `exact`, `own` and
+/// `squares` have two rows of as many numbers as there are queries.
+#[pyfunction]
+pub fn unseen_row_sums<'py>(
+    py: Python<'py>,
+    scores: PyReadonlyArray2<'py, f64>,
+    upstream: PyReadonlyArray2<'py, f64>,
+    weights: Numbers<'py, f64>,
+    exact: PyReadonlyArray2<'py, f64>,
+    own: PyReadonlyArray2<'py, f64>,
+    squares: PyReadonlyArray2<'py, f64>,
+) -> Outcome<Bound<'py, PyArray2<f64>>> {
+    entry(|| {
+        let [scores, upstream, exact, own, squares] =
+            [scores, upstream, exact, own, squares].map(|x| x.as_array().iter().copied().collect::<Vec<f64>>());
+        let weights = numbers(&weights);
+        let added = sampled::unseen_row_sums(&scores, &upstream, &weights, [&exact, &own, &squares])?;
+        let flat: Vec<f64> = added.iter().flatten().copied().collect();
+        Ok(PyArray1::from_vec(py, flat).reshape([added.len(), 3])?)
     })
 }
 
