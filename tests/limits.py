@@ -119,6 +119,8 @@ SECONDS_UNTIL_THE_COMMAND_COMPUTES = 3.0
 OVER_BY = 1.1
 # ... and few, as most engines are well within.
 OVER_AT_ALL = 0.005
+# What an interval called 95% may leave above its upper end; two-sided, it would be half of this.
+ABOVE_THE_INTERVAL = 0.05
 # What is exact but for rounding may round otherwise than the exact engine does: a gradient that is 0 in exact numbers
 # is nothing but rounding in both.
 AS_EXACT = 4.0

@@ -2,13 +2,17 @@
 
 `FAMILIES` maps a name to a function of a generator and a number of tokens, which draws one head: float64 ``q``, ``k``,
 ``v`` and ``dout``, each ``(n, d)``. Every call draws another case: sizes, numbers of rare tokens and their strength are
-drawn too.
+drawn too. `judge` holds what the library says of one such case against what is so.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+from helpers import relative_error, run_attention
+
+import lingrad_rs as lg
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -157,3 +161,57 @@ def with_mask(rng, case, *, group, dtype):
         bias[..., 0] = 0.0
         arrays["key_bias"] = bias
     return {name: x.astype(dtype) for name, x in arrays.items()}, dout.astype(dtype)
+
+
+TOLERANCES = (3e-1, 1e-1, 3e-2, 1e-2)
+NAMES = ("out", "dq", "dk", "dv", "dkey_bias")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One result of a low-rank engine: its error, and the upper end of the interval that was claimed."""
+
+    name: str
+    engine: lg.Engine
+    error: float
+    high: float
+
+
+def judge(backend, family, seed, n, *, engine=None) -> tuple[float | None, list[Judged]]:
+    """One drawn case of a family, by a drawn tolerance or by an engine: the tolerance and every low-rank result.
+
+    Errors are relative to exact attention in float64. Masks, biases, grouped heads and dtypes are drawn too. By an
+    engine, the pullback measures errors on 64 rows, and `measure_error` those of all heads together.
+    """
+    rng = np.random.default_rng([seed, list(FAMILIES).index(family)])
+    group = int(rng.choice([1, 1, 2]))
+    inputs, dout = with_mask(rng, FAMILIES[family](rng, n), group=group, dtype=rng.choice([np.float32, np.float64]))
+    causal = bool(rng.random() < 0.4)
+    tol = float(rng.choice(TOLERANCES)) if engine is None else None
+    wide = {name: x.astype(np.float64) for name, x in (inputs | {"dout": dout}).items()}
+    want = run_attention(backend, wide, engine=lg.Exact(), causal=causal)
+    arrays = {name: backend.array(x) for name, x in inputs.items()}
+    options = {"causal": causal} | ({"tol": tol} if engine is None else {"engine": engine})
+    out, vjp = lg.attention_vjp(**arrays, **options)
+    got = dict(
+        zip(NAMES, (out, *vjp(backend.array(dout), **({} if engine is None else {"samples": 64}))), strict=False)
+    )
+    got = {name: backend.numpy(x) for name, x in got.items()}
+    judged = list(_of_heads(vjp.heads, got, want))
+    if engine is not None:
+        claimed = lg.measure_error(*[arrays[x] for x in "qkv"], out, key_bias=arrays.get("key_bias"), causal=causal)
+        judged.append(Judged("measure_error", engine, relative_error(got["out"], want["out"]), claimed.high))
+    return tol, judged
+
+
+def _of_heads(heads, got, want) -> Iterator[Judged]:
+    for i, head in enumerate(heads):
+        if head.engine == lg.Exact():
+            continue
+        for name, claimed in head.errors.items():
+            own = [x[name] for x in (got, want)]
+            if len(heads) > 1:
+                # The gradients of keys are those of all query heads that share them.
+                own = [x[min(i, len(x) - 1)] for x in own]
+            if name in ("out", "dq") or i == 0:
+                yield Judged(name, head.engine, relative_error(*own), claimed.high)

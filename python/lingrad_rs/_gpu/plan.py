@@ -27,7 +27,7 @@ import numpy as np
 from .. import _lingrad_rs as core
 from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
 from ..errors import LingradError
-from ..plan import HeadPlan
+from ..plan import ErrorEstimate, HeadPlan
 from . import measure, sample, tiles
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
@@ -408,18 +408,23 @@ def _best_polynomial(
         got = None if a is None else moments.polynomial(a)
         if a is None or got is None:
             continue
-        high = draw.compare(out, got[0]).high
+        error = _expected(draw.compare(out, got[0]))
         if dq is not None and got[1] is not None:
-            high = max(high, draw.compare(dq, got[1]).high)
-        tried.append(f"{degree}: {short(high)}")
+            error = max(error, _expected(draw.compare(dq, got[1])))
+        tried.append(f"{degree}: {short(error)}")
         # The gradients of keys are not known yet: they are given some room, and more where that costs little.
-        if high <= within and (best is None or (cheap[degree - 1] and high < least)):
-            best, least = _polynomial(degree, "fitted" if size.strict else a, probe.shift), high
+        if error <= within and (best is None or (cheap[degree - 1] and error < least)):
+            best, least = _polynomial(degree, "fitted" if size.strict else a, probe.shift), error
         if least <= (_ROOM * auto.tol if cheap[degree] else within):
             break
     if best is None:
         return _Found(f"errors of polynomials by degree are {', '.join(tried)}")
     return _Found(engine=best, error=least)
+
+
+def _expected(error: ErrorEstimate) -> float:
+    # Between the estimate and the end of its interval: an engine that is chosen too easily costs its time.
+    return math.sqrt(error.relative * error.high)
 
 
 def _polynomial(degree: int, coefficients: Any, shift: tuple[Floats, Floats] | None) -> Polynomial:

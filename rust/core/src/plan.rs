@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::guides::Known;
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
-use crate::measure::{Draw, Weights, gather, widened_keys};
+use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened_keys};
 use crate::monomials;
 use crate::polynomial;
 use crate::real::{Real, vectorised};
@@ -337,6 +337,12 @@ fn shift<T: Real>(head: &Head<'_, T>) -> Option<[Vec<f64>; 2]> {
     (q || k).then_some([alpha, beta])
 }
 
+/// What a plan takes for an error of which it has seen few rows: between the estimate and the end of its interval, on a
+/// logarithmic scale. An engine that is chosen too easily costs its time, as verification finds it.
+fn expected(error: ErrorEstimate) -> f64 {
+    (error.relative * error.high).sqrt()
+}
+
 struct BestPolynomial {
     best: Option<(Polynomial, f64)>,
     reason: String,
@@ -404,20 +410,20 @@ fn best_polynomial<T: Real>(
         let mut candidate = Polynomial { shift: given.clone(), ..engine(degree) };
         let Ok(coefficients) = sample.fit(degree) else { continue };
         let Some((got, got_dq)) = moments.polynomial(&coefficients, false) else { continue };
-        let mut high = draw.compare_drawn(&out, &got).high;
+        let mut error = expected(draw.compare_drawn(&out, &got));
         if let (Some(dq), Some(got)) = (&dq, &got_dq) {
-            high = high.max(draw.compare_drawn(dq, got).high);
+            error = error.max(expected(draw.compare_drawn(dq, got)));
         }
-        tried.push(format!("{degree}: {high:.1e}"));
+        tried.push(format!("{degree}: {error:.1e}"));
         // The gradients of keys are not known yet: they are given some room, and more where that costs little.
         let within = if auto.gradients { KEYS_ROOM * auto.tol } else { auto.tol };
         let room = auto.gradients && costs[degree - 1] <= cheap;
-        let better = best.as_ref().is_none_or(|(_, least)| room && high < *least);
-        if high <= within && better {
+        let better = best.as_ref().is_none_or(|(_, least)| room && error < *least);
+        if error <= within && better {
             if !strict {
                 candidate.coefficients = Coefficients::Given(coefficients);
             }
-            best = Some((candidate, high));
+            best = Some((candidate, error));
         }
         let next_is_cheap = costs.get(degree).is_some_and(|&cost| cost <= cheap);
         let enough = if auto.gradients && next_is_cheap { ROOM * auto.tol } else { within };
