@@ -3,6 +3,9 @@
 Two cases where low rank pays, with planning and with a plan that is used again; then every distribution: the engine
 that was chosen, the largest error, and the time over that of the exact engine. Calls take turns within every round, and
 medians are printed. Errors are relative to exact attention in float64.
+
+``--rare-tokens N`` counts, over N cases of each family of heads of which a few tokens carry much, how many results of
+low-rank engines were over their tolerance, and how many above the upper end of the interval of their measured error.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lingrad_rs as lg
-from lingrad_rs import _bench
+from lingrad_rs import _backend, _bench
 from lingrad_rs._bench import interleaved, relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from distributions import DISTRIBUTIONS
+from rare_tokens import FAMILIES, judge
 
 Array = NDArray[Any]
 Results = tuple[Array, ...]
@@ -106,14 +110,46 @@ def sweep(n: int, tol: float, rounds: int) -> None:
     print(f"\nThe most time over exact: {slowest[0]:.2f} ({slowest[1]}).")
 
 
+def rare_tokens(cases: int, seed: int, n: int, array_path: bool) -> None:
+    """Prints the counts of every family, for results within a tolerance and for those of engines that nobody chose."""
+    from conftest import GPU_NUMPY, RUST  # which need the tests' packages
+
+    backend = GPU_NUMPY if array_path else RUST
+    _backend.KINDS[:0] = backend.kinds
+    engines = (lg.Polynomial(degree=2), lg.Polynomial(degree=1, gradient="consistent"), lg.Landmark(rank=64))
+    print(f"n = {n:,}, {cases} cases of each family, seeds from {seed} on, {backend.name}:\n")
+    print("| family | results within a tolerance | over it | above | results of any engine | above |")
+    print("|---|---|---|---|---|---|")
+    total = np.zeros(5, int)
+    for family in FAMILIES:
+        counts = np.zeros(5, int)
+        for case in range(seed, seed + cases):
+            tol, results = judge(backend, family, case, n)
+            counts[:3] += len(results), sum(x.error > tol for x in results), sum(x.error > x.high for x in results)
+            _, results = judge(backend, family, case, n, engine=engines[case % len(engines)])
+            counts[3:] += len(results), sum(x.error > x.high for x in results)
+        print(f"| {family} | {' | '.join(map(str, counts))} |", flush=True)
+        total += counts
+    print(f"| all | {' | '.join(map(str, total))} |\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tol", type=float, default=1e-2)
     parser.add_argument("--n", type=int, default=65536, help="tokens where low rank pays")
     parser.add_argument("--sweep", type=int, default=8192, help="tokens of the sweep")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rare-tokens", type=int, metavar="CASES", help="count, instead, where a few tokens carry much"
+    )
+    parser.add_argument("--rare-n", type=int, default=4096, help="tokens of those")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed of those")
+    parser.add_argument("--array-path", action="store_true", help="on the GPU's path, under NumPy")
     args = parser.parse_args()
     print(f"{_bench.machine()}\n")
+    if args.rare_tokens:
+        rare_tokens(args.rare_tokens, args.seed, args.rare_n, args.array_path)
+        return
     pays(args.n, args.tol, args.rounds)
     sweep(args.sweep, args.tol, args.rounds)
 

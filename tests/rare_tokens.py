@@ -181,7 +181,8 @@ def judge(backend, family, seed, n, *, engine=None) -> tuple[float | None, list[
     """One drawn case of a family, by a drawn tolerance or by an engine: the tolerance and every low-rank result.
 
     Errors are relative to exact attention in float64. Masks, biases, grouped heads and dtypes are drawn too. By an
-    engine, the pullback measures errors on 64 rows, and `measure_error` those of all heads together.
+    engine, the pullback measures errors on 64 rows, and `measure_error` those of all heads together; no result where
+    scores are too large for it, which it says.
     """
     rng = np.random.default_rng([seed, list(FAMILIES).index(family)])
     group = int(rng.choice([1, 1, 2]))
@@ -192,7 +193,12 @@ def judge(backend, family, seed, n, *, engine=None) -> tuple[float | None, list[
     want = run_attention(backend, wide, engine=lg.Exact(), causal=causal)
     arrays = {name: backend.array(x) for name, x in inputs.items()}
     options = {"causal": causal} | ({"tol": tol} if engine is None else {"engine": engine})
-    out, vjp = lg.attention_vjp(**arrays, **options)
+    try:
+        out, vjp = lg.attention_vjp(**arrays, **options)
+    except lg.DenominatorError:
+        if engine is None:
+            raise
+        return tol, []
     got = dict(
         zip(NAMES, (out, *vjp(backend.array(dout), **({} if engine is None else {"samples": 64}))), strict=False)
     )

@@ -33,7 +33,7 @@ def hold_to_intervals(results, record_property):
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_results_within_a_tolerance_are(backend, record_property):
     results = judged(backend, range(100, 100 + CASES), N, [None])
-    assert len(results) > 20 * CASES, "hardly anything was served by a low-rank engine"
+    assert len(results) > 10 * CASES, "hardly anything was served by a low-rank engine"
     over = [case for case in results if not case[3].error <= case[2]]
     assert len(over) <= OVER_AT_ALL * len(results), over
     hold_to_intervals(results, record_property)

@@ -153,3 +153,47 @@ def test_later_keys_may_hold_the_largest_numbers_there_are(engine, n, backend, d
     want, got = (run_attention(backend, x, engine=engine, causal=True) for x in (inputs, far))
     for name in ("out", "dq", "dk", "dv"):
         assert_close({name: got[name][:, :-1]}, {name: want[name][:, :-1]}, ORACLE[dtype])
+
+
+# What other libraries use in place of minus infinity.
+PADDING = {"the least number": lambda dtype: float(np.finfo(dtype).min), "-1e9": lambda dtype: -1e9}
+PADDED = SHIFTED | {name: ENGINES[name] for name in ("exact", "closed form", "consistent", "fitted", "landmarks")}
+
+
+@pytest.mark.parametrize("padding", PADDING.values(), ids=PADDING.keys())
+@pytest.mark.parametrize("causal", [False, True])
+@engines(PADDED)
+def test_a_bias_that_stands_for_minus_infinity_removes_keys_as_that_does(engine, causal, padding, backend, dtype, rng):
+    if causal and isinstance(engine, Polynomial) and engine.shift == "mean":
+        return  # refused
+    inputs, gone = padded(rng, n=600, m=600, size=0.4)
+    gone[:, 0] = False
+    inputs["key_bias"] = np.where(gone, -np.inf, 0.3)
+    by_number = inputs | {"key_bias": np.where(gone, padding(dtype), 0.3)}
+    want, got = (run_attention(backend, cast(x, dtype), engine=engine, causal=causal) for x in (inputs, by_number))
+    assert_close(got, want, ORACLE[dtype])
+    assert_nothing_for(gone, got)
+
+
+@pytest.mark.parametrize("padding", PADDING.values(), ids=PADDING.keys())
+@engines({"landmarks": Landmark(rank=40)} | SHIFTED)
+def test_the_same_bias_for_all_keys_changes_nothing(engine, padding, backend, dtype, rng):
+    inputs = draw(rng, n=200, heads=(4,), key_heads=(2,), size=0.5)
+    inputs["k"] += 0.7
+    none, same = (inputs | {"key_bias": np.full((2, 200), x)} for x in (0.0, padding(dtype)))
+    want, got = (run_attention(backend, cast(x, dtype), engine=engine) for x in (none, same))
+    assert_close(got, want, ORACLE[dtype])
+
+
+def test_landmarks_refuse_rows_that_see_nothing_but_padding(backend, dtype, rng):
+    # Causal, padded on the left: what the norms of keys add to such biases is lost.
+    inputs = cast(draw(rng, n=1500, size=0.5), dtype)
+    q, k, v = (backend.array(inputs[x]) for x in "qkv")
+    bias = np.zeros(1500, dtype)
+    bias[:1100] = np.finfo(dtype).min
+    bias = backend.array(bias)
+    with pytest.raises(lg.DenominatorError, match="remove keys by -inf"):
+        lg.attention(q, k, v, key_bias=bias, causal=True, engine=Landmark(rank=40))
+    out = lg.attention(q, k, v, key_bias=bias, causal=True, tol=1e-2)
+    want = lg.attention(q, k, v, key_bias=bias, causal=True, engine=Exact())
+    assert np.linalg.norm(backend.numpy(out) - backend.numpy(want)) <= 1e-2 * np.linalg.norm(backend.numpy(want))

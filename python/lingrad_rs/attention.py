@@ -46,8 +46,9 @@ class Pullback:
         """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given.
 
         With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are
-        also computed exactly, the keys given the row sums of the forward pass, and `heads` tell the errors of out, dq,
-        dk and dv.
+        also computed exactly, and `heads` tell the errors of out, dq, dk and dv, with 95% intervals. They are drawn as
+        in `measure_error`, by the sizes of ``dout`` and of the gradients too. Exact gradients of keys take the exact
+        row sums of the drawn queries; what those of others may add widens their intervals.
         """
         grads, heads = self._call(dout, _check.integer("samples", samples, 0))
         self.heads = heads or self.heads
@@ -88,7 +89,8 @@ def attention(
     scale : float, optional
         The factor of the scores; ``1/sqrt(d)`` unless given.
     key_bias : ndarray, shape (..., h_kv, m), optional
-        Added to the scores; ``-inf`` removes a key (padding). ``(m,)`` where k has two axes.
+        Added to the scores, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the numbers that
+        other libraries use for it, as ``finfo.min``, in rows that see another key. ``(m,)`` where k has two axes.
 
     Returns
     -------
@@ -269,7 +271,9 @@ def measure_error(
     """The relative error of an attention output, measured on rows drawn at random.
 
     ``||out - exact||_F / ||exact||_F`` over all heads together, estimated from ``samples`` rows that are computed
-    exactly in float64. It holds for an ``out`` from anywhere.
+    exactly in float64. It holds for an ``out`` from anywhere. Rows are drawn by what costs little to know of all of
+    them: spread of scores, leverage, the heaviest pairs, sizes of values and of ``out``; an error in a few rows to
+    which none of these points stays unseen.
 
     Parameters
     ----------
@@ -278,8 +282,7 @@ def measure_error(
     out : ndarray, shape (..., h, n, dv)
         The output to judge.
     samples : int
-        Rows, half of them spread evenly over batch and heads, half drawn by the size of the query; at least 1. As many
-        as there are, or more, means all of them.
+        Rows of all heads together, at least 1. As many as there are, or more, means all of them, and no interval.
     seed : int
         Of the draw.
 
@@ -295,7 +298,7 @@ def measure_error(
 
     Notes
     -----
-    Cost: O(samples m (d + dv)) time.
+    Cost: O((n + m) d^2 + samples m (d + dv)) time.
     """
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, Polynomial(), causal, scale)
     del options["engine"]

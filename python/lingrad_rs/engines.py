@@ -293,12 +293,20 @@ class Auto:
     """A tolerance in place of an engine: for each head, the cheapest engine that meets it, or the exact one.
 
     With ``||approx - exact||_F / ||exact||_F`` for each head, of out and, with ``gradients``, of dq, dk, dv (and the
-    gradient of a key bias): results are within ``tol`` as measured on rows drawn at random (the upper end of a 95%
-    interval), or they are exact. Engines that would not be clearly faster are discarded by a cost model; the errors of
-    polynomials of every degree are measured on some rows, and those of landmarks on a sample; the cheapest is run, and
-    held against exact rows (in a single call the same 16 to 32 that it was chosen by, and 64 others with a plan);
-    gradients are held against exact ones again in the pullback, those of keys given the row sums of the forward pass.
-    What misses is computed exactly. What is chosen depends on how fast the machine multiplies and exponentiates.
+    gradient of a key bias):
+
+    - Guaranteed: a head is computed exactly, or what a low-rank engine gave has been held against exact rows in float64
+      that had no part in choosing it, and the upper end of the interval of its measured error is at most ``tol``.
+    - Estimated: that error, from so many rows, with an interval called 95%; rows are drawn by what costs little to know
+      of all of them (spread of scores, leverage, sizes of values, gradients and results, the heaviest pairs), so that
+      errors which sit in a few tokens are seen.
+    - What no sample can rule out: an error in a few rows to which none of these points.
+
+    Engines that would not be clearly faster are discarded by a cost model; the errors of polynomials of every degree
+    are measured on some rows, and those of landmarks on a sample; the cheapest is run, and held against 64 to 256 other
+    rows. Gradients are held against exact ones again in the pullback, for the ``dout`` at hand; those of keys take the
+    exact row sums of the drawn queries, and what those of others may add widens their interval. What misses is computed
+    exactly. What is chosen depends on how fast the machine multiplies and exponentiates.
 
     Parameters
     ----------
@@ -321,7 +329,7 @@ class Auto:
     Notes
     -----
     Cost: planning takes at most about a tenth of the time of exact attention, or is not done; verification takes that
-    of 16 to 64 rows and 64 keys a head. Truly subquadratic work is possible only where scores are small or lie near a
+    of 64 to 256 rows and keys a head. Truly subquadratic work is possible only where scores are small or lie near a
     low-dimensional set: elsewhere the answer is the exact engine.
     """
 

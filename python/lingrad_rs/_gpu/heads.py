@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..engines import Exact, Landmark, Polynomial
 from .device import Space
 
-__all__ = ["Grads", "Heads", "Saved", "dots", "live_keys", "part_of", "rows_of_heads", "side_by_side"]
+__all__ = ["Grads", "Heads", "Saved", "dots", "live_keys", "part_of", "rows_of_heads", "side_by_side", "weighs"]
 
 Array = Any
 Rows = NDArray[np.int64]
@@ -107,9 +107,16 @@ class Grads:
     dkey_bias: Array | None
 
 
-def live_keys(heads: Heads) -> Array | None:
-    """Which keys no bias removes, ``(heads, m)``; None where there is no bias."""
-    return None if heads.key_bias is None else heads.key_bias != -math.inf
+def live_keys(sp: Space, heads: Heads) -> Array | None:
+    """Which keys have a weight, ``(heads, m)``; None where there is no bias."""
+    return None if heads.key_bias is None else weighs(sp, heads.key_bias)
+
+
+def weighs(sp: Space, bias: Array) -> Array:
+    """Where a bias leaves a key a weight beside the others: also numbers like -1e9 stand for minus infinity."""
+    bias = sp.wide(bias)
+    largest = sp.xp.max(bias, axis=-1, keepdims=True)
+    return sp.xp.exp(bias - sp.xp.where(largest == -math.inf, sp.xp.zeros_like(largest), largest)) > 0
 
 
 def dots(sp: Space, x: Array, y: Array) -> Array:

@@ -29,6 +29,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from ..errors import DenominatorError
 from .device import Space
 from .features import Features, Side
 from .heads import Grads, Heads, dots, live_keys
@@ -59,6 +62,8 @@ Array = Any
 
 # Tokens whose products are summed in the arrays' dtype.
 BLOCK = 512
+# A number that is added to biases beyond this is off by more than a millionth, as in the core.
+_LARGEST_BIAS = 1e-6 / np.finfo(np.float64).eps
 # A denominator below this part of Jensen's lower bound is wrong.
 LEAST_OF_FLOOR = 0.5
 
@@ -73,6 +78,9 @@ class Pass:
         Whose ``q`` and ``k`` are shifted; keys and values are 0 where a key is removed, whatever they hold.
     features : Features
     query_shift : array, shape (heads, d), or None
+    base : array of float64, shape (heads or 1, 1)
+        What biases are relative to: the largest that was given, without a mask; with one 0, as what earlier rows see
+        must not depend on it.
     bias : array of float64, shape (heads or 1, m)
         ``b'``, with the features' factors.
     biased : bool
@@ -88,6 +96,7 @@ class Pass:
     heads: Heads
     features: Features
     query_shift: Array | None
+    base: Array
     bias: Array
     biased: bool
     plain_bias: Array
@@ -104,27 +113,51 @@ def make_pass(
     *,
     through_means: bool = False,
 ) -> Pass:
-    """The pass of `Heads` as they came, for shifts ``(heads, d)`` in their dtype."""
+    """The pass of `Heads` as they came, for shifts ``(heads, d)`` in their dtype.
+
+    Raises
+    ------
+    DenominatorError
+        Under a mask, a bias stands for minus infinity in all that some rows see, so that what is added to it is lost.
+    """
     xp = sp.xp
     q = heads.q if query_shift is None else heads.q - query_shift[:, None, :]
     k, v = heads.k if key_shift is None else heads.k - key_shift[:, None, :], heads.v
-    plain = sp.zeros((1, heads.sizes[1]), xp.float64)
+    norms = features.norms(sp, "keys", k)
+    plain, base = (sp.zeros((1, size), xp.float64) for size in (heads.sizes[1], 1))
     if heads.key_bias is not None:
         plain = sp.wide(heads.key_bias)
         k, v = (xp.where((plain == -math.inf)[..., None], xp.zeros_like(x), x) for x in (k, v))
+        if not heads.causal:
+            base = whole_level(sp, plain)
+            plain = plain - base
+        elif query_shift is not None or norms is not None:
+            _check_biases(sp, heads)
     if query_shift is not None:
         plain = plain + heads.scale * dots(sp, k, xp.broadcast_to(query_shift[:, None, :], k.shape))
-    norms = features.norms(sp, "keys", k)
     return Pass(
         heads=Heads(q, k, v, heads.key_bias, heads.causal, heads.scale, heads.first),
         features=features,
         query_shift=query_shift,
+        base=base,
         bias=plain if norms is None else plain + norms,
         biased=heads.key_bias is not None or query_shift is not None or norms is not None,
         plain_bias=plain,
         row_level=features.norms(sp, "queries", q),
         through_means=through_means,
     )
+
+
+def _check_biases(sp: Space, heads: Heads) -> None:
+    for i, bias in enumerate(sp.host(heads.key_bias)):
+        live = bias[bias > -math.inf]
+        # The largest bias that a row sees lies between these two.
+        for x in (live[:1], live[np.argmax(live) :][:1]) if len(live) else ():
+            if abs(float(x[0])) > _LARGEST_BIAS:
+                raise DenominatorError(
+                    f"head {heads.first + i}: rows see no key_bias but such as {float(x[0]):e}, beside which this "
+                    "engine loses what keys add to scores; remove keys by -inf, or use engine=Exact()"
+                )
 
 
 def scaled(sp: Space, exponent: Array, level: Array) -> Array:
@@ -344,7 +377,7 @@ def finish(sp: Space, run: Pass, dq: Array, dk: Array, dv: Array, db: Array) -> 
         through_bias = weighted_sum(sp, db, heads.k)[:, None, :]
         dalpha = (heads.scale * through_bias - sums[0]) / heads.q.shape[1]
         dq = dq + sp.astype(dalpha, dq.dtype)
-        live = live_keys(heads)
+        live = live_keys(sp, heads)
         if live is None:
             dk = dk - sp.astype(sums[1] / heads.k.shape[1], dk.dtype)
         else:
@@ -363,7 +396,7 @@ def left_out(sp: Space, run: Pass, heads: Heads, key_shift: Array | None) -> Arr
     if key_shift is not None:
         total += heads.scale * dots(sp, heads.q, sp.xp.broadcast_to(key_shift[:, None, :], heads.q.shape))
     if not heads.causal:
-        total += whole_level(sp, run.bias)
+        total += run.base + whole_level(sp, run.bias)
         if run.row_level is not None:
             total += run.row_level
     return total

@@ -451,7 +451,7 @@ def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
 
 def _shifts(sp: Space, heads: Heads) -> list[tuple[Floats, Floats] | None]:
     """The means of each head's queries and keys, in its dtype, where subtracting them makes scores smaller."""
-    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, live_keys(heads))]))
+    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, live_keys(sp, heads))]))
     number = np.maximum(sums[..., -1], 1)
     mean = sums[..., :-2] / number[..., None]
     large = np.sum(mean**2, axis=-1) > _SMALL_MEAN**2 * sums[..., -2] / number
@@ -467,7 +467,7 @@ def _rounded(sp: Space, heads: Heads, x: Floats) -> Floats:
 
 def _spreads(sp: Space, heads: Heads) -> list[float]:
     """The size of each head's values less their mean, relative to their size, of keys that no bias removes."""
-    of_heads = sp.host(_sums(sp, heads.v, live_keys(heads)))
+    of_heads = sp.host(_sums(sp, heads.v, live_keys(sp, heads)))
     sums, squares, number = of_heads[:, :-2], of_heads[:, -2], of_heads[:, -1]
     return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
 
@@ -533,7 +533,7 @@ def longest(sp: Space, x: Array, by: Array | None = None, live: Array | None = N
 
 def _bounds(sp: Space, heads: Heads, rows: Rows, by: Floats) -> tuple[Floats, Floats]:
     """Of each head: what no score of these rows exceeds, and how large a gradient of a query may be for a dout of 1."""
-    xp, live = sp.xp, live_keys(heads)
+    xp, live = sp.xp, live_keys(sp, heads)
     alpha, beta = (sp.asarray(by[:, side], xp.float64) for side in (0, 1))
     queries = measure.take_rows(sp, heads.q, rows) - alpha[:, None, :]
     sizes = [
@@ -580,7 +580,7 @@ def _moments(
     xp, t = sp.xp, sp.xp.matrix_transpose
     count, width = rows.shape
     d, dv = size.d, size.dv
-    biases, live = _biases(sp, heads, by), live_keys(heads)
+    biases, live = _biases(sp, heads, by), live_keys(sp, heads)
     level = xp.max(biases, axis=1, keepdims=True)
     level = xp.where(level == -math.inf, xp.zeros_like(level), level)
     alpha, beta = (sp.asarray(by[:, side], xp.float64)[:, None, :] for side in (0, 1))

@@ -80,7 +80,7 @@ def _shifts(sp: Space, own: Sequence[Polynomial], heads: Heads) -> tuple[Array |
     """``alpha`` and ``beta``, ``(heads, d)`` in the arrays' dtype."""
     dtype = heads.q.dtype
     if own[0].shift == "mean":
-        query, key = _mean(sp, heads.q, None), _mean(sp, heads.k, live_keys(heads))
+        query, key = _mean(sp, heads.q, None), _mean(sp, heads.k, live_keys(sp, heads))
         return sp.astype(query, dtype), sp.astype(key, dtype)
     if all(engine.shift == "none" for engine in own):
         return None, None

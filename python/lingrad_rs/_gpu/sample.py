@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from .. import _lingrad_rs as core
 from .causal import PREFIX
 from .device import Space
-from .heads import Heads, rows_of_heads, side_by_side
+from .heads import Heads, rows_of_heads, side_by_side, weighs
 from .measure import chosen
 
 __all__ = ["FIT", "POOL", "Tokens", "first", "spread"]
@@ -48,13 +47,14 @@ def first(sp: Space, heads: Heads, which: Sequence[int] | None = None) -> list[T
 def spread(sp: Space, heads: Heads, count: int, seed: int, which: Sequence[int] | None = None) -> list[Tokens]:
     """So many queries and keys of some heads, or of all, drawn all through the sequence as the core draws them.
 
-    Keys are drawn among those that no bias removes; where all are, the first ones stand for them.
+    Keys are drawn among those whose bias leaves them a weight beside the others; where all are removed, the first ones
+    stand for them.
     """
     n, m, _, _ = heads.sizes
     which = range(heads.count) if which is None else which
     keys = [core.stratified(m, count, seed + 1)] * len(which)
     if heads.key_bias is not None:
-        live = [np.flatnonzero(x) for x in sp.host(chosen(sp, heads.key_bias, which) != -math.inf)]
+        live = [np.flatnonzero(x) for x in sp.host(weighs(sp, chosen(sp, heads.key_bias, which)))]
         keys = [x[core.stratified(len(x), count, seed + 1)] if len(x) else np.arange(min(count, m)) for x in live]
     return _taken(sp, heads, which, core.stratified(n, count, seed), keys, spread=True)
 

@@ -236,7 +236,7 @@ def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) ->
             [(each.key_shift, at) for each, at in constants.values()],
         )
     )
-    live = live_keys(some)
+    live = live_keys(sp, some)
     v = some.v if live is None else xp.where(live[..., None], some.v, xp.zeros_like(some.v))
     own = measure.chosen(sp, out, list(constants))
     sizes = [

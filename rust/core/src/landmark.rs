@@ -276,7 +276,15 @@ impl<T: Real> Constants<T> {
         engine: &engine::Landmark,
     ) -> Result<Pass<'a, T>> {
         let settings = settings(attention.causal && engine.constants.is_none());
-        Pass::new(ctx, head, settings, attention.scale, Features::Landmarks(&self.landmarks), &[], &self.shifts)
+        Pass::new(
+            ctx,
+            head,
+            settings,
+            (attention.causal, attention.scale),
+            Features::Landmarks(&self.landmarks),
+            &[],
+            &self.shifts,
+        )
     }
 }
 
@@ -318,7 +326,7 @@ pub(crate) struct Sample<'a, T> {
     seed: u64,
     shifts: [Vec<f64>; 2],
     balance: f64,
-    /// Tokens that may be drawn: the first so many queries, and those keys that no bias removes.
+    /// Tokens that may be drawn: the first so many queries, and those keys whose bias leaves them a weight.
     queries: usize,
     keys: Vec<usize>,
     most: usize,
@@ -377,12 +385,14 @@ impl<'a, T: Real> Sample<'a, T> {
         (rows, points)
     }
 
-    /// `ln w_j` of sampled keys: `b_j + c α.k'_j + |c| |k̂_j|^2 / 2`.
+    /// `ln w_j` of sampled keys: `b_j + c α.k'_j + |c| |k̂_j|^2 / 2`, less their largest bias.
     fn log_weights(&self, rows: &[usize], points: &Mat<f64>) -> Vec<f64> {
         let alpha = &self.shifts[0];
+        let bias = |j: usize| self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
+        let largest = rows.iter().map(|&j| bias(j)).fold(f64::NEG_INFINITY, f64::max);
         (rows.iter().enumerate())
             .map(|(i, &j)| {
-                let own = self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
+                let own = bias(j) - largest;
                 let along: f64 = (0..alpha.len()).map(|c| alpha[c] * points[(i, c)]).sum();
                 own + self.scale * along / self.balance + self.scale.abs() / 2.0 * square(points.row(i).iter())
             })

@@ -150,7 +150,7 @@ pub(crate) struct Pass<'a, T> {
     pub coefficients: &'a [f64],
     pub shifts: &'a Shifts<T>,
     /// `b'_j`, where there is a bias or a query shift, and what landmarks add; else all are 0.
-    pub biases: Option<Vec<f64>>,
+    pub biases: Option<Biases>,
 }
 
 impl<'a, T: Real> Pass<'a, T> {
@@ -158,7 +158,7 @@ impl<'a, T: Real> Pass<'a, T> {
         ctx: &'a Context,
         head: &'a Head<'a, T>,
         settings: Settings,
-        scale: f64,
+        (causal, scale): (bool, f64),
         features: Features<'a, T>,
         coefficients: &'a [f64],
         shifts: &'a Shifts<T>,
@@ -167,13 +167,13 @@ impl<'a, T: Real> Pass<'a, T> {
             Features::Monomials(_) => 0.0,
             Features::Landmarks(landmarks) => landmarks.key.half,
         };
-        let biases = biases(head, scale, shifts, norms)?;
+        let biases = biases(head, (causal, scale), shifts, norms)?;
         Ok(Self { ctx, head, settings, scale, features, coefficients, shifts, biases })
     }
 
     /// `b'_j`.
     pub fn bias(&self, j: usize) -> f64 {
-        self.biases.as_ref().map_or(0.0, |b| b[j])
+        self.biases.as_ref().map_or(0.0, |b| b.of_keys[j])
     }
 
     /// The largest `b'_j` of some keys, `-inf` where there are none.
@@ -801,8 +801,8 @@ pub(crate) fn log_sums<T: Real>(
         }
     };
     // Without a mask the forward pass leaves the level of the keys, and of a query's landmarks, out.
-    let level = match biases(head, scale, shifts, key_half)? {
-        Some(biases) if !causal => biases.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+    let level = match biases(head, (causal, scale), shifts, key_half)? {
+        Some(biases) if !causal => biases.base + biases.of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max),
         _ => 0.0,
     };
     let by = |shift: &[T], c: usize| shift.get(c).map_or(0.0, |b| b.to_f64());
@@ -820,19 +820,50 @@ pub(crate) fn log_sums<T: Real>(
     Ok((0..row_max.len()).into_par_iter().map(sum).collect())
 }
 
+/// What keys add to all of their scores.
+#[derive(Debug, Clone)]
+pub(crate) struct Biases {
+    /// `b'_j` less the base.
+    pub of_keys: Vec<f64>,
+    /// The largest bias that was given, without a mask; with one 0, as what earlier rows see must not depend on it.
+    pub base: f64,
+}
+
+/// A number that is added to biases beyond this is off by more than a millionth: lost, beside a bias that stands for
+/// minus infinity.
+const LARGEST_BIAS: f64 = 1e-6 / f64::EPSILON;
+
 /// `b'_j = b_j + c α.k'_j + half |k'_j|^2`, or `None` where all are 0.
 pub(crate) fn biases<T: Real>(
     head: &Head<'_, T>,
-    scale: f64,
+    (causal, scale): (bool, f64),
     shifts: &Shifts<T>,
     half: f64,
-) -> Result<Option<Vec<f64>>> {
+) -> Result<Option<Biases>> {
     let (alpha, beta) = (&shifts.query, &shifts.key);
-    if head.key_bias.is_none() && alpha.is_empty() && half == 0.0 {
+    let adds = !alpha.is_empty() || half != 0.0;
+    if head.key_bias.is_none() && !adds {
         return Ok(None);
     }
+    let (m, given) = (head.k.nrows(), |j: usize| head.key_bias.map_or(0.0, |b| b[j].to_f64()));
+    let Some(first) = (0..m).map(given).find(|b| *b > f64::NEG_INFINITY) else {
+        return Err(Error::Denominator(format!(
+            "head {} has no key to attend to: key_bias is -inf for every key",
+            head.index
+        )));
+    };
+    let largest = (0..m).map(given).fold(first, f64::max);
+    // The largest bias that a row sees lies between these two.
+    if let Some(bias) = [first, largest].into_iter().find(|b| causal && adds && b.abs() > LARGEST_BIAS) {
+        return Err(Error::Denominator(format!(
+            "head {}: rows see no key_bias but such as {bias:e}, beside which this engine loses what keys add to scores; \
+             remove keys by -inf, or use engine=Exact()",
+            head.index
+        )));
+    }
+    let base = if causal { 0.0 } else { largest };
     let bias = |j: usize| {
-        let mut bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
+        let mut bias = given(j) - base;
         if bias == f64::NEG_INFINITY {
             return bias; // whatever the key holds
         }
@@ -842,14 +873,8 @@ pub(crate) fn biases<T: Real>(
         }
         bias
     };
-    let biases: Vec<f64> = (0..head.k.nrows()).into_par_iter().map(bias).collect();
-    if biases.iter().all(|b| *b == f64::NEG_INFINITY) {
-        return Err(Error::Denominator(format!(
-            "head {} has no key to attend to: key_bias is -inf for every key",
-            head.index
-        )));
-    }
-    Ok(Some(biases))
+    let of_keys = (0..m).into_par_iter().map(bias).collect();
+    Ok(Some(Biases { of_keys, base }))
 }
 
 /// The first token and the length of each tile of a range.
@@ -871,9 +896,12 @@ pub(crate) fn mean<T: Real>(x: MatRef<'_, T>, rows: impl ExactSizeIterator<Item 
     sums_and_square(x, rows).0.into_iter().map(|sum| T::of(sum / count)).collect()
 }
 
-/// Those of the first `count` keys that no bias removes.
+/// Those of the first `count` keys whose bias leaves them a weight beside the others: also numbers like -1e9 stand for
+/// minus infinity.
 pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Vec<usize> {
-    (0..count).filter(|&j| !head.removed(j)).collect()
+    let Some(bias) = head.key_bias else { return (0..count).collect() };
+    let largest = (0..count).map(|j| bias[j].to_f64()).fold(f64::NEG_INFINITY, f64::max);
+    (0..count).filter(|&j| (bias[j].to_f64() - largest).exp() > 0.0).collect()
 }
 
 /// The sum of each column, and the sum of all squares, of some rows, one after the other as they lie.

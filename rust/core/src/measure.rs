@@ -493,7 +493,8 @@ pub fn unseen_row_sums(pairs: &Pairs<'_>) -> Vec<[f64; 3]> {
     for i in 0..count {
         let unseen = pairs.weights[i] - 1.0;
         let row = i * keys..(i + 1) * keys;
-        for ((all, &s), &e) in all.iter_mut().zip(&pairs.scores[row.clone()]).zip(&pairs.upstream[row]) {
+        let seen = |((_, s), _): &((&mut [f64; 3], &f64), &f64)| **s > f64::NEG_INFINITY; // what others hold may be anything
+        for ((all, &s), &e) in all.iter_mut().zip(&pairs.scores[row.clone()]).zip(&pairs.upstream[row]).filter(seen) {
             let (f, own) = ((s - pairs.exact[0][i]).exp(), (s - pairs.own[0][i]).exp());
             let t = f * (e - pairs.exact[1][i]) - own * (e - pairs.own[1][i]);
             all[0] += unseen * t * t * pairs.squares[0][i];

@@ -506,8 +506,8 @@ impl<'a> Moments<'a> {
         dout: Option<&'a Mat<f64>>,
     ) -> Result<Option<Self>> {
         let (d, dv, count) = (head.q.ncols(), head.v.ncols(), rows.len());
-        let biases = biases(head, scale, shifts, 0.0)?;
-        let level = biases.as_ref().map_or(0.0, |b| b.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        let biases = biases(head, (causal, scale), shifts, 0.0)?;
+        let level = biases.as_ref().map_or(0.0, |b| b.of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max));
         let mut q = gather(head.q, rows);
         for i in 0..count {
             q.row_mut(i).iter_mut().zip(&shifts.query).for_each(|(q, by)| *q -= by.to_f64());
@@ -553,7 +553,7 @@ impl<'a> Moments<'a> {
                         product(view_mut(&mut upstream, bk, count), v, dout.transpose(), 1.0);
                     }
                     let weights: Vec<f64> =
-                        (j0..j0 + bk).map(|j| biases.as_ref().map_or(1.0, |b| (b[j] - level).exp())).collect();
+                        (j0..j0 + bk).map(|j| biases.as_ref().map_or(1.0, |b| (b.of_keys[j] - level).exp())).collect();
                     vectorised(
                         #[inline(always)]
                         || {

@@ -96,7 +96,8 @@ pub(crate) fn forward<T: Real>(
     let shifts = shifts(head, &engine.shift)?;
     let coefficients = coefficients(head, attention, engine, &shifts)?;
     let features = Features::Monomials(tree);
-    let pass = Pass::new(ctx, head, settings(engine), attention.scale, features, &coefficients, &shifts)?;
+    let pass =
+        Pass::new(ctx, head, settings(engine), (attention.causal, attention.scale), features, &coefficients, &shifts)?;
     let mut key_state = None;
     if attention.causal {
         causal::forward(&pass, out, row_max, row_scale)?;
@@ -125,7 +126,8 @@ pub(crate) fn backward<T: Real>(
         return Err(Error::Argument("saved comes from a forward pass of another degree".into()));
     }
     let features = Features::Monomials(tree);
-    let pass = Pass::new(ctx, head, settings(engine), attention.scale, features, coefficients, shifts)?;
+    let pass =
+        Pass::new(ctx, head, settings(engine), (attention.causal, attention.scale), features, coefficients, shifts)?;
     if attention.causal {
         causal::backward(&pass, up, grads)
     } else if engine.shift == Shift::Mean && engine.gradient == Gradient::Consistent {
@@ -187,9 +189,9 @@ pub(crate) fn fit_sample<T: Real>(
     sees: impl Fn(usize, usize) -> bool,
 ) -> Result<fit::Sample> {
     let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-    let biases = biases(head, scale, shifts, 0.0)?;
+    let biases = biases(head, (prefix, scale), shifts, 0.0)?;
     let keys = live_keys(head, seen(head.k.nrows()));
-    let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b[j]);
+    let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b.of_keys[j]);
     let level = keys.iter().map(|&j| bias(j)).fold(f64::NEG_INFINITY, f64::max);
     let weight = |j: usize| (bias(j) - level).exp();
     fit::Sample::new(
