@@ -123,7 +123,6 @@ def make_pass(
     xp = sp.xp
     q = heads.q if query_shift is None else heads.q - query_shift[:, None, :]
     k, v = heads.k if key_shift is None else heads.k - key_shift[:, None, :], heads.v
-    norms = features.norms(sp, "keys", k)
     plain, base = (sp.zeros((1, size), xp.float64) for size in (heads.sizes[1], 1))
     if heads.key_bias is not None:
         plain = sp.wide(heads.key_bias)
@@ -131,8 +130,9 @@ def make_pass(
         if not heads.causal:
             base = whole_level(sp, plain)
             plain = plain - base
-        elif query_shift is not None or norms is not None:
-            _check_biases(sp, heads)
+    norms = features.norms(sp, "keys", k)
+    if heads.causal and heads.key_bias is not None and not (query_shift is None and norms is None):
+        _check_biases(sp, heads)
     if query_shift is not None:
         plain = plain + heads.scale * dots(sp, k, xp.broadcast_to(query_shift[:, None, :], k.shape))
     return Pass(
