@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::context::Context;
 use crate::engine::{Engine, Planned};
 use crate::error::{Error, Result, expect_len};
+use crate::memory::{collected, collected_in_parallel, zeroed};
 use crate::monomials::Monomials;
 use crate::real::{Real, vectorised};
 use crate::tolerance::{self, Group, HeadReport};
@@ -275,14 +276,14 @@ impl Attention {
         expect_len("out", out.len(), h * n * dv)?;
         let tree = self.tree(&sizes, false)?;
         let mut saved = Saved {
-            row_max: vec![T::ZERO; h * n],
-            row_scale: vec![T::ZERO; h * n],
-            constants: vec![Constants::Exact; h],
+            row_max: zeroed(h * n, "row maxima")?,
+            row_scale: zeroed(h * n, "row sums")?,
+            constants: collected((0..h).map(|_| Constants::Exact), "what engines know of the heads")?,
             reports: Vec::new(),
         };
         if n == 0 || h == 0 {
             if self.engine.tolerance().is_some() {
-                saved.reports = vec![HeadReport::of(Engine::Exact); h];
+                saved.reports = collected((0..h).map(|_| HeadReport::of(Engine::Exact)), "the heads' reports")?;
             }
             return Ok(saved);
         }
@@ -351,7 +352,7 @@ impl Attention {
         tree: Option<&Monomials>,
         grads: HeadGrads<'_, T>,
     ) -> Result<()> {
-        let delta = delta(dout, out);
+        let delta = delta(dout, out)?;
         let (max, scale) = saved.rows(head.index);
         let up = Upstream { dout, delta: &delta, rows: RowFactors { max, scale } };
         match (&saved.constants[head.index], saved.engine(head.index, self)) {
@@ -496,12 +497,10 @@ pub(crate) fn expect_views<T>(name: &str, views: &[MatRef<'_, T>], h: usize, n: 
 }
 
 /// `delta_i = dout_i . out_i`.
-pub(crate) fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Vec<T> {
-    out.par_chunks(dout.ncols())
-        .enumerate()
-        .map(|(i, out)| {
-            let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
-            T::of(sum)
-        })
-        .collect()
+pub(crate) fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Result<Vec<T>> {
+    let of_row = |(i, out): (usize, &[T])| {
+        let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
+        T::of(sum)
+    };
+    collected_in_parallel(out.par_chunks(dout.ncols()).enumerate().map(of_row), "products of dout and out")
 }

@@ -32,8 +32,9 @@ use crate::engine::Diagonal;
 use crate::error::Result;
 use crate::exact::{add_bias, mask};
 use crate::low_rank::{Far, LARGEST_STATE, PREFIX, Pass, Settings, Side, Weightings, tiles};
+use crate::memory::{made, room, zeroed};
 use crate::real::{Real, vectorised};
-use crate::state::{Tokens, Weighting};
+use crate::state::{STATE, Tokens, Weighting};
 use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
 
 /// Numbers in the states of a segment that stay in a shared cache.
@@ -82,16 +83,17 @@ struct Cut {
 }
 
 impl Cut {
-    fn new<T: Real>(pass: &Pass<'_, T>) -> Self {
+    fn new<T: Real>(pass: &Pass<'_, T>) -> Result<Self> {
         let n = pass.head.q.nrows();
         let (window, prefix) = (window(&pass.settings).min(n), prefix(&pass.settings));
-        let mut cut = Self { n, blocks: n.div_ceil(BLOCK), window, prefix, levels: Vec::new() };
+        let blocks = n.div_ceil(BLOCK);
+        let mut cut = Self { n, blocks, window, prefix, levels: room(blocks, "levels of blocks")? };
         let mut level = f64::NEG_INFINITY;
         for c in 0..cut.blocks {
             level = level.max(pass.level(cut.keys(c)));
             cut.levels.push(level);
         }
-        cut
+        Ok(cut)
     }
 
     /// The tokens of block `c`.
@@ -153,7 +155,7 @@ impl<'a, T: Real> Scan<'a, T> {
         degree: usize,
         weighting: Weighting<'a>,
         more_weights: Option<Vec<f64>>,
-    ) -> (Self, Vec<Range<usize>>) {
+    ) -> Result<(Self, Vec<Range<usize>>)> {
         let (e, r) = (pass.e(), pass.features.rank(degree));
         let segments = cut.segments(e * r, pass.head.q.ncols() + e);
         let blocks = segments[0].len();
@@ -161,13 +163,13 @@ impl<'a, T: Real> Scan<'a, T> {
         let scan = Self {
             e,
             r,
-            sum: vec![0.0; e * r],
-            states: vec![T::ZERO; blocks * e * r],
-            more: vec![T::ZERO; blocks * e * more],
+            sum: zeroed(e * r, STATE)?,
+            states: zeroed(blocks * e * r, "the states of a segment's blocks")?,
+            more: zeroed(blocks * e * more, "the states of a segment's blocks")?,
             weighting,
             more_weights,
         };
-        (scan, segments)
+        Ok((scan, segments))
     }
 
     /// Numbers in a state.
@@ -185,7 +187,7 @@ impl<'a, T: Real> Scan<'a, T> {
     fn advance<B: Send>(
         &mut self,
         decays: &[f64],
-        buffers: impl Fn() -> B + Sync + Send,
+        buffers: impl Fn() -> Result<B> + Sync + Send,
         part: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
     ) -> Result<()> {
         let (len, r, more_r) = (self.len(), self.r, self.more_columns());
@@ -193,7 +195,7 @@ impl<'a, T: Real> Scan<'a, T> {
         self.states[..count * len]
             .par_chunks_mut(len)
             .enumerate()
-            .try_for_each_init(buffers, |buffers, (i, state)| part(i, state, buffers))?;
+            .try_for_each_init(buffers, |buffers, (i, state)| part(i, state, made(buffers)?))?;
         let mut rows: Vec<_> = self.sum.chunks_mut(r).map(|sum| (sum, Vec::new(), Vec::new())).collect();
         for state in self.states[..count * len].chunks_mut(len) {
             rows.iter_mut().zip(state.chunks_mut(r)).for_each(|(row, part)| row.1.push(part));
@@ -203,8 +205,7 @@ impl<'a, T: Real> Scan<'a, T> {
         }
         let (weighting, more_weights) = (&self.weighting, self.more_weights.as_deref());
         rows.into_par_iter()
-            .for_each(|(sum, mut parts, mut more)| weighting.scan(sum, decays, &mut parts, more_weights, &mut more));
-        Ok(())
+            .try_for_each(|(sum, mut parts, mut more)| weighting.scan(sum, decays, &mut parts, more_weights, &mut more))
     }
 
     /// The weighted state of the i-th block.
@@ -271,9 +272,9 @@ pub(crate) fn forward<T: Real>(
     row_scale: &mut [T],
 ) -> Result<()> {
     let (g, dv) = (pass.settings.degree, pass.e() - 1);
-    let cut = Cut::new(pass);
-    let floors = pass.floors(cut.blocks, |c| cut.keys(c));
-    let (mut scan, segments) = Scan::new(pass, &cut, g, pass.forward_weighting(), None);
+    let cut = Cut::new(pass)?;
+    let floors = pass.floors(cut.blocks, |c| cut.keys(c))?;
+    let (mut scan, segments) = Scan::new(pass, &cut, g, pass.forward_weighting()?, None)?;
     for segment in segments {
         advance_keys(pass, &cut, &mut scan, &segment, g)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -285,8 +286,9 @@ pub(crate) fn forward<T: Real>(
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
-                || (pass.scratch(g, false), Near::new(pass, &cut), Vec::new()),
-                |(scratch, near, far), (i, (out, max, scale))| {
+                || Ok((pass.scratch(g, false)?, Near::new(pass, &cut)?, Vec::new())),
+                |buffers, (i, (out, max, scale))| {
+                    let (scratch, near, far) = made(buffers)?;
                     pass.ctx.check()?;
                     let c = segment.start + i;
                     let (level, first) = (cut.levels[c], cut.queries(c).start);
@@ -328,7 +330,7 @@ pub(crate) fn forward<T: Real>(
 /// Adds one head's gradients.
 pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
     let HeadGrads { dq, dk, dv, mut dkey_bias } = grads;
-    let cut = Cut::new(pass);
+    let cut = Cut::new(pass)?;
     queries_backward(pass, &cut, &up, dq, dk, dv, dkey_bias.as_deref_mut())?;
     far_keys_backward(pass, &cut, &up, dk, dv, dkey_bias)
 }
@@ -344,7 +346,7 @@ fn queries_backward<T: Real>(
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
     let (degree, d, width) = (pass.settings.potential_degree, pass.head.q.ncols(), pass.e() - 1);
-    let (mut scan, segments) = Scan::new(pass, cut, degree, pass.backward_weightings(Side::Keys).potential, None);
+    let (mut scan, segments) = Scan::new(pass, cut, degree, pass.backward_weightings(Side::Keys)?.potential, None)?;
     for segment in segments {
         advance_keys(pass, cut, &mut scan, &segment, degree)?;
         let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
@@ -361,8 +363,9 @@ fn queries_backward<T: Real>(
             .into_par_iter()
             .enumerate()
             .map_init(
-                || (pass.scratch(degree, true), Near::new(pass, cut)),
-                |(scratch, near), (i, (dq, dk, dv, db))| {
+                || Ok((pass.scratch(degree, true)?, Near::new(pass, cut)?)),
+                |buffers, (i, (dq, dk, dv, db))| {
+                    let (scratch, near) = made(buffers)?;
                     pass.ctx.check()?;
                     let c = segment.start + i;
                     let (level, queries) = (cut.levels[c], cut.queries(c));
@@ -379,7 +382,7 @@ fn queries_backward<T: Real>(
                         dq.fill(T::ZERO);
                     }
                     // What falls to keys before the block's own is handed back, and added afterwards.
-                    let mut halo = Halo::new(cut.start(c)..queries.start, d, width);
+                    let mut halo = Halo::new(cut.start(c)..queries.start, d, width)?;
                     for (query, count) in tiles(queries.clone(), NEAR_TILE) {
                         let (tile, keys) = (query..query + count, cut.start(c)..query + count);
                         let rows = (query - queries.start) * d..(query - queries.start + count) * d;
@@ -414,8 +417,8 @@ fn far_keys_backward<T: Real>(
     mut db: Option<&mut [T]>,
 ) -> Result<()> {
     let (degree, d, width) = (pass.settings.potential_degree, pass.head.q.ncols(), pass.e() - 1);
-    let Weightings { potential, own } = pass.backward_weightings(Side::Queries);
-    let (mut scan, segments) = Scan::new(pass, cut, degree, potential, own);
+    let Weightings { potential, own } = pass.backward_weightings(Side::Queries)?;
+    let (mut scan, segments) = Scan::new(pass, cut, degree, potential, own)?;
     for segment in segments.into_iter().rev() {
         if cut.start(segment.end - 1) == 0 {
             break; // no key of these blocks, nor of those before, is far from anyone
@@ -449,6 +452,7 @@ fn far_keys_backward<T: Real>(
         tasks.into_par_iter().try_for_each_init(
             || pass.scratch(degree, true),
             |scratch, (i, keys, mut grads)| {
+                let scratch = made(scratch)?;
                 for (start, count) in tiles(keys.clone(), pass.tile(degree)) {
                     let local = start - keys.start..start - keys.start + count;
                     let grads = HeadGrads {
@@ -497,19 +501,19 @@ struct Near<T> {
 }
 
 impl<T: Real> Near<T> {
-    fn new(pass: &Pass<'_, T>, cut: &Cut) -> Self {
+    fn new(pass: &Pass<'_, T>, cut: &Cut) -> Result<Self> {
         let keys = (BLOCK + cut.window).max(cut.prefix * BLOCK).min(cut.n);
-        let tile = || vec![T::ZERO; keys * NEAR_TILE];
+        let tile = || zeroed(keys * NEAR_TILE, "a tile of near keys");
         let columns = pass.head.q.ncols().max(pass.e()) * NEAR_TILE;
-        let slope = if Self::has_slope(pass) { tile() } else { Vec::new() };
-        Self {
-            columns: vec![T::ZERO; columns],
-            f: tile(),
+        let slope = if Self::has_slope(pass) { tile()? } else { Vec::new() };
+        Ok(Self {
+            columns: zeroed(columns, "a tile of queries")?,
+            f: tile()?,
             slope,
-            ds: tile(),
+            ds: tile()?,
             sums: [T::ZERO; NEAR_TILE],
-            out: vec![T::ZERO; pass.e() * NEAR_TILE],
-        }
+            out: zeroed(pass.e() * NEAR_TILE, "a tile of outputs")?,
+        })
     }
 
     /// Whether a score's gradient has another factor than its weight.
@@ -719,9 +723,9 @@ struct Halo<T> {
 }
 
 impl<T: Real> Halo<T> {
-    fn new(keys: Range<usize>, d: usize, dv: usize) -> Self {
-        let zeros = |width: usize| vec![T::ZERO; keys.len() * width];
-        Self { start: keys.start, dk: zeros(d), dv: zeros(dv), db: zeros(1) }
+    fn new(keys: Range<usize>, d: usize, dv: usize) -> Result<Self> {
+        let zeros = |width: usize| zeroed(keys.len() * width, "gradients of near keys");
+        Ok(Self { start: keys.start, dk: zeros(d)?, dv: zeros(dv)?, db: zeros(1)? })
     }
 
     fn grads(&mut self, with_bias: bool) -> HeadGrads<'_, T> {

@@ -20,6 +20,7 @@ use rayon::prelude::*;
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::memory::{made, zeroed};
 use crate::real::{Real, vectorised};
 use crate::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut, widen};
 
@@ -40,8 +41,9 @@ pub(crate) fn forward<T: Real>(
         .into_par_iter()
         .enumerate()
         .try_for_each_init(
-            || (Softmax::new(dv), vec![T::ZERO; head.q.ncols() * TILE]),
-            |(softmax, q), (block, (out, max, scale))| {
+            || Ok((Softmax::new(dv)?, zeroed(head.q.ncols() * TILE, "a tile of queries")?)),
+            |scratch, (block, (out, max, scale))| {
+                let (softmax, q) = made(scratch)?;
                 let (i0, bq) = (block * TILE, max.len());
                 load_transposed(head.q, i0, bq, &[], q);
                 let q = view(q, head.q.ncols(), bq);
@@ -115,18 +117,19 @@ pub(crate) struct Softmax<T> {
 }
 
 impl<T: Real> Softmax<T> {
-    pub fn new(dv: usize) -> Self {
-        Self {
-            scores: vec![T::ZERO; TILE * TILE],
+    pub fn new(dv: usize) -> Result<Self> {
+        let tile = |rows: usize| zeroed(rows * TILE, "a tile of exact attention");
+        Ok(Self {
+            scores: tile(TILE)?,
             bq: 0,
             dv,
-            max: vec![T::ZERO; TILE],
-            sum: vec![0.0; TILE],
-            weighted: vec![0.0; dv * TILE],
-            correction: vec![T::ZERO; TILE],
-            tile_sum: vec![T::ZERO; TILE],
-            tile_out: vec![T::ZERO; dv * TILE],
-        }
+            max: tile(1)?,
+            sum: zeroed(TILE, "a tile's row sums")?,
+            weighted: zeroed(dv * TILE, "a tile's sums of values")?,
+            correction: tile(1)?,
+            tile_sum: tile(1)?,
+            tile_out: tile(dv)?,
+        })
     }
 
     pub fn start(&mut self, bq: usize) {
@@ -246,8 +249,9 @@ pub(crate) fn backward<T: Real>(
     let [side_q, side_k] = [n, m].map(|tokens| tokens.div_ceil(p).next_multiple_of(TILE));
     let p = n.div_ceil(side_q).max(m.div_ceil(side_k));
     let biased = grads.dkey_bias.is_some();
-    let [mut sum_q, mut sum_k, mut sum_v, mut sum_b] =
-        [n * d, m * d, m * dv, if biased { m } else { 0 }].map(|len| vec![0.0; len]);
+    let zeros = |len: usize| zeroed::<f64>(len, "a head's gradients in float64");
+    let (mut sum_q, mut sum_k) = (zeros(n * d)?, zeros(m * d)?);
+    let (mut sum_v, mut sum_b) = (zeros(m * dv)?, zeros(if biased { m } else { 0 })?);
     let mut queries = pieces(&mut sum_q, side_q * d, p);
     let keys = pieces(&mut sum_k, side_k * d, p).into_iter().zip(pieces(&mut sum_v, side_k * dv, p));
     let mut keys: Vec<_> = keys.zip(pieces(&mut sum_b, side_k, p)).collect();
@@ -255,6 +259,7 @@ pub(crate) fn backward<T: Real>(
         keys.par_iter_mut().zip(&mut queries).enumerate().try_for_each_init(
             || Scratch::new(side_q.min(MAX_SIDE), d, dv),
             |scratch, (square, (((dk, dv), db), dq))| {
+                let scratch = made(scratch)?;
                 let (i0, j0) = ((square + t) % p * side_q, square * side_k);
                 if attention.causal && i0 < j0 {
                     return Ok(());
@@ -318,21 +323,21 @@ struct Scratch<T> {
 const PAD: usize = 16;
 
 impl<T: Real> Scratch<T> {
-    fn new(rows_q: usize, d: usize, dv: usize) -> Self {
-        let tile = |width: usize| vec![T::ZERO; TILE * width];
-        Self {
-            q: tile(d + PAD),
-            dout: tile(dv + PAD),
-            k: tile(d + PAD),
-            k_columns: tile(d),
-            v_columns: tile(dv),
-            bias: tile(1),
-            f: tile(TILE),
-            ds: tile(TILE),
-            dq: vec![T::ZERO; rows_q * d],
-            dk: tile(d),
-            dv: tile(dv),
-        }
+    fn new(rows_q: usize, d: usize, dv: usize) -> Result<Self> {
+        let tile = |width: usize| zeroed(TILE * width, "a tile of exact gradients");
+        Ok(Self {
+            q: tile(d + PAD)?,
+            dout: tile(dv + PAD)?,
+            k: tile(d + PAD)?,
+            k_columns: tile(d)?,
+            v_columns: tile(dv)?,
+            bias: tile(1)?,
+            f: tile(TILE)?,
+            ds: tile(TILE)?,
+            dq: zeroed(rows_q * d, "a square's gradients of queries")?,
+            dk: tile(d)?,
+            dv: tile(dv)?,
+        })
     }
 }
 

@@ -20,7 +20,9 @@ use faer::{Mat, MatRef, Par, Side};
 use rayon::prelude::*;
 
 use crate::attention::Head;
+use crate::error::Result;
 use crate::measure::{first_rows, gather};
+use crate::memory::{collected, collected_in_parallel, copied, filled, matrix, room, zeroed};
 use crate::real::Real;
 use crate::tile::{add_product, product, view, view_mut};
 
@@ -31,6 +33,10 @@ const NEGLIGIBLE: f64 = 1e-9;
 /// Rows of one task.
 const ROWS: usize = 512;
 
+/// What errors call one number a row, and one for every two columns.
+const GUIDES: &str = "guides that rows are drawn by";
+const COVARIANCE: &str = "a covariance";
+
 /// Mean and covariance of weighted rows.
 struct Moments {
     mean: Vec<f64>,
@@ -40,10 +46,10 @@ struct Moments {
 /// The weight of every row, of which 0 leaves a row out: `e^b` relative to the largest. `None` are equal weights.
 type Weights<'a> = Option<&'a [f64]>;
 
-fn rows_of<T: Real>(x: MatRef<'_, T>, first: usize, mean: &[f64], weights: Weights<'_>) -> Vec<f64> {
+fn rows_of<T: Real>(x: MatRef<'_, T>, first: usize, mean: &[f64], weights: Weights<'_>) -> Result<Vec<f64>> {
     let d = x.ncols();
     let count = ROWS.min(x.nrows() - first);
-    let mut rows = vec![0.0; count * d];
+    let mut rows = zeroed::<f64>(count * d, "some rows in float64")?;
     for (t, row) in rows.chunks_exact_mut(d).enumerate() {
         if weights.is_some_and(|w| w[first + t] == 0.0) {
             continue;
@@ -52,56 +58,61 @@ fn rows_of<T: Real>(x: MatRef<'_, T>, first: usize, mean: &[f64], weights: Weigh
             *row = x[(first + t, c)].to_f64() - mean.get(c).copied().unwrap_or(0.0);
         }
     }
-    rows
+    Ok(rows)
 }
 
 impl Moments {
-    fn of<T: Real>(x: MatRef<'_, T>, weights: Weights<'_>) -> Self {
+    fn of<T: Real>(x: MatRef<'_, T>, weights: Weights<'_>) -> Result<Self> {
         let (n, d) = x.shape();
         let weight = |i: usize| weights.map_or(1.0, |w| w[i]);
         let total = (0..n).map(weight).sum::<f64>().max(f64::MIN_POSITIVE);
         let tasks = || (0..n.div_ceil(ROWS)).into_par_iter().map(|task| task * ROWS);
         let sums: Vec<Vec<f64>> = tasks()
             .map(|first| {
-                let mut sums = vec![0.0; d];
-                for (t, row) in rows_of(x, first, &[], weights).chunks_exact(d).enumerate() {
+                let mut sums = zeroed::<f64>(d, "sums of rows")?;
+                for (t, row) in rows_of(x, first, &[], weights)?.chunks_exact(d).enumerate() {
                     sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += weight(first + t) * x);
                 }
-                sums
+                Ok(sums)
             })
-            .collect();
+            .collect::<Result<_>>()?;
         let mean: Vec<f64> = (0..d).map(|c| sums.iter().map(|part| part[c]).sum::<f64>() / total).collect();
         let parts: Vec<Vec<f64>> = tasks()
             .map(|first| {
-                let rows = rows_of(x, first, &mean, weights);
-                let mut weighted = rows.clone();
+                let rows = rows_of(x, first, &mean, weights)?;
+                let mut weighted = copied(&rows, "some rows in float64")?;
                 for (t, row) in weighted.chunks_exact_mut(d).enumerate() {
                     row.iter_mut().for_each(|x| *x *= weight(first + t) / total);
                 }
                 let count = rows.len() / d;
-                let mut part = vec![0.0; d * d];
+                let mut part = zeroed(d * d, "covariances of some rows")?;
                 let (rows, weighted) = (view(&rows, count, d), view(&weighted, count, d));
                 add_product(view_mut(&mut part, d, d), rows.transpose(), weighted, 1.0);
-                part
+                Ok(part)
             })
-            .collect();
-        let covariance = Mat::from_fn(d, d, |a, b| parts.iter().map(|part| part[a * d + b]).sum());
-        Self { mean, covariance }
+            .collect::<Result<_>>()?;
+        let covariance = matrix(d, d, COVARIANCE, |a, b| parts.iter().map(|part| part[a * d + b]).sum())?;
+        Ok(Self { mean, covariance })
     }
 }
 
 /// `|(x_i - mean) root|^2` of every row.
-fn lengths<T: Real>(x: MatRef<'_, T>, mean: &[f64], root: MatRef<'_, f64>, weights: Weights<'_>) -> Vec<f64> {
+fn lengths<T: Real>(x: MatRef<'_, T>, mean: &[f64], root: MatRef<'_, f64>, weights: Weights<'_>) -> Result<Vec<f64>> {
     let d = x.ncols();
-    let flat: Vec<f64> = root.row_iter().flat_map(|row| row.iter().copied().collect::<Vec<_>>()).collect();
-    let of_task = |task: usize| {
-        let rows = rows_of(x, task * ROWS, mean, weights);
+    let mut flat = room(d * d, COVARIANCE)?;
+    root.row_iter().for_each(|row| flat.extend(row.iter().copied()));
+    let mut lengths = zeroed::<f64>(x.nrows(), GUIDES)?;
+    lengths.par_chunks_mut(ROWS).enumerate().try_for_each(|(task, lengths)| {
+        let rows = rows_of(x, task * ROWS, mean, weights)?;
         let count = rows.len() / d;
-        let mut turned = vec![0.0; count * d];
+        let mut turned = zeroed(count * d, "some rows in float64")?;
         product(view_mut(&mut turned, count, d), view(&rows, count, d), view(&flat, d, d), 1.0);
-        turned.chunks_exact(d).map(|row| row.iter().map(|x| x * x).sum::<f64>()).collect::<Vec<_>>()
-    };
-    (0..x.nrows().div_ceil(ROWS)).into_par_iter().flat_map_iter(of_task).collect()
+        for (length, row) in lengths.iter_mut().zip(turned.chunks_exact(d)) {
+            *length = row.iter().map(|x| x * x).sum::<f64>();
+        }
+        Ok(())
+    })?;
+    Ok(lengths)
 }
 
 /// The lower triangular root of a covariance, which may lack directions.
@@ -124,19 +135,19 @@ struct RowsOf {
 }
 
 impl RowsOf {
-    fn new<T: Real>(x: MatRef<'_, T>, weights: Weights<'_>, own: Moments, other: &Moments, scale: f64) -> Self {
+    fn new<T: Real>(x: MatRef<'_, T>, weights: Weights<'_>, own: Moments, other: &Moments, scale: f64) -> Result<Self> {
         let (n, d) = x.shape();
-        let (mut spread, mut leverage) = (vec![0.0; n], vec![0.0; n]);
+        let (mut spread, mut leverage) = (zeroed(n, GUIDES)?, zeroed(n, GUIDES)?);
         if let Some(root) = root(&other.covariance) {
-            spread = lengths(x, &[], root.as_ref(), weights);
+            spread = lengths(x, &[], root.as_ref(), weights)?;
             spread.iter_mut().for_each(|x| *x *= scale * scale);
         }
         if let Some(root) = root(&own.covariance) {
             let mut inverse = Mat::<f64>::identity(d, d);
             solve_lower_triangular_in_place(root.as_ref(), inverse.as_mut(), Par::Seq);
-            leverage = lengths(x, &own.mean, inverse.transpose(), weights);
+            leverage = lengths(x, &own.mean, inverse.transpose(), weights)?;
         }
-        Self { mean: own.mean, spread, leverage }
+        Ok(Self { mean: own.mean, spread, leverage })
     }
 }
 
@@ -157,63 +168,60 @@ const HEAVY: usize = 16;
 const ABOVE_JENSEN: f64 = 2.0;
 
 impl Known {
-    pub fn new<T: Real>(head: &Head<'_, T>, scale: f64) -> Self {
-        let weights = key_weights(head);
-        let (of_q, of_k) = (Moments::of(head.q, None), Moments::of(head.k, weights.as_deref()));
+    pub fn new<T: Real>(head: &Head<'_, T>, scale: f64) -> Result<Self> {
+        let weights = key_weights(head)?;
+        let (of_q, of_k) = (Moments::of(head.q, None)?, Moments::of(head.k, weights.as_deref())?);
         let of_queries = Moments { mean: of_q.mean.clone(), covariance: of_q.covariance.clone() };
-        let queries = RowsOf::new(head.q, None, of_q, &of_k, scale);
-        let keys = RowsOf::new(head.k, weights.as_deref(), of_k, &of_queries, scale);
-        let mut values = squares(head.v);
+        let queries = RowsOf::new(head.q, None, of_q, &of_k, scale)?;
+        let keys = RowsOf::new(head.k, weights.as_deref(), of_k, &of_queries, scale)?;
+        let mut values = squares(head.v)?;
         if let Some(weights) = &weights {
             let weighted = |(v, w): (&mut f64, &f64)| *v = if *w > 0.0 { w * w * *v } else { 0.0 };
             values.iter_mut().zip(weights).for_each(weighted);
         }
         let total: f64 = weights.as_ref().map_or(head.k.nrows() as f64, |w| w.iter().sum());
-        Self { queries, keys, weights, log_weights: total.ln(), values }
+        Ok(Self { queries, keys, weights, log_weights: total.ln(), values })
     }
 
     /// What queries are drawn by, with the squared sizes of their upstream gradients where they are there.
-    pub fn of_queries<T: Real>(&self, head: &Head<'_, T>, options: (bool, f64), dout: Option<&[f64]>) -> Vec<Vec<f64>> {
+    pub fn of_queries<T: Real>(
+        &self,
+        head: &Head<'_, T>,
+        options: (bool, f64),
+        dout: Option<&[f64]>,
+    ) -> Result<Vec<Vec<f64>>> {
         let side = &self.keys;
-        let keys = union([&self.values, &side.spread, &side.leverage].map(|guide| first_rows(guide, HEAVY)));
-        let all: Vec<usize> = (0..head.q.nrows()).collect();
-        let of_task = |rows: &[usize]| {
-            let mut heavy = vec![0.0; rows.len()];
-            self.pairs(head, options, rows, &keys, |i, j, f2| heavy[i] += f2 * square_of(head.v, keys[j]));
-            heavy
-        };
-        let heavy: Vec<f64> = all.par_chunks(ROWS).flat_map_iter(of_task).collect();
-        let spread = powers(&self.queries.spread);
-        let mut guides = vec![vec![1.0; head.q.nrows()]];
+        let keys = union([&self.values, &side.spread, &side.leverage])?;
+        let heavy = heavy(head.q.nrows(), |rows, heavy| {
+            self.pairs(head, options, rows, &keys, |i, j, f2| heavy[i] += f2 * square_of(head.v, keys[j]))
+        })?;
+        let spread = powers(&self.queries.spread)?;
+        let mut guides = vec![filled(head.q.nrows(), 1.0, GUIDES)?];
         if let Some(dout) = dout {
-            guides.extend([dout.to_vec(), times(&spread, dout), times(&heavy, dout)]);
+            guides.extend([copied(dout, GUIDES)?, times(&spread, dout)?, times(&heavy, dout)?]);
         }
-        guides.extend([spread, powers(&self.queries.leverage), heavy]);
-        guides
+        guides.extend([spread, powers(&self.queries.leverage)?, heavy]);
+        Ok(guides)
     }
 
     /// What keys are drawn by; those that a bias removes are never drawn.
-    pub fn of_keys<T: Real>(&self, head: &Head<'_, T>, options: (bool, f64), dout: &[f64]) -> Vec<Vec<f64>> {
+    pub fn of_keys<T: Real>(&self, head: &Head<'_, T>, options: (bool, f64), dout: &[f64]) -> Result<Vec<Vec<f64>>> {
         let side = &self.queries;
-        let queries = union([dout, &side.spread, &side.leverage].map(|guide| first_rows(guide, HEAVY)));
-        let all: Vec<usize> = (0..head.k.nrows()).collect();
-        let of_task = |rows: &[usize]| {
-            let mut heavy = vec![0.0; rows.len()];
-            self.pairs(head, options, &queries, rows, |i, j, f2| heavy[j] += f2 * dout[queries[i]]);
-            heavy
-        };
-        let heavy: Vec<f64> = all.par_chunks(ROWS).flat_map_iter(of_task).collect();
+        let queries = union([dout, &side.spread, &side.leverage])?;
+        let heavy = heavy(head.k.nrows(), |rows, heavy| {
+            self.pairs(head, options, &queries, rows, |i, j, f2| heavy[j] += f2 * dout[queries[i]])
+        })?;
         let live = |j: usize| f64::from(self.weights.as_ref().is_none_or(|w| w[j] > 0.0));
-        let (spread, values) = (powers(&self.keys.spread), &self.values);
-        vec![
-            (0..head.k.nrows()).map(live).collect(),
-            powers(&self.keys.leverage),
-            times(&spread, values),
-            times(&heavy, values),
-            values.clone(),
+        let (spread, values) = (powers(&self.keys.spread)?, &self.values);
+        Ok(vec![
+            collected((0..head.k.nrows()).map(live), GUIDES)?,
+            powers(&self.keys.leverage)?,
+            times(&spread, values)?,
+            times(&heavy, values)?,
+            copied(values, GUIDES)?,
             spread,
             heavy,
-        ]
+        ])
     }
 
     /// Calls `add(i, j, (f_ij e_ij)^2)` for some queries and keys, by their places in those lists.
@@ -224,10 +232,10 @@ impl Known {
         queries: &[usize],
         keys: &[usize],
         mut add: impl FnMut(usize, usize, f64),
-    ) {
+    ) -> Result<()> {
         let d = head.q.ncols();
-        let (q, k) = (gather(head.q, queries), gather(head.k, keys));
-        let mut scores = vec![0.0; queries.len() * keys.len()];
+        let (q, k) = (gather(head.q, queries)?, gather(head.k, keys)?);
+        let mut scores = zeroed(queries.len() * keys.len(), "scores of heavy rows")?;
         product(view_mut(&mut scores, queries.len(), keys.len()), q.as_ref(), k.transpose(), scale);
         for (i, scores) in scores.chunks_exact(keys.len().max(1)).enumerate() {
             let mean: f64 = scale * (0..d).map(|c| q[(i, c)] * self.keys.mean[c]).sum::<f64>();
@@ -242,39 +250,55 @@ impl Known {
                 add(i, j, f * f * left_out);
             }
         }
+        Ok(())
     }
 }
 
-/// Numbers that stand in any of some lists, in order.
-fn union<const N: usize>(lists: [Vec<usize>; N]) -> Vec<usize> {
-    let mut all = lists.concat();
-    all.sort_unstable();
-    all.dedup();
-    all
+/// What `add` adds for some rows at a time, for all of `count`.
+fn heavy(count: usize, add: impl Fn(&[usize], &mut [f64]) -> Result<()> + Sync) -> Result<Vec<f64>> {
+    let mut heavy = zeroed::<f64>(count, GUIDES)?;
+    heavy.par_chunks_mut(ROWS).enumerate().try_for_each(|(task, heavy)| {
+        let first = task * ROWS;
+        let rows: Vec<usize> = (first..first + heavy.len()).collect();
+        add(&rows, heavy)
+    })?;
+    Ok(heavy)
 }
 
-fn times(a: &[f64], b: &[f64]) -> Vec<f64> {
+/// The first [`HEAVY`] rows of any of some guides, in order.
+fn union(guides: [&[f64]; 3]) -> Result<Vec<usize>> {
+    let mut all = Vec::new();
+    for guide in guides {
+        all.extend(first_rows(guide, HEAVY)?);
+    }
+    all.sort_unstable();
+    all.dedup();
+    Ok(all)
+}
+
+fn times(a: &[f64], b: &[f64]) -> Result<Vec<f64>> {
     let largest = |x: &[f64]| x.iter().copied().fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     let (of_a, of_b) = (largest(a), largest(b));
-    a.iter().zip(b).map(|(a, b)| (a / of_a) * (b / of_b)).collect()
+    collected(a.iter().zip(b).map(|(a, b)| (a / of_a) * (b / of_b)), GUIDES)
 }
 
 /// Relative to the largest, so that nothing overflows, to the power that errors grow with.
-fn powers(guide: &[f64]) -> Vec<f64> {
+fn powers(guide: &[f64]) -> Result<Vec<f64>> {
     let largest = guide.iter().copied().fold(0.0, f64::max).max(f64::MIN_POSITIVE);
-    guide.iter().map(|x| (x / largest).powi(POWER)).collect()
+    collected(guide.iter().map(|x| (x / largest).powi(POWER)), GUIDES)
 }
 
 /// `e^b`, relative to the largest.
-fn key_weights<T: Real>(head: &Head<'_, T>) -> Option<Vec<f64>> {
-    let bias = head.key_bias?;
+fn key_weights<T: Real>(head: &Head<'_, T>) -> Result<Option<Vec<f64>>> {
+    let Some(bias) = head.key_bias else { return Ok(None) };
     let largest = bias.iter().map(|b| b.to_f64()).fold(f64::NEG_INFINITY, f64::max);
-    Some(bias.iter().map(|b| if largest == f64::NEG_INFINITY { 1.0 } else { (b.to_f64() - largest).exp() }).collect())
+    let weight = |b: &T| if largest == f64::NEG_INFINITY { 1.0 } else { (b.to_f64() - largest).exp() };
+    collected(bias.iter().map(weight), "weights of keys").map(Some)
 }
 
 /// `|x_i|^2`.
-pub(crate) fn squares<T: Real>(x: MatRef<'_, T>) -> Vec<f64> {
-    (0..x.nrows()).into_par_iter().map(|i| square_of(x, i)).collect()
+pub(crate) fn squares<T: Real>(x: MatRef<'_, T>) -> Result<Vec<f64>> {
+    collected_in_parallel((0..x.nrows()).into_par_iter().map(|i| square_of(x, i)), "squares of rows")
 }
 
 fn square_of<T: Real>(x: MatRef<'_, T>, i: usize) -> f64 {
@@ -282,6 +306,7 @@ fn square_of<T: Real>(x: MatRef<'_, T>, i: usize) -> f64 {
 }
 
 /// The same for contiguous rows.
-pub(crate) fn squares_of<T: Real>(x: &[T], width: usize) -> Vec<f64> {
-    x.par_chunks(width.max(1)).map(|row| row.iter().map(|x| x.to_f64().powi(2)).sum()).collect()
+pub(crate) fn squares_of<T: Real>(x: &[T], width: usize) -> Result<Vec<f64>> {
+    let of_rows = x.par_chunks(width.max(1)).map(|row| row.iter().map(|x| x.to_f64().powi(2)).sum());
+    collected_in_parallel(of_rows, "squares of rows")
 }

@@ -32,6 +32,7 @@ use crate::context::Context;
 use crate::engine::{self, Diagonal, LandmarkConstants};
 use crate::error::{Error, Result};
 use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys, sums_and_square};
+use crate::memory::{collected, copied, matrix, multiplied, room, zeroed};
 use crate::real::{Real, vectorised};
 use crate::sample::{stratified, uniform};
 use crate::state::Weighting;
@@ -87,14 +88,14 @@ pub(crate) struct Constants<T> {
 }
 
 impl<T: Real> Map<T> {
-    fn new(landmarks: MatRef<'_, f64>, factor: f64, offset: f64, half: f64) -> Self {
+    fn new(landmarks: MatRef<'_, f64>, factor: f64, offset: f64, half: f64) -> Result<Self> {
         let (r, d) = landmarks.shape();
         let mut map = Self {
             r,
             d,
-            points: Vec::with_capacity(r * d),
-            transposed: vec![T::ZERO; r * d],
-            offsets: Vec::with_capacity(r),
+            points: room(r * d, "landmarks")?,
+            transposed: zeroed(r * d, "landmarks")?,
+            offsets: room(r, "landmarks")?,
             half,
         };
         for l in 0..r {
@@ -107,7 +108,7 @@ impl<T: Real> Map<T> {
             }
             map.offsets.push(T::of(offset * square));
         }
-        map
+        Ok(map)
     }
 
     /// The features of `x (d, len)`, `(r, len)`.
@@ -161,16 +162,16 @@ impl<T: Real> Map<T> {
 }
 
 impl<T: Real> Landmarks<T> {
-    fn new(given: &LandmarkConstants, scale: f64) -> Self {
+    fn new(given: &LandmarkConstants, scale: f64) -> Result<Self> {
         let (r, d) = (given.rank(), given.query_shift.len());
         let points = MatRef::from_row_major_slice(&given.landmarks, r, d);
         let (c, t) = (scale.abs(), given.balance);
         let sign = if scale < 0.0 { -1.0 } else { 1.0 };
-        Self {
-            query: Map::new(points, sign * c / t, -c / 2.0, c / (2.0 * t * t)),
-            key: Map::new(points, c * t, -c / 2.0, c * t * t / 2.0),
-            matrix: MatRef::from_row_major_slice(&given.matrix, r, r).to_owned(),
-        }
+        Ok(Self {
+            query: Map::new(points, sign * c / t, -c / 2.0, c / (2.0 * t * t))?,
+            key: Map::new(points, c * t, -c / 2.0, c * t * t / 2.0)?,
+            matrix: matrix(r, r, "the matrix of landmarks", |i, j| given.matrix[i * r + j])?,
+        })
     }
 
     /// How many.
@@ -265,7 +266,7 @@ impl<T: Real> Constants<T> {
         }
         let round = |x: &[f64]| x.iter().map(|&x| T::of(x)).collect();
         let shifts = Shifts { query: round(&given.query_shift), key: round(&given.key_shift) };
-        Ok(Self { landmarks: Landmarks::new(given, scale), shifts })
+        Ok(Self { landmarks: Landmarks::new(given, scale)?, shifts })
     }
 
     pub fn pass<'a>(
@@ -336,7 +337,7 @@ impl<'a, T: Real> Sample<'a, T> {
     /// Of the first [`PREFIX`] tokens where `prefix`; for up to `rank` landmarks.
     pub fn new(head: &'a Head<'a, T>, scale: f64, prefix: bool, rank: usize, seed: u64) -> Result<Self> {
         let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-        let (queries, keys) = (seen(head.q.nrows()), live_keys(head, seen(head.k.nrows())));
+        let (queries, keys) = (seen(head.q.nrows()), live_keys(head, seen(head.k.nrows()))?);
         if queries == 0 || keys.is_empty() {
             return Err(Error::Denominator(format!("head {} has no key to attend to", head.index)));
         }
@@ -368,7 +369,7 @@ impl<'a, T: Real> Sample<'a, T> {
     }
 
     /// Sampled rows of one side, shifted and balanced.
-    fn points(&self, side: Side, count: usize, salt: u64) -> (Vec<usize>, Mat<f64>) {
+    fn points(&self, side: Side, count: usize, salt: u64) -> Result<(Vec<usize>, Mat<f64>)> {
         let (x, all, by) = match side {
             Side::Queries => (self.head.q, self.queries, &self.shifts[0]),
             Side::Keys => (self.head.k, self.keys.len(), &self.shifts[1]),
@@ -381,8 +382,9 @@ impl<'a, T: Real> Sample<'a, T> {
         if side == Side::Keys {
             rows.iter_mut().for_each(|i| *i = self.keys[*i]);
         }
-        let points = Mat::from_fn(rows.len(), x.ncols(), |i, c| factor * (x[(rows[i], c)].to_f64() - by[c]));
-        (rows, points)
+        let entry = |i: usize, c: usize| factor * (x[(rows[i], c)].to_f64() - by[c]);
+        let points = matrix(rows.len(), x.ncols(), "sampled tokens", entry)?;
+        Ok((rows, points))
     }
 
     /// `ln w_j` of sampled keys: `b_j + c α.k'_j + |c| |k̂_j|^2 / 2`, less their largest bias.
@@ -400,15 +402,15 @@ impl<'a, T: Real> Sample<'a, T> {
     }
 
     /// `g(x_i, y_j)`.
-    fn kernel(&self, x: &Mat<f64>, y: &Mat<f64>) -> Mat<f64> {
-        let mut kernel = x * y.transpose();
+    fn kernel(&self, x: &Mat<f64>, y: &Mat<f64>) -> Result<Mat<f64>> {
+        let mut kernel = multiplied(x.as_ref(), y.transpose(), "a kernel matrix")?;
         let squares = |x: &Mat<f64>| (0..x.nrows()).map(|i| square(x.row(i).iter())).collect::<Vec<_>>();
         let (xx, yy) = (squares(x), squares(y));
         for (column, y) in kernel.col_iter_mut().zip(yy) {
             let column = column.try_as_col_major_mut().expect("a matrix is stored by columns").as_slice_mut();
             self.gaussian(column, &xx, y);
         }
-        kernel
+        Ok(kernel)
     }
 
     /// Turns `x_i.y` into `g(x_i, y)`, given the squares of both.
@@ -428,22 +430,22 @@ impl<'a, T: Real> Sample<'a, T> {
     /// resolve the sample, and fewer candidates where there is no hope of more.
     pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopes: Hopes) -> Result<Vec<Candidate>> {
         let most = ranks.iter().copied().max().unwrap_or(0);
-        let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1);
-        let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * most), 2);
+        let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1)?;
+        let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * most), 2)?;
         if pool_k.nrows() == 0 || pool_q.nrows() == 0 {
             return Err(self.no_landmarks());
         }
-        let shares = self.shares(&pool_q, &pool_k, &self.log_weights(&pool_rows, &pool_k));
-        let pool = Mat::from_fn(pool_q.nrows() + pool_k.nrows(), pool_q.ncols(), |i, c| {
+        let shares = self.shares(&pool_q, &pool_k, &self.log_weights(&pool_rows, &pool_k))?;
+        let pool = matrix(pool_q.nrows() + pool_k.nrows(), pool_q.ncols(), "sampled tokens", |i, c| {
             if i < pool_q.nrows() { pool_q[(i, c)] } else { pool_k[(i - pool_q.nrows(), c)] }
-        });
+        })?;
         let drawn = [vec![1.0; pool.nrows()], shares]
             .par_iter()
             .map(|weights| {
                 ctx.check()?;
-                let (pivots, left) = self.pivots(&pool, weights, most);
-                let points = || Mat::from_fn(pivots.len(), pool.ncols(), |i, c| pool[(pivots[i], c)]);
-                Ok((left <= hopes.unresolved && !pivots.is_empty()).then(points))
+                let (pivots, left) = self.pivots(&pool, weights, most)?;
+                let points = || matrix(pivots.len(), pool.ncols(), "landmarks", |i, c| pool[(pivots[i], c)]);
+                (left <= hopes.unresolved && !pivots.is_empty()).then(points).transpose()
             })
             .collect::<Result<Vec<_>>>()?;
         let drawn: Vec<Mat<f64>> = drawn.into_iter().flatten().collect();
@@ -455,7 +457,7 @@ impl<'a, T: Real> Sample<'a, T> {
             .par_iter()
             .map(|landmarks| {
                 ctx.check()?;
-                Ok(self.tried(&fit, &judge, landmarks, ranks, hopes.error))
+                self.tried(&fit, &judge, landmarks, ranks, hopes.error)
             })
             .collect::<Result<Vec<_>>>()?;
         let best = (0..ranks.len()).filter_map(|i| {
@@ -474,18 +476,19 @@ impl<'a, T: Real> Sample<'a, T> {
         landmarks: &Mat<f64>,
         ranks: &[usize],
         hopeless: f64,
-    ) -> Vec<Option<Candidate>> {
+    ) -> Result<Vec<Option<Candidate>>> {
         let scaled = |x: &Mat<f64>, by: &[f64]| {
-            let mut features = self.kernel(x, landmarks);
+            let mut features = self.kernel(x, landmarks)?;
             for column in features.col_iter_mut() {
                 column.iter_mut().zip(by).for_each(|(x, by)| *x *= by);
             }
-            features
+            Ok(features)
         };
-        let (of_q, of_k) = (scaled(&fit.queries, &fit.row_weights), scaled(&fit.keys, &fit.key_weights));
-        let gram = [of_q.transpose() * &of_q, of_k.transpose() * &of_k];
-        let cross = of_q.transpose() * (&fit.target * &of_k);
-        let own = self.kernel(landmarks, landmarks);
+        let (of_q, of_k) = (scaled(&fit.queries, &fit.row_weights)?, scaled(&fit.keys, &fit.key_weights)?);
+        let times = |a, b| multiplied(a, b, "products of landmarks' features");
+        let gram = [times(of_q.transpose(), of_q.as_ref())?, times(of_k.transpose(), of_k.as_ref())?];
+        let cross = times(of_q.transpose(), times(fit.target.as_ref(), of_k.as_ref())?.as_ref())?;
+        let own = self.kernel(landmarks, landmarks)?;
         let mut best: Vec<Option<Candidate>> = ranks.iter().map(|_| None).collect();
         for (&rank, best) in ranks.iter().zip(&mut best).rev() {
             let r = rank.min(landmarks.nrows());
@@ -495,28 +498,28 @@ impl<'a, T: Real> Sample<'a, T> {
                 let [q, k] = [inverse(head(&gram[0]), ridge), inverse(head(&gram[1]), ridge)];
                 Some(q? * head(&cross) * k?)
             });
-            judge.best(landmarks.subrows(0, r), fitted.chain(inverses).collect(), best);
+            judge.best(landmarks.subrows(0, r), fitted.chain(inverses).collect(), best)?;
             if best.as_ref().is_none_or(|best| best.worst() > hopeless) {
                 break;
             }
         }
-        best
+        Ok(best)
     }
 
     /// The square of the largest share that each point may have in a row of attention: `1/D_i` of a query, `w_j` of a key,
     /// both scaled to a sum of 1.
-    fn shares(&self, queries: &Mat<f64>, keys: &Mat<f64>, log_weights: &[f64]) -> Vec<f64> {
-        let mut kernel = self.kernel(queries, keys);
+    fn shares(&self, queries: &Mat<f64>, keys: &Mat<f64>, log_weights: &[f64]) -> Result<Vec<f64>> {
+        let mut kernel = self.kernel(queries, keys)?;
         let (rows, keys) = normalise(&mut kernel, log_weights);
         let part = |x: &[f64]| {
             let sum: f64 = x.iter().map(|x| x * x).sum();
             x.iter().map(|x| x * x / sum).collect::<Vec<_>>()
         };
-        [part(&rows), part(&keys)].concat()
+        Ok([part(&rows), part(&keys)].concat())
     }
 
     /// Points chosen by randomly pivoted Cholesky, up to `most`; and the root of the part of all weights that they leave.
-    fn pivots(&self, x: &Mat<f64>, weights: &[f64], most: usize) -> (Vec<usize>, f64) {
+    fn pivots(&self, x: &Mat<f64>, weights: &[f64], most: usize) -> Result<(Vec<usize>, f64)> {
         let n = x.nrows();
         let squares: Vec<f64> = (0..n).map(|i| square(x.row(i).iter())).collect();
         let mut rest = vec![1.0; n];
@@ -541,7 +544,7 @@ impl<'a, T: Real> Sample<'a, T> {
                 continue;
             }
             let p = x.row(pivot);
-            let mut column: Vec<f64> = (x * p.transpose()).iter().copied().collect();
+            let mut column = collected((x * p.transpose()).iter().copied(), "pivoted columns of a kernel")?;
             self.gaussian(&mut column, &squares, squares[pivot]);
             for before in &factor {
                 let by = before[pivot];
@@ -557,7 +560,7 @@ impl<'a, T: Real> Sample<'a, T> {
             pivots.push(pivot);
         }
         let left: f64 = rest.iter().zip(weights).map(|(rest, w)| rest * w).sum();
-        (pivots, (left / weights.iter().sum::<f64>()).sqrt())
+        Ok((pivots, (left / weights.iter().sum::<f64>()).sqrt()))
     }
 }
 
@@ -572,16 +575,19 @@ struct Fit {
 
 impl Fit {
     fn new<T: Real>(sample: &Sample<'_, T>) -> Result<Self> {
-        let (_, queries) = sample.points(Side::Queries, sample.most, 3);
-        let (rows, keys) = sample.points(Side::Keys, sample.most, 4);
+        let (_, queries) = sample.points(Side::Queries, sample.most, 3)?;
+        let (rows, keys) = sample.points(Side::Keys, sample.most, 4)?;
         if rows.is_empty() {
             return Err(sample.no_landmarks());
         }
-        let mut target = sample.kernel(&queries, &keys);
+        let mut target = sample.kernel(&queries, &keys)?;
         let (row_weights, key_weights) = normalise(&mut target, &sample.log_weights(&rows, &keys));
         Ok(Self { queries, keys, target, row_weights, key_weights })
     }
 }
+
+/// What errors call what it works on.
+const JUDGED: &str = "features of landmarks that are judged";
 
 /// A sample on which landmarks are judged, with its exact attention.
 struct Judge<'a, T> {
@@ -609,12 +615,12 @@ struct JudgedGradients<T> {
 
 impl<'a, T: Real> Judge<'a, T> {
     fn new(sample: &'a Sample<'a, T>, gradients: bool) -> Result<Self> {
-        let (_, q) = sample.points(Side::Queries, JUDGE[0], 5);
-        let (key_rows, k) = sample.points(Side::Keys, JUDGE[1], 6);
+        let (_, q) = sample.points(Side::Queries, JUDGE[0], 5)?;
+        let (key_rows, k) = sample.points(Side::Keys, JUDGE[1], 6)?;
         if k.nrows() == 0 {
             return Err(sample.no_landmarks());
         }
-        let mut exact = sample.kernel(&q, &k);
+        let mut exact = sample.kernel(&q, &k)?;
         let log_weights = sample.log_weights(&key_rows, &k);
         let (_, weights) = normalise(&mut exact, &log_weights);
         let (d, dv) = (k.ncols(), sample.head.v.ncols());
@@ -657,7 +663,7 @@ impl<'a, T: Real> Judge<'a, T> {
     }
 
     /// Puts what errs least, of these landmarks with any of these matrices and what is there, in `best`.
-    fn best(&self, points: MatRef<'_, f64>, matrices: Vec<Mat<f64>>, best: &mut Option<Candidate>) {
+    fn best(&self, points: MatRef<'_, f64>, matrices: Vec<Mat<f64>>, best: &mut Option<Candidate>) -> Result<()> {
         let ([count, keys], (r, d)) = (self.count, points.shape());
         let e = self.values.len() / self.weights.len();
         let data = |x: MatRef<'_, f64>| x.row_iter().flat_map(|row| row.iter().copied().collect::<Vec<_>>()).collect();
@@ -669,15 +675,15 @@ impl<'a, T: Real> Judge<'a, T> {
             landmarks: data(points),
             matrix: vec![0.0; r * r],
         };
-        let landmarks = Landmarks::<T>::new(&given, self.sample.scale);
-        let mut features = vec![T::ZERO; count.max(keys) * r];
+        let landmarks = Landmarks::<T>::new(&given, self.sample.scale)?;
+        let mut features = zeroed(count.max(keys) * r, JUDGED)?;
         landmarks.key.rows(&self.keys, d, keys, &mut features);
-        let mut state = vec![T::ZERO; e * r];
+        let mut state = zeroed(e * r, JUDGED)?;
         product(view_mut(&mut state, e, r), view(&self.values, keys, e).transpose(), view(&features, keys, r), T::ONE);
         let sum: Vec<f64> = state.iter().map(|x| x.to_f64()).collect();
         landmarks.query.columns(&self.queries, count, &mut features);
         for matrix in matrices {
-            let state: Vec<T> = Weighting::Matrix(matrix.transpose()).weigh(&sum, r);
+            let state: Vec<T> = Weighting::Matrix(matrix.transpose()).weigh(&sum, r)?;
             let mut out = vec![T::ZERO; e * count];
             product(view_mut(&mut out, e, count), view(&state, e, r), view(&features, r, count), T::ONE);
             let denominators = &out[(e - 1) * count..];
@@ -686,9 +692,12 @@ impl<'a, T: Real> Judge<'a, T> {
             }
             let got = Mat::from_fn(count, e - 1, |i, c| (out[c * count + i] / denominators[i]).to_f64());
             let error = relative(&got, &self.out);
-            let gradients = self.gradients.as_ref().map(|gradients| {
-                gradients.error(self, &landmarks, &matrix, &state, &got, denominators, &mut features.clone())
-            });
+            let gradients = (self.gradients.as_ref())
+                .map(|gradients| {
+                    let buffer = &mut copied(&features, JUDGED)?;
+                    gradients.error(self, &landmarks, &matrix, &state, &got, denominators, buffer)
+                })
+                .transpose()?;
             let candidate = |constants| Candidate { constants, out: error, gradients };
             let before = best.as_ref().map_or(f64::INFINITY, Candidate::worst);
             if gradients.map_or(error, |gradients| gradients.max(error)) < before {
@@ -696,6 +705,7 @@ impl<'a, T: Real> Judge<'a, T> {
                 *best = Some(candidate(given.clone()));
             }
         }
+        Ok(())
     }
 }
 
@@ -711,7 +721,7 @@ impl<T: Real> JudgedGradients<T> {
         out: &Mat<f64>,
         denominators: &[T],
         buffer: &mut [T],
-    ) -> f64 {
+    ) -> Result<f64> {
         let ([count, keys], d, r) = (judge.count, self.dq.ncols(), landmarks.rank());
         let e = judge.values.len() / keys;
         // [dout_i, -delta_i] / D_i, in rows.
@@ -724,7 +734,7 @@ impl<T: Real> JudgedGradients<T> {
             }
         }
         let most = count.max(keys);
-        let (mut df, mut dx) = (vec![T::ZERO; r * most], vec![T::ZERO; d * most]);
+        let (mut df, mut dx) = (zeroed(r * most, JUDGED)?, zeroed(d * most, JUDGED)?);
         let (upstream, values) = (view(&upstream, count, e), view(&judge.values, keys, e));
         product(view_mut(&mut df, r, count), view(state, e, r).transpose(), upstream.transpose(), T::ONE);
         landmarks.query.pullback(&judge.queries, count, buffer, &mut df, &mut dx);
@@ -734,7 +744,7 @@ impl<T: Real> JudgedGradients<T> {
         let mut sum = vec![T::ZERO; e * r];
         product(view_mut(&mut sum, e, r), upstream.transpose(), view(buffer, count, r), T::ONE);
         let sum: Vec<f64> = sum.iter().map(|x| x.to_f64()).collect();
-        let of_keys: Vec<T> = Weighting::Matrix(matrix.as_ref()).weigh(&sum, r);
+        let of_keys: Vec<T> = Weighting::Matrix(matrix.as_ref()).weigh(&sum, r)?;
         product(view_mut(&mut df, r, keys), view(&of_keys, e, r).transpose(), values.transpose(), T::ONE);
         let mut dk = Mat::zeros(keys, d);
         // A tile of keys at a time, as a feature map takes them.
@@ -751,7 +761,7 @@ impl<T: Real> JudgedGradients<T> {
                 }
             }
         }
-        dq.max(relative(&dk, &self.dk))
+        Ok(dq.max(relative(&dk, &self.dk)))
     }
 }
 

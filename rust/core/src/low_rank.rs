@@ -45,10 +45,11 @@ use crate::engine::Diagonal;
 use crate::error::{Error, Result};
 use crate::exact::NO_KEY_REMEDY;
 use crate::landmark::Landmarks;
+use crate::memory::{collected, collected_in_parallel, made, room, zeroed};
 use crate::monomials::{Monomials, PIECE};
 use crate::polynomial;
 use crate::real::Real;
-use crate::state::{State, Tokens, Weighting};
+use crate::state::{STATE, State, Tokens, Weighting};
 use crate::tile::{load_rows, load_transposed, multiply, product, store_transposed, view, view_mut, widen};
 
 /// What is subtracted from queries and keys: `α` and `β`, each empty for none.
@@ -196,23 +197,23 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// What a state of keys is multiplied by where the weights are wanted.
-    pub fn forward_weighting(&self) -> Weighting<'a> {
-        match self.features {
-            Features::Monomials(tree) => Weighting::Diagonal(tree.weights(self.coefficients, self.scale)),
+    pub fn forward_weighting(&self) -> Result<Weighting<'a>> {
+        Ok(match self.features {
+            Features::Monomials(tree) => Weighting::Diagonal(tree.weights(self.coefficients, self.scale)?),
             Features::Landmarks(landmarks) => Weighting::Matrix(landmarks.matrix.transpose()),
-        }
+        })
     }
 
     /// What a state of keys, or of queries, is multiplied by in the backward pass.
-    pub fn backward_weightings(&self, state_of: Side) -> Weightings<'a> {
-        match (self.features, state_of) {
+    pub fn backward_weightings(&self, state_of: Side) -> Result<Weightings<'a>> {
+        Ok(match (self.features, state_of) {
             (Features::Monomials(tree), _) => {
                 let a = self.coefficients;
                 let potential = polynomial::potential(a, self.settings.consistent);
                 let own = potential[..a.len()] != *a;
                 Weightings {
-                    potential: Weighting::Diagonal(tree.weights(&potential, self.scale)),
-                    own: own.then(|| tree.weights(a, self.scale)),
+                    potential: Weighting::Diagonal(tree.weights(&potential, self.scale)?),
+                    own: own.then(|| tree.weights(a, self.scale)).transpose()?,
                 }
             }
             (Features::Landmarks(landmarks), Side::Keys) => {
@@ -221,7 +222,7 @@ impl<'a, T: Real> Pass<'a, T> {
             (Features::Landmarks(landmarks), Side::Queries) => {
                 Weightings { potential: Weighting::Matrix(landmarks.matrix.as_ref()), own: None }
             }
-        }
+        })
     }
 
     /// Shifted query i.
@@ -296,13 +297,13 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Jensen's bounds over the first `c + 1` of `count` ranges of keys, for every `c`, where an engine needs them.
-    pub fn floors(&self, count: usize, keys: impl Fn(usize) -> Range<usize>) -> Option<Vec<Floor>> {
+    pub fn floors(&self, count: usize, keys: impl Fn(usize) -> Range<usize>) -> Result<Option<Vec<Floor>>> {
         let Features::Landmarks(landmarks) = self.features else {
-            return None;
+            return Ok(None);
         };
         let (d, beta) = (self.head.k.ncols(), &self.shifts.key);
         let (mut level, mut weight, mut sum) = (f64::NEG_INFINITY, 0.0, vec![0.0; d]);
-        let mut floors = Vec::with_capacity(count);
+        let mut floors = room(count, "bounds of denominators")?;
         for c in 0..count {
             for j in keys(c).filter(|&j| self.bias(j) > f64::NEG_INFINITY) {
                 let k = || {
@@ -326,10 +327,10 @@ impl<'a, T: Real> Pass<'a, T> {
             }
             floors.push(Floor {
                 weight: level + weight.ln(),
-                mean: sum.iter().map(|sum| self.scale * sum / weight).collect(),
+                mean: collected(sum.iter().map(|sum| self.scale * sum / weight), "bounds of denominators")?,
             });
         }
-        Some(floors)
+        Ok(Some(floors))
     }
 
     /// Tokens a tile, for features up to `degree`.
@@ -344,12 +345,12 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     /// Buffers for tiles with features up to `degree`, for a pullback too where that is asked for.
-    pub fn scratch(&self, degree: usize, pullback: bool) -> Scratch<T> {
+    pub fn scratch(&self, degree: usize, pullback: bool) -> Result<Scratch<T>> {
         Scratch::new(self, self.tile(degree), degree, pullback)
     }
 
     /// Buffers for tiles of tokens that are added to states of features up to `degree`.
-    pub fn tokens(&self, degree: usize) -> Tokens<T> {
+    pub fn tokens(&self, degree: usize) -> Result<Tokens<T>> {
         Tokens::new(self.features, self.head.q.ncols(), self.e(), self.tile(degree), degree)
     }
 
@@ -451,12 +452,13 @@ impl<'a, T: Real> Pass<'a, T> {
     ) -> Result<Vec<f64>> {
         let (e, r, tile) = (self.e(), self.features.rank(degree), self.tile(degree));
         let rows = self.partition(tokens, tile, degree);
-        let partials: Vec<_> = (0..tokens.div_ceil(rows))
+        let partials: Vec<Vec<f64>> = (0..tokens.div_ceil(rows))
             .into_par_iter()
             .map_init(
                 || self.tokens(degree),
                 |buffers, p| {
-                    let mut state = State::new(e, r);
+                    let buffers = made(buffers)?;
+                    let mut state = State::new(e, r)?;
                     for (start, len) in tiles(p * rows..tokens.min((p + 1) * rows), tile) {
                         add_tile(state.tile(len), (start, len), buffers)?;
                     }
@@ -465,7 +467,7 @@ impl<'a, T: Real> Pass<'a, T> {
             )
             .collect::<Result<_>>()?;
         let mut partials = partials.into_iter();
-        let mut sum = partials.next().unwrap_or_else(|| vec![0.0; r * e]);
+        let mut sum = partials.next().map_or_else(|| zeroed(r * e, STATE), Ok)?;
         for partial in partials {
             widen(&partial, &mut sum);
         }
@@ -487,10 +489,10 @@ impl<'a, T: Real> Pass<'a, T> {
         let level = self.level(0..m);
         let sum = self.whole_state(m, g, |state, keys, tokens| self.add_keys(state, keys, level, g, tokens))?;
         let r = self.features.rank(g);
-        let state = self.forward_weighting().weigh(&sum, r);
+        let state = self.forward_weighting()?.weigh(&sum, r)?;
         let state = view(&state, e, r);
         let tile = self.tile(g);
-        let floors = self.floors(1, |_| 0..m);
+        let floors = self.floors(1, |_| 0..m)?;
         row_max.fill(T::ZERO);
         (out.par_chunks_mut(tile * dv), row_scale.par_chunks_mut(tile))
             .into_par_iter()
@@ -499,6 +501,7 @@ impl<'a, T: Real> Pass<'a, T> {
             .try_for_each_init(
                 || self.scratch(g, false),
                 |scratch, (i, (out, scale))| {
+                    let scratch = made(scratch)?;
                     self.ctx.check()?;
                     let (start, len) = (i * tile, scale.len());
                     self.load_queries(start, len, &mut scratch.x);
@@ -555,7 +558,7 @@ impl<'a, T: Real> Pass<'a, T> {
             (self.head.q.nrows(), self.head.k.nrows(), e - 1, self.tile(degree), self.features.rank(degree));
         let level = self.level(0..m);
 
-        let weighting = self.backward_weightings(Side::Keys).potential;
+        let weighting = self.backward_weightings(Side::Keys)?.potential;
         let state = match key_state.filter(|sum| sum.len() == e * r) {
             Some(sum) => weighting.weigh(sum, r),
             None => weighting.weigh(
@@ -563,11 +566,12 @@ impl<'a, T: Real> Pass<'a, T> {
                     .whole_state(m, degree, |state, keys, tokens| self.add_keys(state, keys, level, degree, tokens))?,
                 r,
             ),
-        };
+        }?;
         let of_keys = view(&state, e, r);
         dq.par_chunks_mut(tile * d).enumerate().with_min_len(TILES_A_SCRATCH).try_for_each_init(
             || self.scratch(degree, true),
             |scratch, (i, dq)| {
+                let scratch = made(scratch)?;
                 self.ctx.check()?;
                 let (start, len) = (i * tile, dq.len() / d);
                 self.load_queries(start, len, &mut scratch.x);
@@ -582,13 +586,13 @@ impl<'a, T: Real> Pass<'a, T> {
         let sum = self.whole_state(n, degree, |state, queries, tokens| {
             self.add_queries(state, &up, queries, |i| up.rows.scale[i], degree, tokens)
         })?;
-        let Weightings { potential, own } = self.backward_weightings(Side::Queries);
-        let state = potential.weigh(&sum, r);
+        let Weightings { potential, own } = self.backward_weightings(Side::Queries)?;
+        let state = potential.weigh(&sum, r)?;
         let of_potential = view(&state, e, r);
-        let own = own.map(|own| Weighting::Diagonal(own).weigh(&sum, r));
+        let own = own.map(|own| Weighting::Diagonal(own).weigh(&sum, r)).transpose()?;
         drop(sum);
         let of_values = own.as_ref().map_or(of_potential, |own| view(own, e, own.len() / e));
-        let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile));
+        let mut db = optional_chunks(dkey_bias, tile, m.div_ceil(tile))?;
         (dk.par_chunks_mut(tile * d), grad_v.par_chunks_mut(tile * dv), db.par_iter_mut())
             .into_par_iter()
             .enumerate()
@@ -597,7 +601,7 @@ impl<'a, T: Real> Pass<'a, T> {
                 || self.scratch(degree, true),
                 |scratch, (j, (dk, dv, db))| {
                     let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
-                    self.key_gradients(j * tile, level, of_potential, of_values, scratch, grads)
+                    self.key_gradients(j * tile, level, of_potential, of_values, made(scratch)?, grads)
                 },
             )
     }
@@ -653,10 +657,11 @@ impl<'a, T: Real> Pass<'a, T> {
     ) -> Result<()> {
         let (n, m, d, dv) = (self.head.q.nrows(), self.head.k.nrows(), self.head.q.ncols(), self.e() - 1);
         let beta = &self.shifts.key;
-        let (mut dk, mut dv_, mut db) = (vec![T::ZERO; m * d], vec![T::ZERO; m * dv], vec![T::ZERO; m]);
+        let zeros = |len: usize| zeroed(len, "gradients of shifted keys");
+        let (mut dk, mut dv_, mut db) = (zeros(m * d)?, zeros(m * dv)?, zeros(m)?);
         let own = HeadGrads { dq: &mut *grads.dq, dk: &mut dk, dv: &mut dv_, dkey_bias: Some(&mut db) };
         self.backward(key_state, up, own)?;
-        let live = live_keys(self.head, m);
+        let live = live_keys(self.head, m)?;
         let mut dalpha = column_sums(grads.dq, d, 0..n);
         let mut dbeta = column_sums(&dk, d, live.iter().copied());
         for (col, (dalpha, dbeta)) in dalpha.iter_mut().zip(&mut dbeta).enumerate() {
@@ -698,25 +703,25 @@ pub(crate) struct Scratch<T> {
 
 impl<T: Real> Scratch<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
-    fn new(pass: &Pass<'_, T>, len: usize, degree: usize, pullback: bool) -> Self {
-        let zeros = |rows: usize| vec![T::ZERO; rows * len];
+    fn new(pass: &Pass<'_, T>, len: usize, degree: usize, pullback: bool) -> Result<Self> {
+        let zeros = |rows: usize| zeroed(rows * len, "a tile of features");
         let (d, e, r) = (pass.head.q.ncols(), pass.e(), pass.features.rank(degree));
         let low = match pass.features {
             Features::Monomials(tree) => tree.rank(tree.low_degree(degree)),
             Features::Landmarks(_) => r,
         };
         let piece = if low < r { PIECE } else { 0 };
-        let only = |rows: usize| if pullback { zeros(rows) } else { Vec::new() };
-        Self {
-            x: zeros(d),
-            values: only(e),
-            dx: only(d),
-            out: zeros(e),
-            low: zeros(low),
-            piece: zeros(piece),
-            dlow: only(low),
-            dpiece: only(piece),
-        }
+        let only = |rows: usize| if pullback { zeros(rows) } else { Ok(Vec::new()) };
+        Ok(Self {
+            x: zeros(d)?,
+            values: only(e)?,
+            dx: only(d)?,
+            out: zeros(e)?,
+            low: zeros(low)?,
+            piece: zeros(piece)?,
+            dlow: only(low)?,
+            dpiece: only(piece)?,
+        })
     }
 
     /// `out = state φ(x)` with features up to `degree`, for a weighted state of at least so many columns.
@@ -784,6 +789,8 @@ impl<T: Real> Scratch<T> {
     }
 }
 
+const LOG_SUMS: &str = "logarithms of row sums";
+
 /// `ln sum_j A_ij` of every query, from what its forward pass left.
 pub(crate) fn log_sums<T: Real>(
     head: &Head<'_, T>,
@@ -794,7 +801,7 @@ pub(crate) fn log_sums<T: Real>(
 ) -> Result<Vec<f64>> {
     let own = |i: usize| row_max[i].to_f64() - row_scale[i].to_f64().ln();
     let (shifts, key_half, query_half) = match constants {
-        Constants::Exact => return Ok((0..row_max.len()).map(own).collect()),
+        Constants::Exact => return collected((0..row_max.len()).map(own), LOG_SUMS),
         Constants::Polynomial(constants) => (&constants.shifts, 0.0, 0.0),
         Constants::Landmark(constants) => {
             (&constants.shifts, constants.landmarks.key.half, constants.landmarks.query.half)
@@ -817,7 +824,7 @@ pub(crate) fn log_sums<T: Real>(
         }
         sum
     };
-    Ok((0..row_max.len()).into_par_iter().map(sum).collect())
+    collected_in_parallel((0..row_max.len()).into_par_iter().map(sum), LOG_SUMS)
 }
 
 /// What keys add to all of their scores.
@@ -873,7 +880,7 @@ pub(crate) fn biases<T: Real>(
         }
         bias
     };
-    let of_keys = (0..m).into_par_iter().map(bias).collect();
+    let of_keys = collected_in_parallel((0..m).into_par_iter().map(bias), "biases of keys")?;
     Ok(Some(Biases { of_keys, base }))
 }
 
@@ -883,10 +890,10 @@ pub(crate) fn tiles(tokens: Range<usize>, tile: usize) -> impl Iterator<Item = (
 }
 
 /// `x` in chunks of `len`, or as many `None`.
-fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Vec<Option<&mut [T]>> {
+fn optional_chunks<T>(x: Option<&mut [T]>, len: usize, count: usize) -> Result<Vec<Option<&mut [T]>>> {
     match x {
-        Some(x) => x.chunks_mut(len).map(Some).collect(),
-        None => (0..count).map(|_| None).collect(),
+        Some(x) => collected(x.chunks_mut(len).map(Some), "tiles of a gradient"),
+        None => collected((0..count).map(|_| None), "tiles of a gradient"),
     }
 }
 
@@ -898,10 +905,12 @@ pub(crate) fn mean<T: Real>(x: MatRef<'_, T>, rows: impl ExactSizeIterator<Item 
 
 /// Those of the first `count` keys whose bias leaves them a weight beside the others: also numbers like -1e9 stand for
 /// minus infinity.
-pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Vec<usize> {
-    let Some(bias) = head.key_bias else { return (0..count).collect() };
-    let largest = (0..count).map(|j| bias[j].to_f64()).fold(f64::NEG_INFINITY, f64::max);
-    (0..count).filter(|&j| (bias[j].to_f64() - largest).exp() > 0.0).collect()
+pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Result<Vec<usize>> {
+    let mut live = room(count, "the keys that have a weight")?;
+    let bias = |j: usize| head.key_bias.map_or(0.0, |b| b[j].to_f64());
+    let largest = (0..count).map(bias).fold(f64::NEG_INFINITY, f64::max);
+    live.extend((0..count).filter(|&j| (bias(j) - largest).exp() > 0.0));
+    Ok(live)
 }
 
 /// The sum of each column, and the sum of all squares, of some rows, one after the other as they lie.

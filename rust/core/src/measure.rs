@@ -22,6 +22,7 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::exact::{Softmax, TILE, add_bias};
 use crate::guides::{self, Known};
+use crate::memory::{collected, copied, filled, matrix, room, zeroed};
 use crate::real::{Real, vectorised};
 use crate::sample::uniform;
 use crate::tile::{add_product, product, view, view_mut};
@@ -57,6 +58,9 @@ pub(crate) struct Draw {
     pub total: usize,
 }
 
+/// What errors call them.
+const DRAWN: &str = "drawn rows";
+
 /// One guide takes one of so many draws for its first rows: all guides together, fewer than ten, up to half of them.
 const FIRST_OF_GUIDE: usize = 16;
 
@@ -64,12 +68,13 @@ impl Draw {
     /// `count` draws, or all rows where there are no more, by the guides: each holds a number for every row, and one whose
     /// numbers have no sum is left out. Rows that every guide gives 0 are drawn evenly with the others only where no guide
     /// gives anything.
-    pub fn new(total: usize, count: usize, seed: u64, guides: &[Vec<f64>]) -> Self {
+    pub fn new(total: usize, count: usize, seed: u64, guides: &[Vec<f64>]) -> Result<Self> {
         if count >= total {
-            return Self { rows: (0..total).collect(), weights: vec![1.0; total], total };
+            let (rows, weights) = (collected(0..total, DRAWN)?, filled(total, 1.0, DRAWN)?);
+            return Ok(Self { rows, weights, total });
         }
-        let mut shares = vec![0.0; total];
-        let mut certain = vec![false; total];
+        let mut shares = zeroed(total, "the chances of rows")?;
+        let mut certain = filled(total, false, "the chances of rows")?;
         let mut guided = false;
         for guide in guides {
             // Relative to the largest, so that no sum overflows.
@@ -82,7 +87,7 @@ impl Draw {
             for (share, x) in shares.iter_mut().zip(guide) {
                 *share += x / largest / sum;
             }
-            for row in first_rows(guide, count / FIRST_OF_GUIDE) {
+            for row in first_rows(guide, count / FIRST_OF_GUIDE)? {
                 certain[row] = true;
             }
         }
@@ -102,7 +107,7 @@ impl Draw {
             left = left.saturating_sub(sure.len()).max(1);
             sure.into_iter().for_each(|i| certain[i] = true);
         }
-        let mut draw = Self { rows: Vec::with_capacity(count), weights: Vec::with_capacity(count), total };
+        let mut draw = Self { rows: room(count, DRAWN)?, weights: room(count, DRAWN)?, total };
         let (mut stratum, mut before) = (0, 0.0);
         let place = |stratum: usize| (stratum as f64 + uniform(seed, stratum as u64)) / left as f64 * sum;
         for row in 0..total {
@@ -121,7 +126,7 @@ impl Draw {
                 draw.weights.push((stratum - first) as f64 * sum / (left as f64 * shares[row]));
             }
         }
-        draw
+        Ok(draw)
     }
 
     /// The estimate from the rows' squares, and what all given rows' squares add up to, where that is known.
@@ -188,28 +193,28 @@ impl Draw {
         width: usize,
         more: impl Fn(usize) -> f64,
     ) -> ErrorEstimate {
-        let rows = Mat::from_fn(exact.nrows(), width, |i, c| given[self.rows[i] * width + c].to_f64());
         let all = given.par_chunks(RANGE).map(|x| x.iter().map(|x| x.to_f64().powi(2)).sum::<f64>());
         let all: Vec<f64> = all.collect();
-        let mut squares = squares(exact, &rows);
+        let mut squares = squares(exact, |i, c| given[self.rows[i] * width + c].to_f64());
         squares.iter_mut().enumerate().for_each(|(i, squares)| squares.more = more(i));
         self.estimate(&squares, Some(all.iter().sum()))
     }
 
     /// The same for rows that are both in the order of [`rows`](Self::rows), where the others are not known.
     pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
-        self.estimate(&squares(exact, got), None)
+        self.estimate(&squares(exact, |i, c| got[(i, c)]), None)
     }
 }
 
 /// The numbers of the `count` largest of a guide.
-pub(crate) fn first_rows(guide: &[f64], count: usize) -> Vec<usize> {
-    let mut rows: Vec<usize> = (0..guide.len()).filter(|&i| guide[i] > 0.0).collect();
+pub(crate) fn first_rows(guide: &[f64], count: usize) -> Result<Vec<usize>> {
+    let mut rows = room(guide.len(), DRAWN)?;
+    rows.extend((0..guide.len()).filter(|&i| guide[i] > 0.0));
     if count < rows.len() {
         rows.select_nth_unstable_by(count, |&a, &b| guide[b].total_cmp(&guide[a]).then(a.cmp(&b)));
         rows.truncate(count);
     }
-    rows
+    Ok(rows)
 }
 
 /// Squared lengths of a row: of its error, of the exact row and of the given one.
@@ -225,13 +230,13 @@ pub struct Squares {
     pub more: f64,
 }
 
-fn squares(exact: &Mat<f64>, given: &Mat<f64>) -> Vec<Squares> {
-    let square = |x: &f64| x * x;
-    (exact.row_iter().zip(given.row_iter()))
-        .map(|(exact, given)| Squares {
-            error: exact.iter().zip(given.iter()).map(|(x, y)| (x - y).powi(2)).sum(),
-            exact: exact.iter().map(square).sum(),
-            given: given.iter().map(square).sum(),
+fn squares(exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> Vec<Squares> {
+    let sum = |of: &dyn Fn(usize) -> f64| (0..exact.ncols()).map(of).sum();
+    (0..exact.nrows())
+        .map(|i| Squares {
+            error: sum(&|c| (exact[(i, c)] - given(i, c)).powi(2)),
+            exact: sum(&|c| exact[(i, c)] * exact[(i, c)]),
+            given: sum(&|c| given(i, c) * given(i, c)),
             more: 0.0,
         })
         .collect()
@@ -248,8 +253,8 @@ pub(crate) struct ExactRows {
 }
 
 /// Rows `rows` of `x`, in float64.
-pub(crate) fn gather<T: Real>(x: MatRef<'_, T>, rows: &[usize]) -> Mat<f64> {
-    Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64())
+pub(crate) fn gather<T: Real>(x: MatRef<'_, T>, rows: &[usize]) -> Result<Mat<f64>> {
+    matrix(rows.len(), x.ncols(), "drawn rows in float64", |i, c| x[(rows[i], c)].to_f64())
 }
 
 /// Rows `rows` of `x`, in float64, row-major, after one another.
@@ -277,20 +282,21 @@ pub(crate) fn exact_rows<T: Real>(
     dout: Option<&Mat<f64>>,
 ) -> Result<ExactRows> {
     let (m, d, dv) = (head.k.nrows(), head.k.ncols(), head.v.ncols());
-    let dq = dout.map(|_| Mat::zeros(rows.len(), d));
-    let mut all = ExactRows { out: Mat::zeros(rows.len(), dv), dq, log_sums: Vec::with_capacity(rows.len()) };
+    let zeros = |columns| matrix(rows.len(), columns, "exact rows", |_, _| 0.0);
+    let dq = dout.map(|_| zeros(d)).transpose()?;
+    let mut all = ExactRows { out: zeros(dv)?, dq, log_sums: room(rows.len(), "exact rows")? };
     for (first, rows) in rows.chunks(TILE).enumerate().map(|(i, rows)| (i * TILE, rows)) {
         let count = rows.len();
-        let (q, dout) = (gather(head.q, rows), dout.map(|dout| dout.subrows(first, count)));
+        let (q, dout) = (gather(head.q, rows)?, dout.map(|dout| dout.subrows(first, count)));
         // Weighted sums of [v, k], and of (dout.v) k.
         let width = dv + if dout.is_some() { 2 * d } else { 0 };
         let end = if causal { rows[count - 1] + 1 } else { m };
         let parts = (0..end.div_ceil(RANGE))
             .into_par_iter()
             .map(|range| {
-                let mut softmax = Softmax::new(width);
+                let mut softmax = Softmax::new(width)?;
                 softmax.start(count);
-                let mut upstream = vec![0.0; TILE * count];
+                let mut upstream = zeroed(TILE * count, "a tile of exact rows")?;
                 for j0 in (range * RANGE..end.min((range + 1) * RANGE)).step_by(TILE) {
                     ctx.check()?;
                     let bk = TILE.min(end - j0);
@@ -322,7 +328,7 @@ pub(crate) fn exact_rows<T: Real>(
         let mut parts = parts.into_iter();
         let Some(mut softmax) = parts.next() else { continue };
         parts.for_each(|part| softmax.merge(&part));
-        let mut sums = vec![0.0; count * width];
+        let mut sums = zeroed(count * width, "a tile of exact rows")?;
         let (mut max, mut scales) = (vec![0.0; count], vec![0.0; count]);
         softmax.finish(head.index, |i| rows[i], &mut sums, &mut max, &mut scales)?;
         all.log_sums.extend(max.iter().zip(&scales).map(|(max, scale)| max - scale.ln()));
@@ -347,6 +353,9 @@ pub(crate) trait Weights: Sync {
     /// gradients, and `f`, the exact weights of these pairs (0 where masked), into the engine's.
     fn weigh(&self, i: usize, keys: &[usize], scores: &mut [f64], f: &mut [f64]);
 }
+
+/// What errors call them.
+const KEY_GRADIENTS: &str = "gradients of drawn keys";
 
 /// Gradients of some keys of a head, row after row.
 #[derive(Debug, Clone)]
@@ -387,7 +396,7 @@ pub(crate) fn key_gradients<T: Real>(
     weights: Option<&dyn Weights>,
 ) -> Result<(KeyGradients, Option<KeyGradients>)> {
     let (n, d, dv, count) = (head.q.nrows(), head.q.ncols(), head.v.ncols(), keys.len());
-    let (mut k, mut v) = (gather(head.k, keys), gather(head.v, keys));
+    let (mut k, mut v) = (gather(head.k, keys)?, gather(head.v, keys)?);
     for (t, _) in keys.iter().enumerate().filter(|&(_, &j)| head.removed(j)) {
         k.row_mut(t).fill(0.0);
         v.row_mut(t).fill(0.0);
@@ -399,14 +408,15 @@ pub(crate) fn key_gradients<T: Real>(
     let parts = (start..n.div_ceil(RANGE))
         .into_par_iter()
         .map(|range| {
-            let mut sums = vec![0.0; kinds * width * count];
-            let mut tiles = vec![vec![0.0; TILE * count]; 4];
+            let mut sums = zeroed(kinds * width * count, KEY_GRADIENTS)?;
+            let tile = || zeroed(TILE * count, "a tile of drawn keys");
+            let mut tiles = [tile()?, tile()?, tile()?, tile()?];
             for i0 in (range * RANGE..n.min((range + 1) * RANGE)).step_by(TILE) {
                 ctx.check()?;
                 let bq = TILE.min(n - i0);
                 let (q, dout) = (widened(head.q, i0..i0 + bq), widened(up.dout, i0..i0 + bq));
                 let (q, dout) = (view(&q, bq, d), view(&dout, bq, dv));
-                let [s, e, f, ds] = &mut tiles[..] else { unreachable!("four tiles") };
+                let [s, e, f, ds] = &mut tiles;
                 product(view_mut(s, bq, count), q, k.transpose(), scale);
                 product(view_mut(e, bq, count), dout, v.transpose(), 1.0);
                 for i in 0..bq {
@@ -425,7 +435,7 @@ pub(crate) fn key_gradients<T: Real>(
                         },
                     );
                 }
-                let (e, mut slope) = (&e[..bq * count], &mut f.clone()[..bq * count]);
+                let (e, mut slope) = (&e[..bq * count], &mut copied(f, "a tile of drawn keys")?[..bq * count]);
                 for (kind, sums) in sums.chunks_exact_mut(width * count).enumerate() {
                     if let (1, Some(weights)) = (kind, weights) {
                         let rows = s.chunks_exact_mut(count).zip(f.chunks_exact_mut(count));
@@ -449,16 +459,17 @@ pub(crate) fn key_gradients<T: Real>(
             Ok(sums)
         })
         .collect::<Result<Vec<_>>>()?;
-    let mut sums = vec![0.0; kinds * width * count];
+    let mut sums = zeroed(kinds * width * count, KEY_GRADIENTS)?;
     for part in parts {
         sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
     }
-    let mut all = sums.chunks_exact(width * count).map(|sums| {
-        let part = |first: usize, columns: usize| Mat::from_fn(count, columns, |j, c| sums[(first + c) * count + j]);
-        KeyGradients { dk: part(0, d), dv: part(d, dv), db: part(d + dv, 1) }
-    });
-    let exact = all.next();
-    Ok((exact.unwrap_or_else(|| unreachable!("the exact kind is always there")), all.next()))
+    let kind = |sums: &[f64]| -> Result<KeyGradients> {
+        let part =
+            |first: usize, columns: usize| matrix(count, columns, KEY_GRADIENTS, |j, c| sums[(first + c) * count + j]);
+        Ok(KeyGradients { dk: part(0, d)?, dv: part(d, dv)?, db: part(d + dv, 1)? })
+    };
+    let (exact, own) = sums.split_at(width * count);
+    Ok((kind(exact)?, weights.map(|_| kind(own)).transpose()?))
 }
 
 /// Pairs of drawn queries and keys, row-major `(queries, keys)`, and what is known of the queries.
@@ -533,35 +544,43 @@ pub fn measure_error<T: Real>(
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, (causal, scale), out));
+    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, (causal, scale), out)?)?;
     let of_heads: Vec<&[usize]> = draw.rows.chunk_by(|a, b| a / n == b / n).collect();
     let exact = of_heads
         .into_par_iter()
         .map(|rows| {
-            let own: Vec<usize> = rows.iter().map(|i| i % n).collect();
+            let own = collected(rows.iter().map(|i| i % n), DRAWN)?;
             exact_rows(ctx, &heads.head(rows[0] / n), (causal, scale), &own, None)
         })
         .collect::<Result<Vec<_>>>()?;
-    let rows: Vec<_> = exact.iter().flat_map(|part| part.out.row_iter()).collect();
-    let exact = Mat::from_fn(rows.len(), dv, |i, c| rows[i][c]);
-    let given = Mat::from_fn(exact.nrows(), dv, |i, c| out[draw.rows[i] / n][(draw.rows[i] % n, c)].to_f64());
-    let all: f64 = out.iter().map(|out| guides::squares(*out).iter().sum::<f64>()).sum();
-    Ok(draw.estimate(&squares(&exact, &given), Some(all)))
+    let mut rows = room(draw.rows.len(), DRAWN)?;
+    rows.extend(exact.iter().flat_map(|part| part.out.row_iter()));
+    let exact = matrix(rows.len(), dv, "exact rows", |i, c| rows[i][c])?;
+    let given = |i: usize, c: usize| out[draw.rows[i] / n][(draw.rows[i] % n, c)].to_f64();
+    let mut all = 0.0;
+    for out in out {
+        all += guides::squares(*out)?.iter().sum::<f64>();
+    }
+    Ok(draw.estimate(&squares(&exact, given), Some(all)))
 }
 
 /// What rows of all heads together are drawn by.
-fn of_all_heads<T: Real>(heads: &Heads<'_, T>, options: (bool, f64), out: &[MatRef<'_, T>]) -> Vec<Vec<f64>> {
+fn of_all_heads<T: Real>(heads: &Heads<'_, T>, options: (bool, f64), out: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
     let of_head = |i: usize| {
         let head = heads.head(i);
-        let mut guides = Known::new(&head, options.1).of_queries(&head, options, None);
-        guides.push(guides::squares(out[i]));
-        guides
+        let mut guides = Known::new(&head, options.1)?.of_queries(&head, options, None)?;
+        guides.push(guides::squares(out[i])?);
+        Ok(guides)
     };
-    let mut all = of_head(0);
-    for i in 1..out.len() {
-        for (all, own) in all.iter_mut().zip(of_head(i)) {
-            all.extend(own);
+    let mut all = Vec::new();
+    for i in 0..out.len() {
+        let own: Vec<Vec<f64>> = of_head(i)?;
+        if i == 0 {
+            for guide in &own {
+                all.push(room(out.len() * guide.len(), "guides that rows are drawn by")?);
+            }
         }
+        all.iter_mut().zip(own).for_each(|(all, own)| all.extend(own));
     }
-    all
+    Ok(all)
 }

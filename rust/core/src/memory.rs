@@ -1,9 +1,36 @@
 //! Allocations that may fail: whatever grows with the sizes of a call comes from here, so that a call that needs more
 //! memory than there is ends in [`Error::Memory`] and not in an abort, which is what `vec!` makes of it.
+//!
+//! What does not grow so, and cannot fail, may still be asked for when memory is gone: a thread's tile, a task of rayon's,
+//! the text of the error. A global allocator may keep a reserve for that. It asks [`may_fail`] which of the two it meets.
 
 use std::alloc::{Layout, alloc_zeroed};
+use std::cell::Cell;
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatRef, Par};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+
+thread_local! {
+    /// Of a type without a destructor, so that an allocator may read it.
+    static MAY_FAIL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the allocation that this thread is in the middle of is one of this module's, whose failure is an error and no
+/// more. For a global allocator.
+pub fn may_fail() -> bool {
+    MAY_FAIL.get()
+}
+
+/// Runs an allocation that may fail, and never panics.
+fn fallible<R>(allocate: impl FnOnce() -> R) -> R {
+    MAY_FAIL.set(true);
+    let result = allocate();
+    MAY_FAIL.set(false);
+    result
+}
 
 /// A type of which all bytes 0 are a value, 0.
 ///
@@ -27,7 +54,7 @@ pub fn zeroed<T: Zeroable>(len: usize, what: &'static str) -> Result<Vec<T>> {
         return Ok(Vec::new());
     }
     // SAFETY: the layout is not of size 0.
-    let at = unsafe { alloc_zeroed(layout) }.cast::<T>();
+    let at = fallible(|| unsafe { alloc_zeroed(layout) }).cast::<T>();
     if at.is_null() {
         return Err(too_large::<T>(len, what));
     }
@@ -38,7 +65,7 @@ pub fn zeroed<T: Zeroable>(len: usize, what: &'static str) -> Result<Vec<T>> {
 /// No entries yet, and room for `len`.
 pub fn room<T>(len: usize, what: &'static str) -> Result<Vec<T>> {
     let mut room = Vec::new();
-    room.try_reserve_exact(len).map_err(|_| too_large::<T>(len, what))?;
+    fallible(|| room.try_reserve_exact(len)).map_err(|_| too_large::<T>(len, what))?;
     Ok(room)
 }
 
@@ -54,6 +81,58 @@ pub fn collected<T>(items: impl ExactSizeIterator<Item = T>, what: &'static str)
     let mut all = room(items.len(), what)?;
     all.extend(items);
     Ok(all)
+}
+
+/// `len` times the same.
+pub fn filled<T: Copy>(len: usize, value: T, what: &'static str) -> Result<Vec<T>> {
+    let mut all = room(len, what)?;
+    all.resize(len, value);
+    Ok(all)
+}
+
+/// The items of a parallel iterator that knows how many they are.
+pub fn collected_in_parallel<T: Send>(
+    items: impl IndexedParallelIterator<Item = T>,
+    what: &'static str,
+) -> Result<Vec<T>> {
+    let mut all = room(items.len(), what)?;
+    items.collect_into_vec(&mut all);
+    Ok(all)
+}
+
+/// What a task has made for itself, or why it could not.
+pub(crate) fn made<S>(scratch: &mut Result<S>) -> Result<&mut S> {
+    scratch.as_mut().map_err(|error| error.clone())
+}
+
+/// Makes a buffer at least so long. What it held is lost where it grows.
+pub fn lengthen<T: Zeroable>(buffer: &mut Vec<T>, len: usize, what: &'static str) -> Result<()> {
+    if buffer.len() < len {
+        *buffer = Vec::new();
+        *buffer = zeroed(len, what)?;
+    }
+    Ok(())
+}
+
+/// The matrix of `entry(row, column)`.
+pub fn matrix(
+    rows: usize,
+    columns: usize,
+    what: &'static str,
+    entry: impl FnMut(usize, usize) -> f64,
+) -> Result<Mat<f64>> {
+    let mut matrix = Mat::new();
+    let len = rows.saturating_mul(columns);
+    fallible(|| matrix.try_reserve(rows, columns)).map_err(|_| too_large::<f64>(len, what))?;
+    matrix.resize_with(rows, columns, entry);
+    Ok(matrix)
+}
+
+/// `lhs rhs`, on this thread.
+pub(crate) fn multiplied(lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>, what: &'static str) -> Result<Mat<f64>> {
+    let mut product = matrix(lhs.nrows(), rhs.ncols(), what, |_, _| 0.0)?;
+    matmul(product.as_mut(), Accum::Replace, lhs, rhs, 1.0, Par::Seq);
+    Ok(product)
 }
 
 /// Strides of 0 make shapes of any size: what no machine can address is a wrong shape, the rest is not there just now.
@@ -79,6 +158,7 @@ mod tests {
         };
         assert_eq!(bytes(zeroed(1 << 59, "a test")), 1 << 62);
         assert_eq!(bytes(room(1 << 59, "a test")), 1 << 62);
+        assert_eq!(bytes(filled(1 << 59, 1.0, "a test")), 1 << 62);
         assert_eq!(bytes(collected((0..1 << 59).map(|i: usize| i as f64), "a test")), 1 << 62);
     }
 
@@ -96,5 +176,22 @@ mod tests {
         assert_eq!(zeroed::<f32>(0, "a test"), Ok(Vec::new()));
         assert_eq!(copied(&[1, 2], "a test"), Ok(vec![1, 2]));
         assert_eq!(collected([1, 2].into_iter(), "a test"), Ok(vec![1, 2]));
+        assert_eq!(filled(2, 7, "a test"), Ok(vec![7, 7]));
+        assert_eq!(collected_in_parallel((0..3).into_par_iter(), "a test"), Ok(vec![0, 1, 2]));
+        let mut buffer = vec![1.0f64];
+        assert_eq!(lengthen(&mut buffer, 3, "a test"), Ok(()));
+        assert_eq!(buffer, [0.0; 3]);
+        let matrix = matrix(2, 3, "a test", |i, j| (10 * i + j) as f64).expect("room for six numbers");
+        assert_eq!((matrix.shape(), matrix[(1, 2)]), ((2, 3), 12.0));
+    }
+
+    #[test]
+    fn only_what_may_fail_says_so_and_a_matrix_that_no_memory_holds_is_an_error() {
+        assert!(!may_fail());
+        assert!(fallible(may_fail));
+        assert!(
+            matches!(matrix(1 << 40, 1 << 19, "a test", |_, _| 0.0), Err(Error::Memory { bytes, .. }) if bytes == 1 << 62)
+        );
+        assert!(!may_fail());
     }
 }

@@ -15,6 +15,8 @@ use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
 
+use crate::error::Result;
+use crate::memory::room;
 use crate::real::{Real, vectorised};
 
 /// The tree of the monomials of `d` variables up to some degree, in order of degree.
@@ -68,17 +70,21 @@ pub(crate) fn rank(d: usize, degree: usize) -> Option<usize> {
 
 impl Monomials {
     /// The tree up to `degree`; [`rank`] says first whether it fits.
-    pub fn new(d: usize, degree: usize) -> Self {
-        let mut links = vec![(0, 0)];
-        let mut multinomials = vec![1.0];
+    pub fn new(d: usize, degree: usize) -> Result<Self> {
+        const WHAT: &str = "a tree of monomials";
+        let (r, parents) = (rank(d, degree).unwrap_or(0), rank(d, degree.saturating_sub(1)).unwrap_or(0));
+        let (mut links, mut multinomials) = (room(r, WHAT)?, room(r, WHAT)?);
         // How often the last variable stands in the monomial.
-        let mut repeats = vec![0u32];
-        let mut ranks = vec![1];
-        let mut children = Vec::new();
+        let mut repeats = room(r, WHAT)?;
+        let (mut ranks, mut children) = (room(degree + 1, WHAT)?, room(parents + 1, WHAT)?);
+        links.push((0, 0));
+        multinomials.push(1.0);
+        repeats.push(0u32);
+        ranks.push(1);
         let mut previous = 0..1;
         for j in 1..=degree {
             for parent in previous.clone() {
-                let last = links[parent].1;
+                let (_, last): (u32, u32) = links[parent];
                 children.push(links.len() as u32);
                 for variable in last..d as u32 {
                     let run = if variable == last { repeats[parent] + 1 } else { 1 };
@@ -91,7 +97,12 @@ impl Monomials {
             ranks.push(links.len());
         }
         children.push(links.len() as u32);
-        Self { links, children, multinomials, ranks }
+        Ok(Self { links, children, multinomials, ranks })
+    }
+
+    /// Runs of children that a tile's features up to `degree` are formed in at once, at the most.
+    pub fn most_runs(&self, degree: usize) -> usize {
+        self.ranks[self.low_degree(degree).saturating_sub(1)].max(PIECE)
     }
 
     /// Number of monomials of degree at most `degree`.
@@ -104,14 +115,14 @@ impl Monomials {
     }
 
     /// What multiplies `q^α k^α` in `sum_j coefficients_j (scale q.k)^j`, for every `α`.
-    pub fn weights(&self, coefficients: &[f64], scale: f64) -> Vec<f64> {
-        let mut weights = Vec::with_capacity(self.ranks[coefficients.len() - 1]);
+    pub fn weights(&self, coefficients: &[f64], scale: f64) -> Result<Vec<f64>> {
+        let mut weights = room(self.ranks[coefficients.len() - 1], "weights of monomials")?;
         for (j, a) in coefficients.iter().enumerate() {
             let factor = a * scale.powi(j as i32);
             let of_degree = weights.len()..self.ranks[j];
             weights.extend(self.multinomials[of_degree].iter().map(|m| m * factor));
         }
-        weights
+        Ok(weights)
     }
 
     /// The degree up to which the features of degree at most `degree` are formed at once: those of less, or all where
@@ -390,21 +401,25 @@ impl<I: Iterator<Item = Run>, T: Real> WithSimd for Pull<I, T> {
 mod tests {
     use super::*;
 
+    fn tree_of(d: usize, degree: usize) -> Monomials {
+        Monomials::new(d, degree).expect("room for a small tree")
+    }
+
     #[test]
     fn ranks_are_binomials() {
         assert_eq!(rank(16, 2), Some(153));
         assert_eq!(rank(16, 4), Some(4845));
         assert_eq!(rank(64, 2), Some(2145));
         assert_eq!(rank(64, 20), None);
-        assert_eq!(Monomials::new(16, 4).rank(4), 4845);
-        assert_eq!(Monomials::new(1, 3).rank(3), 4);
+        assert_eq!(tree_of(16, 4).rank(4), 4845);
+        assert_eq!(tree_of(1, 3).rank(3), 4);
     }
 
     #[test]
     fn weighted_features_sum_to_the_polynomial_of_the_inner_product() {
         let (d, len, scale) = (5, 3, 0.7);
         let coefficients = [0.3, -1.0, 0.5, 0.25, 2.0];
-        let tree = Monomials::new(d, 4);
+        let tree = tree_of(d, 4);
         let r = tree.rank(4);
         let number = |i: usize| ((i * 37 % 19) as f64 - 9.0) / 7.0;
         let q: Vec<f64> = (0..d * len).map(number).collect();
@@ -412,7 +427,7 @@ mod tests {
         let (mut fq, mut fk) = (vec![f64::NAN; r * len], vec![f64::NAN; r * len]);
         tree.features(&q, len, 4, &mut fq);
         tree.features(&k, len, 4, &mut fk);
-        let weights = tree.weights(&coefficients, scale);
+        let weights = tree.weights(&coefficients, scale).expect("room for a few weights");
         for t in 0..len {
             let s: f64 = scale * (0..d).map(|c| q[c * len + t] * k[c * len + t]).sum::<f64>();
             let expected: f64 = coefficients.iter().enumerate().map(|(j, a)| a * s.powi(j as i32)).sum();
@@ -425,7 +440,7 @@ mod tests {
     fn features_in_rows_are_those_in_columns() {
         // One variable, few features, several pieces, one feature below the degree; whole groups of tokens and not.
         for (d, degree, len) in [(1, 3, 1), (5, 2, 3), (16, 3, 7), (200, 1, 5), (12, 4, 8)] {
-            let tree = Monomials::new(d, degree);
+            let tree = tree_of(d, degree);
             let r = tree.rank(degree);
             let (width, low_width) = (d + Monomials::OVERRUN, tree.low_width(degree));
             let mut rows = vec![0.0; len * width];
@@ -455,7 +470,7 @@ mod tests {
     #[test]
     fn pullback_matches_central_differences() {
         let (d, degree) = (7, 4); // with pieces beyond the features of low degree
-        let tree = Monomials::new(d, degree);
+        let tree = tree_of(d, degree);
         let r = tree.rank(degree);
         let x: Vec<f64> = vec![0.3, -0.8, 1.1, 0.5, -0.2, 0.9, -0.6];
         let u: Vec<f64> = (0..r).map(|a| ((a * 7 % 11) as f64 - 5.0) / 3.0).collect();

@@ -28,6 +28,7 @@ use crate::guides::Known;
 use crate::landmark;
 use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
 use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened_keys};
+use crate::memory::zeroed;
 use crate::monomials;
 use crate::polynomial;
 use crate::real::{Real, vectorised};
@@ -278,9 +279,9 @@ pub(crate) fn plan_head<T: Real>(
         plan.reason = "no low-rank engine is clearly faster at this size".into();
         return Ok((plan, None));
     }
-    let shift = if strict { None } else { shift(head) };
-    let known = Known::new(head, attention.scale);
-    let guides = known.of_queries(head, (attention.causal, attention.scale), None);
+    let shift = if strict { None } else { shift(head)? };
+    let known = Known::new(head, attention.scale)?;
+    let guides = known.of_queries(head, (attention.causal, attention.scale), None)?;
     let polynomial = best_polynomial(
         &guides,
         ctx,
@@ -325,16 +326,16 @@ pub(crate) fn plan_head<T: Real>(
 }
 
 /// The means, where subtracting them makes scores smaller.
-fn shift<T: Real>(head: &Head<'_, T>) -> Option<[Vec<f64>; 2]> {
+fn shift<T: Real>(head: &Head<'_, T>) -> Result<Option<[Vec<f64>; 2]>> {
     let large = |(mut by, square): (Vec<f64>, f64), count: usize| {
         by.iter_mut().for_each(|sum| *sum /= count as f64);
         let of_mean: f64 = by.iter().map(|b| b * b).sum();
         (of_mean > SMALL_MEAN * SMALL_MEAN * square / count as f64, by)
     };
-    let keys = live_keys(head, head.k.nrows());
+    let keys = live_keys(head, head.k.nrows())?;
     let (q, alpha) = large(sums_and_square(head.q, 0..head.q.nrows()), head.q.nrows());
     let (k, beta) = large(sums_and_square(head.k, keys.iter().copied()), keys.len());
-    (q || k).then_some([alpha, beta])
+    Ok((q || k).then_some([alpha, beta]))
 }
 
 /// What a plan takes for an error of which it has seen few rows: between the estimate and the end of its interval, on a
@@ -370,7 +371,7 @@ fn best_polynomial<T: Real>(
     let sees = |i, j| !attention.causal || j <= i;
     let sample = match polynomial::fit_sample(head, attention.scale, &shifts, strict, sees) {
         Ok(sample) => sample,
-        Err(Error::Cancelled) => return Err(Error::Cancelled),
+        Err(error @ (Error::Cancelled | Error::Memory { .. })) => return Err(error),
         Err(_) => return Ok(none("scores too large for any polynomial".into())),
     };
     // A first look, at sampled scores alone: weights that far off give no gradient that is near, and no output either
@@ -379,10 +380,10 @@ fn best_polynomial<T: Real>(
         Ok(a) => sample.error(&a),
         Err(_) => f64::INFINITY,
     };
-    if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head) >= SPREAD) {
+    if (error > HOPELESS * auto.tol || error.is_nan()) && (auto.gradients || spread(head)? >= SPREAD) {
         return Ok(none(format!("the weights by polynomials up to degree {degrees} err by {error:.1e}")));
     }
-    let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, guides);
+    let draw = Draw::new(head.q.nrows(), rows(head.q.nrows()), auto.seed ^ 0x9A, guides)?;
     let dv = head.v.ncols();
     let dout = auto
         .gradients
@@ -396,7 +397,7 @@ fn best_polynomial<T: Real>(
     let (out, dq) = moments.exact();
     if let Some(dq) = &dq {
         // Rounding is all that such a gradient has: no engine but the exact one errs as that does.
-        let keys = live_keys(head, head.k.nrows());
+        let keys = live_keys(head, head.k.nrows())?;
         let longest = |x| longest_of(x, keys.iter().copied(), |_| 0.0);
         let natural =
             attention.scale.abs() * longest(head.k) * longest(head.v) * dout.as_ref().map_or(0.0, Mat::norm_l2);
@@ -436,11 +437,11 @@ fn best_polynomial<T: Real>(
 }
 
 /// The size of values less their mean, relative to their size, of keys that no bias removes.
-fn spread<T: Real>(head: &Head<'_, T>) -> f64 {
-    let keys = live_keys(head, head.v.nrows());
+fn spread<T: Real>(head: &Head<'_, T>) -> Result<f64> {
+    let keys = live_keys(head, head.v.nrows())?;
     let (sums, square) = sums_and_square(head.v, keys.iter().copied());
     let of_mean = sums.iter().map(|sum| sum * sum).sum::<f64>() / keys.len() as f64;
-    ((square - of_mean).max(0.0) / square).sqrt()
+    Ok(((square - of_mean).max(0.0) / square).sqrt())
 }
 
 /// The least of `ranks` whose landmarks are well within the tolerance on a sample, or what was found instead.
@@ -458,7 +459,7 @@ pub(crate) fn landmarks<T: Real>(
         .and_then(|sample| sample.candidates(ctx, ranks, auto.gradients, hopes));
     let candidates = match candidates {
         Ok(candidates) => candidates,
-        Err(Error::Cancelled) => return Err(Error::Cancelled),
+        Err(error @ (Error::Cancelled | Error::Memory { .. })) => return Err(error),
         Err(error) => return Ok(Err(error.to_string())),
     };
     if candidates.is_empty() {
@@ -508,14 +509,14 @@ impl<'a> Moments<'a> {
         let (d, dv, count) = (head.q.ncols(), head.v.ncols(), rows.len());
         let biases = biases(head, (causal, scale), shifts, 0.0)?;
         let level = biases.as_ref().map_or(0.0, |b| b.of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max));
-        let mut q = gather(head.q, rows);
+        let mut q = gather(head.q, rows)?;
         for i in 0..count {
             q.row_mut(i).iter_mut().zip(&shifts.query).for_each(|(q, by)| *q -= by.to_f64());
         }
         let norm = |x: faer::RowRef<'_, f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let longest = (0..count).map(|i| norm(q.row(i))).fold(0.0, f64::max);
         let by = |c: usize| shifts.key.get(c).map_or(0.0, |b| b.to_f64());
-        let longest_key = longest_of(head.k, live_keys(head, head.k.nrows()).into_iter(), by);
+        let longest_key = longest_of(head.k, live_keys(head, head.k.nrows())?.into_iter(), by);
         let bound = scale.abs() * longest * longest_key;
         if bound > LARGEST_BOUND || bound.is_nan() {
             return Ok(None);
@@ -529,8 +530,10 @@ impl<'a> Moments<'a> {
         let parts = (0..end.div_ceil(RANGE))
             .into_par_iter()
             .map(|range| {
-                let mut sums = vec![0.0; kinds * width * count];
-                let [mut s, mut power, mut near, mut exact, mut upstream] = [(); 5].map(|()| vec![0.0; TILE * count]);
+                let mut sums = zeroed(kinds * width * count, "moments of rows")?;
+                let tile = || zeroed(TILE * count, "a tile of moments");
+                let (mut s, mut power, mut near, mut exact, mut upstream) =
+                    (tile()?, tile()?, tile()?, tile()?, tile()?);
                 for j0 in (range * RANGE..end.min((range + 1) * RANGE)).step_by(TILE) {
                     ctx.check()?;
                     let bk = TILE.min(end - j0);
@@ -607,7 +610,7 @@ impl<'a> Moments<'a> {
                 Ok(sums)
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut sums = vec![0.0; kinds * width * count];
+        let mut sums = zeroed::<f64>(kinds * width * count, "moments of rows")?;
         for part in parts {
             sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
         }
@@ -781,10 +784,10 @@ pub(crate) fn error_bound<T: Real>(
 ) -> Option<f64> {
     let by = |shift: &[T], c: usize| shift.get(c).map_or(0.0, |b| b.to_f64());
     let longest_query = longest_of(head.q, 0..head.q.nrows(), |c| by(&constants.shifts.query, c));
-    let keys = live_keys(head, head.k.nrows());
-    let longest_key = longest_of(head.k, keys.iter().copied(), |c| by(&constants.shifts.key, c));
+    let keys = || (0..head.k.nrows()).filter(|&j| !head.removed(j));
+    let longest_key = longest_of(head.k, keys(), |c| by(&constants.shifts.key, c));
     let eps = largest_relative_error(&constants.coefficients, scale.abs() * longest_query * longest_key);
-    let largest = keys.iter().flat_map(|&j| head.v.row(j).iter()).map(|v| v.to_f64().abs()).fold(0.0, f64::max);
+    let largest = keys().flat_map(|j| head.v.row(j).iter()).map(|v| v.to_f64().abs()).fold(0.0, f64::max);
     let absolute = 2.0 * eps / (1.0 - eps) * largest * (out.len() as f64).sqrt();
     let size = out.iter().map(|x| x.to_f64().powi(2)).sum::<f64>().sqrt();
     (eps < 1.0 && absolute < size).then(|| absolute / (size - absolute))

@@ -60,7 +60,7 @@ pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bo
     let potential_degree = potential_degree(engine);
     match monomials::rank(d, potential_degree) {
         Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {
-            Ok(Monomials::new(d, if backward { potential_degree } else { engine.degree }))
+            Monomials::new(d, if backward { potential_degree } else { engine.degree })
         }
         _ => Err(Error::Argument(format!(
             "degree = {} with d = {d} and dv = {} needs more monomials (up to degree {potential_degree}) than memory holds; \
@@ -142,7 +142,7 @@ pub(crate) fn shifts<T: Real>(head: &Head<'_, T>, shift: &Shift) -> Result<Shift
     Ok(match shift {
         Shift::None => Shifts { query: Vec::new(), key: Vec::new() },
         Shift::Mean => {
-            let keys = live_keys(head, head.k.nrows());
+            let keys = live_keys(head, head.k.nrows())?;
             Shifts { query: mean(head.q, 0..head.q.nrows()), key: mean(head.k, keys.into_iter()) }
         }
         Shift::Given { query, key } => {
@@ -190,7 +190,7 @@ pub(crate) fn fit_sample<T: Real>(
 ) -> Result<fit::Sample> {
     let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
     let biases = biases(head, (prefix, scale), shifts, 0.0)?;
-    let keys = live_keys(head, seen(head.k.nrows()));
+    let keys = live_keys(head, seen(head.k.nrows()))?;
     let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b.of_keys[j]);
     let level = keys.iter().map(|&j| bias(j)).fold(f64::NEG_INFINITY, f64::max);
     let weight = |j: usize| (bias(j) - level).exp();

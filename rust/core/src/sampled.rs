@@ -11,6 +11,7 @@ use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
 use crate::error::{Error, Result, expect_len};
 use crate::fit;
 use crate::measure::{self, Draw, ErrorEstimate, Pairs, Squares};
+use crate::memory::copied;
 use crate::plan;
 use crate::polynomial;
 use crate::real::Real;
@@ -68,14 +69,15 @@ pub fn draw_rows(total: usize, guides: &[Vec<f64>], samples: usize, seed: u64) -
     for guide in guides {
         expect_len("guides", guide.len(), total)?;
     }
-    let draw = Draw::new(total, samples, seed, guides);
+    let draw = Draw::new(total, samples, seed, guides)?;
     Ok((draw.rows, draw.weights))
 }
 
 /// The estimate from the squares of rows drawn by [`draw_rows`] out of `total`, and those of all given rows together.
 pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given: Option<f64>) -> Result<ErrorEstimate> {
     expect_len("weights", weights.len(), squares.len())?;
-    let draw = Draw { rows: Vec::new(), weights: weights.to_vec(), total: total.max(squares.len()).max(1) };
+    let draw =
+        Draw { rows: Vec::new(), weights: copied(weights, "drawn rows")?, total: total.max(squares.len()).max(1) };
     Ok(draw.estimate(squares, given))
 }
 

@@ -8,7 +8,9 @@
 use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, MatRef};
 
+use crate::error::Result;
 use crate::low_rank::{Features, Side};
+use crate::memory::{collected, room, zeroed};
 use crate::monomials::{Monomials, PIECE_WIDTH, Run};
 use crate::real::{Real, vectorised};
 use crate::tile::{multiply, product, view, view_mut, widen};
@@ -32,16 +34,24 @@ pub(crate) struct Tokens<T> {
 
 impl<T: Real> Tokens<T> {
     /// For tiles of at most `len` tokens and features up to `degree`.
-    pub fn new(features: Features<'_, T>, d: usize, e: usize, len: usize, degree: usize) -> Self {
+    pub fn new(features: Features<'_, T>, d: usize, e: usize, len: usize, degree: usize) -> Result<Self> {
         let width = d + Monomials::OVERRUN;
-        let zeros = |width: usize| vec![T::ZERO; len * width];
-        let (low, piece) = match features {
+        let zeros = |width: usize| zeroed(len * width, "a tile of tokens and features");
+        let (low, piece, runs) = match features {
             Features::Monomials(tree) => {
-                (tree.low_width(degree), if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 })
+                let piece = if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 };
+                (tree.low_width(degree), piece, tree.most_runs(degree))
             }
-            Features::Landmarks(landmarks) => (landmarks.rank(), 0),
+            Features::Landmarks(landmarks) => (landmarks.rank(), 0, 0),
         };
-        Self { x: zeros(width), width, values: zeros(e), low: zeros(low), piece: zeros(piece), runs: Vec::new() }
+        Ok(Self {
+            x: zeros(width)?,
+            width,
+            values: zeros(e)?,
+            low: zeros(low)?,
+            piece: zeros(piece)?,
+            runs: room(runs, "runs of monomials")?,
+        })
     }
 
     /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or replaces it.
@@ -80,6 +90,9 @@ impl<T: Real> Tokens<T> {
     }
 }
 
+/// What errors call one.
+pub(crate) const STATE: &str = "a state of values and features";
+
 /// A state that grows, its sum in float64.
 pub(crate) struct State<T> {
     sum: Vec<f64>,
@@ -88,8 +101,8 @@ pub(crate) struct State<T> {
 }
 
 impl<T: Real> State<T> {
-    pub fn new(e: usize, r: usize) -> Self {
-        Self { sum: vec![0.0; e * r], pending: vec![T::ZERO; e * r], tokens: 0 }
+    pub fn new(e: usize, r: usize) -> Result<Self> {
+        Ok(Self { sum: zeroed(e * r, STATE)?, pending: zeroed(e * r, STATE)?, tokens: 0 })
     }
 
     /// Room for a tile of `len` tokens, and whether they are added to what it holds.
@@ -125,20 +138,20 @@ pub(crate) enum Weighting<'a> {
 
 impl Weighting<'_> {
     /// The weighted `sum (e, r)`, rounded to the arrays' type.
-    pub fn weigh<T: Real>(&self, sum: &[f64], r: usize) -> Vec<T> {
+    pub fn weigh<T: Real>(&self, sum: &[f64], r: usize) -> Result<Vec<T>> {
         let e = sum.len() / r;
         match self {
             Self::Diagonal(weights) => {
-                let mut weighted = vec![T::ZERO; e * weights.len()];
+                let mut weighted = zeroed(e * weights.len(), STATE)?;
                 for (to, from) in weighted.chunks_exact_mut(weights.len()).zip(sum.chunks_exact(r)) {
                     weigh_row(from, weights, to);
                 }
-                weighted
+                Ok(weighted)
             }
             Self::Matrix(matrix) => {
-                let mut exact = vec![0.0; e * r];
+                let mut exact = zeroed(e * r, STATE)?;
                 product(view_mut(&mut exact, e, r), view(sum, e, r), *matrix, 1.0);
-                exact.into_iter().map(T::of).collect()
+                collected(exact.into_iter().map(T::of), STATE)
             }
         }
     }
@@ -152,7 +165,7 @@ impl Weighting<'_> {
         parts: &mut [&mut [T]],
         more: Option<&[f64]>,
         more_parts: &mut [&mut [T]],
-    ) {
+    ) -> Result<()> {
         match self {
             Self::Diagonal(weights) => {
                 for (i, (part, &decay)) in parts.iter_mut().zip(decays).enumerate() {
@@ -163,7 +176,7 @@ impl Weighting<'_> {
                 }
             }
             Self::Matrix(matrix) => {
-                let mut sums = Vec::with_capacity(parts.len() * sum.len());
+                let mut sums = room(parts.len() * sum.len(), "states of a scan")?;
                 for (part, &decay) in parts.iter().zip(decays) {
                     for (sum, part) in sum.iter_mut().zip(part.iter()) {
                         *sum = *sum * decay + part.to_f64();
@@ -171,13 +184,14 @@ impl Weighting<'_> {
                     sums.extend_from_slice(sum);
                 }
                 let (count, r) = (parts.len(), sum.len());
-                let mut weighted = vec![0.0; count * r];
+                let mut weighted = zeroed(count * r, "states of a scan")?;
                 product(view_mut(&mut weighted, count, r), view(&sums, count, r), *matrix, 1.0);
                 for (part, weighted) in parts.iter_mut().zip(weighted.chunks_exact(r)) {
                     part.iter_mut().zip(weighted).for_each(|(part, &x)| *part = T::of(x));
                 }
             }
         }
+        Ok(())
     }
 }
 

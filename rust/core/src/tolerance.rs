@@ -18,6 +18,7 @@ use crate::measure::{
     Draw, ErrorEstimate, ExactRows, KeyGradients, Pairs, Queries, Weights, exact_rows, gather, key_gradients,
     unseen_row_sums,
 };
+use crate::memory::{copied, zeroed};
 use crate::monomials::Monomials;
 use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
 use crate::polynomial;
@@ -116,7 +117,7 @@ pub(crate) fn forward<T: Real>(
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<(Constants<T>, HeadReport)> {
-    let (plan, mut facts) = match given {
+    let (plan, facts) = match given {
         Some(plan) => (plan.clone(), None),
         None => plan_head(ctx, head, attention, auto)?,
     };
@@ -134,10 +135,10 @@ pub(crate) fn forward<T: Real>(
                 // Not the rows that the engine was chosen by.
                 let dv = head.v.ncols();
                 let options = (attention.causal, attention.scale);
-                let facts = facts.get_or_insert_with(|| Known::new(head, attention.scale));
-                let mut guides = facts.of_queries(head, options, None);
-                guides.push(guides::squares_of(out, dv));
-                let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides);
+                let facts = facts.map_or_else(|| Known::new(head, attention.scale), Ok)?;
+                let mut guides = facts.of_queries(head, options, None)?;
+                guides.push(guides::squares_of(out, dv)?);
+                let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides)?;
                 let exact = exact_rows(ctx, head, options, &draw.rows, None)?.out;
                 let error = draw.compare(&exact, out, dv);
                 if error.high <= auto.tol && all_finite(out) {
@@ -334,10 +335,10 @@ impl<T: Real> Group<'_, '_, T> {
         let n = self.rows();
         for (i, dq) in self.indices().zip(dq.chunks_mut(n * self.heads.q[0].ncols())) {
             let head = self.heads.head(i);
-            let mut own = vec![T::ZERO; n * head.v.ncols()];
-            let (mut max, mut scale) = (vec![T::ZERO; n], vec![T::ZERO; n]);
+            let mut own = zeroed(n * head.v.ncols(), "a head's exact output")?;
+            let (mut max, mut scale) = (zeroed(n, "row maxima")?, zeroed(n, "row sums")?);
             exact::forward(ctx, &head, self.attention, &mut own, &mut max, &mut scale)?;
-            let delta = delta(self.dout[i], &own);
+            let delta = delta(self.dout[i], &own)?;
             let rows = RowFactors { max: &max, scale: &scale };
             let up = Upstream { dout: self.dout[i], delta: &delta, rows };
             exact::backward(ctx, &head, self.attention, up, reborrow(dq, grads))?;
@@ -357,18 +358,18 @@ impl<T: Real> Group<'_, '_, T> {
         samples: usize,
         seed: u64,
         grads: Option<&HeadGrads<'_, T>>,
-    ) -> Draw {
+    ) -> Result<Draw> {
         let options = (self.attention.causal, self.attention.scale);
         let of_head = |i: usize| known[i].of_keys(&self.heads.head(self.first + i), options, &dout[i]);
-        let mut all = of_head(0);
+        let mut all = of_head(0)?;
         for i in 1..self.group {
-            for (all, own) in all.iter_mut().zip(of_head(i)) {
+            for (all, own) in all.iter_mut().zip(of_head(i)?) {
                 all.iter_mut().zip(own).for_each(|(all, own)| *all += own);
             }
         }
         if let Some(grads) = grads {
-            all.push(guides::squares_of(grads.dk, self.heads.k[0].ncols()));
-            all.push(guides::squares_of(grads.dv, self.heads.v[0].ncols()));
+            all.push(guides::squares_of(grads.dk, self.heads.k[0].ncols())?);
+            all.push(guides::squares_of(grads.dv, self.heads.v[0].ncols())?);
         }
         Draw::new(self.heads.k[0].nrows(), samples, seed, &all)
     }
@@ -400,6 +401,9 @@ impl HeadReport {
         self.errors.dkey_bias = biased.then_some(errors.db);
     }
 }
+
+/// What errors call scores of drawn queries and keys.
+const PAIRS: &str = "pairs of drawn queries and keys";
 
 /// Row sums of drawn queries, exact and the engine's.
 struct RowSums<'a> {
@@ -437,10 +441,10 @@ impl<'a> RowSums<'a> {
         keys: &[usize],
         dout: &Mat<f64>,
         own_delta: &[T],
-    ) -> Vec<[f64; 3]> {
+    ) -> Result<Vec<[f64; 3]>> {
         let (count, width) = (self.draw.rows.len(), keys.len());
-        let (q, k, v) = (gather(head.q, &self.draw.rows), gather(head.k, keys), gather(head.v, keys));
-        let (mut scores, mut upstream) = (vec![0.0; count * width], vec![0.0; count * width]);
+        let (q, k, v) = (gather(head.q, &self.draw.rows)?, gather(head.k, keys)?, gather(head.v, keys)?);
+        let (mut scores, mut upstream) = (zeroed(count * width, PAIRS)?, zeroed(count * width, PAIRS)?);
         product(view_mut(&mut scores, count, width), q.as_ref(), k.transpose(), scale);
         product(view_mut(&mut upstream, count, width), dout.as_ref(), v.transpose(), 1.0);
         for (&row, scores) in self.draw.rows.iter().zip(scores.chunks_exact_mut(width)) {
@@ -451,14 +455,14 @@ impl<'a> RowSums<'a> {
         }
         let own_delta: Vec<f64> = self.draw.rows.iter().map(|&row| own_delta[row].to_f64()).collect();
         let squares = |x: &Mat<f64>, by: f64| x.row_iter().map(|row| by * row.squared_norm_l2()).collect::<Vec<_>>();
-        unseen_row_sums(&Pairs {
+        Ok(unseen_row_sums(&Pairs {
             scores: &scores,
             upstream: &upstream,
             weights: &self.draw.weights,
             exact: [self.exact, &self.delta],
             own: [&self.own, &own_delta],
             squares: [&squares(&q, scale * scale), &squares(dout, 1.0)],
-        })
+        }))
     }
 }
 
@@ -474,22 +478,23 @@ impl Check {
     ) -> Result<Self> {
         let options = (of.attention.causal, of.attention.scale);
         let d = of.heads.q[0].ncols();
-        let known: Vec<Known> = of.indices().map(|i| Known::new(&of.heads.head(i), of.attention.scale)).collect();
-        let sizes: Vec<Vec<f64>> = of.indices().map(|i| guides::squares(of.dout[i])).collect();
-        let keys = of.draw_keys(&known, &sizes, samples, seed, results.map(|results| results.1));
+        let known: Vec<Known> =
+            of.indices().map(|i| Known::new(&of.heads.head(i), of.attention.scale)).collect::<Result<_>>()?;
+        let sizes: Vec<Vec<f64>> = of.indices().map(|i| guides::squares(of.dout[i])).collect::<Result<_>>()?;
+        let keys = of.draw_keys(&known, &sizes, samples, seed, results.map(|results| results.1))?;
         let mut unseen = vec![[0.0; 3]; keys.rows.len()];
         let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
         for i in of.indices() {
             let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
             let (max, scale) = of.saved.rows(i);
             let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
-            let mut guides = known[i - of.first].of_queries(&head, options, Some(&sizes[i - of.first]));
+            let mut guides = known[i - of.first].of_queries(&head, options, Some(&sizes[i - of.first]))?;
             if let Some((dq, _)) = results {
                 let rows = of.rows() * d;
-                guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d));
+                guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d)?);
             }
-            let draw = Draw::new(head.q.nrows(), samples, seed ^ 1, &guides);
-            let dout = gather(of.dout[i], &draw.rows);
+            let draw = Draw::new(head.q.nrows(), samples, seed ^ 1, &guides)?;
+            let dout = gather(of.dout[i], &draw.rows)?;
             let by_definition = match (constants, of.saved.engine(i, of.attention)) {
                 (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => {
                     Some((constants, engine))
@@ -505,8 +510,8 @@ impl Check {
                 None => None,
             };
             // Exact row sums where they are known, those of the engine elsewhere.
-            let (mut exact_sums, own_delta) = (log_sums.clone(), delta(of.dout[i], of.out_of(i)));
-            let mut delta = own_delta.clone();
+            let (mut exact_sums, own_delta) = (copied(&log_sums, "row sums")?, delta(of.dout[i], of.out_of(i))?);
+            let mut delta = copied(&own_delta, "products of dout and out")?;
             let (out, dq, own_dq) = match moments {
                 Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
                 None if !wanted.exact_heads && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
@@ -514,7 +519,7 @@ impl Check {
                     let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
                     let sums = RowSums::new(&draw, &dout, &exact, &log_sums);
                     exact_sums.iter_mut().for_each(|log_sum| *log_sum += sums.mean_change);
-                    let added = sums.unseen(&head, options, &keys.rows, &dout, &own_delta);
+                    let added = sums.unseen(&head, options, &keys.rows, &dout, &own_delta)?;
                     for (all, added) in unseen.iter_mut().zip(added) {
                         all.iter_mut().zip(added).for_each(|(all, added)| *all += added);
                     }

@@ -25,6 +25,7 @@ use crate::layers::attention_block::{self, Inside, SelfAttention, Weights};
 use crate::layers::tiles::add_into;
 use crate::layers::{cross_entropy, embedding, expect_rows, feed_forward, linear, norm};
 use crate::measure::{ErrorEstimate, measure_error};
+use crate::memory::{room, zeroed};
 use crate::real::Real;
 use crate::rows::Rows;
 use crate::tolerance::{HeadReport, SAMPLES};
@@ -320,6 +321,9 @@ struct NormParams<T> {
     bias: Option<Vec<T>>,
 }
 
+/// What errors call an array like a layer's input, or the gradient with respect to one.
+const ACTIVATIONS: &str = "what a layer takes or gives, or its gradient";
+
 type Grads<T> = BTreeMap<String, Vec<T>>;
 
 impl<'a, T: Real> Model<'a, T> {
@@ -384,7 +388,7 @@ impl<'a, T: Real> Model<'a, T> {
         if let Input::Tokens { tokens, .. } = input {
             expect_len("tokens", tokens.len(), batch.saturating_mul(n))?;
         }
-        let mut x = vec![T::ZERO; batch * n * d];
+        let mut x = zeroed(batch * n * d, ACTIVATIONS)?;
         match input {
             Input::Tokens { tokens, .. } => embedding::forward(self.ctx, tokens, self.embed, &mut x)?,
             Input::Embeddings(rows) => {
@@ -395,7 +399,8 @@ impl<'a, T: Real> Model<'a, T> {
                 }
             }
         }
-        let mut trace = Trace { inputs: Vec::with_capacity(self.layers.len() + 1), plans: Vec::new(), batch, n, d };
+        let mut trace =
+            Trace { inputs: room(self.layers.len() + 1, "a list of layers")?, plans: Vec::new(), batch, n, d };
         trace.inputs.push(x);
         for (i, layer) in self.layers.iter().enumerate() {
             let (next, plan) = self.layer_forward(layer, &trace, i)?;
@@ -412,7 +417,7 @@ impl<'a, T: Real> Model<'a, T> {
         drop(inside);
         self.stage_done();
         let normed = layer.ffn_norm.forward(self.ctx, &trace.like(&z)?)?;
-        let mut next = vec![T::ZERO; z.len()];
+        let mut next = zeroed(z.len(), ACTIVATIONS)?;
         feed_forward::forward(self.ctx, &trace.like(&normed)?, layer.w_in, layer.w_out, self.activation, &mut next)?;
         add_into(&mut next, &z);
         self.stage_done();
@@ -430,7 +435,7 @@ impl<'a, T: Real> Model<'a, T> {
         let normed = layer.attn_norm.forward(self.ctx, &trace.rows(i)?)?;
         let rows = trace.like(&normed)?;
         let inside = attn.inside(self.ctx, &rows)?;
-        let mut z = vec![T::ZERO; normed.len()];
+        let mut z = zeroed(normed.len(), ACTIVATIONS)?;
         attn.finish(self.ctx, &rows, &inside, &mut z)?;
         add_into(&mut z, &trace.inputs[i]);
         Ok(Attended { normed, inside, z })
@@ -446,7 +451,7 @@ impl<'a, T: Real> Model<'a, T> {
     ) -> Result<(R, Vec<T>)> {
         let x = trace.rows(self.layers.len())?;
         let last = self.norm.forward(self.ctx, &x)?;
-        let (mut dlast, mut dhead) = (vec![T::ZERO; last.len()], zeros(self.head));
+        let (mut dlast, mut dhead) = (zeroed(last.len(), ACTIVATIONS)?, zeros(self.head)?);
         let result = head(&trace.like(&last)?, &mut dlast, &mut dhead)?;
         drop(last);
         grads.insert("head".to_string(), dhead);
@@ -463,7 +468,7 @@ impl<'a, T: Real> Model<'a, T> {
         samples: usize,
         grads: &mut Grads<T>,
     ) -> Result<Vec<LayerReport>> {
-        let mut reports = Vec::with_capacity(self.layers.len());
+        let mut reports = room(self.layers.len(), "a list of layers")?;
         for (i, layer) in self.layers.iter().enumerate().rev() {
             reports.push(self.layer_backward(layer, trace, i, dx, samples, grads)?);
         }
@@ -488,18 +493,18 @@ impl<'a, T: Real> Model<'a, T> {
         let Attended { normed, inside, z } = self.attend(layer, &attn, trace, i)?;
         let error = if samples > 0 {
             let Attention { causal, scale, .. } = layer.attn.attention;
-            let heads = inside.heads(&trace.like(&normed)?);
-            Some(measure_error(self.ctx, &heads, causal, scale, &inside.out(trace.n), samples, i as u64)?)
+            let heads = inside.heads(&trace.like(&normed)?)?;
+            Some(measure_error(self.ctx, &heads, causal, scale, &inside.out(trace.n)?, samples, i as u64)?)
         } else {
             None
         };
         self.stage_done();
 
-        let mut through = vec![T::ZERO; dx.len()];
+        let mut through = zeroed(dx.len(), ACTIVATIONS)?;
         {
             let z_rows = trace.like(&z)?;
             let normed = layer.ffn_norm.forward(self.ctx, &z_rows)?;
-            let (mut dw_in, mut dw_out) = (zeros(layer.w_in), zeros(layer.w_out));
+            let (mut dw_in, mut dw_out) = (zeros(layer.w_in)?, zeros(layer.w_out)?);
             feed_forward::backward(
                 self.ctx,
                 &trace.like(&normed)?,
@@ -530,7 +535,7 @@ impl<'a, T: Real> Model<'a, T> {
     }
 
     fn embedding_backward(&self, input: &Input<'_, T>, dx: &[T], grads: &mut Grads<T>) -> Result<()> {
-        let mut dembed = zeros(self.embed);
+        let mut dembed = zeros(self.embed)?;
         if let Input::Tokens { tokens, batch, n } = input {
             let dx = Rows::from_slice(dx, *batch, *n, self.d_model)?;
             embedding::backward(self.ctx, tokens, &dx, self.embed.nrows(), &mut dembed)?;
@@ -549,7 +554,7 @@ struct Attended<T> {
 
 impl<T: Real> NormParams<T> {
     fn forward(&self, ctx: &Context, x: &Rows<'_, T>) -> Result<Vec<T>> {
-        let mut y = vec![T::ZERO; x.batch() * x.n() * x.d()];
+        let mut y = zeroed(x.batch() * x.n() * x.d(), ACTIVATIONS)?;
         match &self.bias {
             None => norm::rms_forward(ctx, x, &self.gain, EPS, &mut y)?,
             Some(bias) => norm::layer_forward(ctx, x, &self.gain, bias, EPS, &mut y)?,
@@ -560,12 +565,12 @@ impl<T: Real> NormParams<T> {
     /// The gradient with respect to `x`; those of the parameters go to `grads`.
     fn backward(&self, ctx: &Context, x: &Rows<'_, T>, dy: &[T], grads: &mut Grads<T>) -> Result<Vec<T>> {
         let dy = Rows::from_slice(dy, x.batch(), x.n(), x.d())?;
-        let mut dx = vec![T::ZERO; x.batch() * x.n() * x.d()];
-        let mut dgain = vec![T::ZERO; x.d()];
+        let mut dx = zeroed(x.batch() * x.n() * x.d(), ACTIVATIONS)?;
+        let mut dgain = zeroed(x.d(), "the gradient of a norm")?;
         if self.bias.is_none() {
             norm::rms_backward(ctx, x, &self.gain, EPS, &dy, &mut dx, &mut dgain)?;
         } else {
-            let mut dbias = vec![T::ZERO; x.d()];
+            let mut dbias = zeroed(x.d(), "the gradient of a norm")?;
             norm::layer_backward(ctx, x, &self.gain, EPS, &dy, &mut dx, &mut dgain, &mut dbias)?;
             grads.insert(format!("{}.bias", self.name), dbias);
         }
@@ -574,8 +579,8 @@ impl<T: Real> NormParams<T> {
     }
 }
 
-fn zeros<T: Real>(like: MatRef<'_, T>) -> Vec<T> {
-    vec![T::ZERO; like.nrows() * like.ncols()]
+fn zeros<T: Real>(like: MatRef<'_, T>) -> Result<Vec<T>> {
+    zeroed(like.nrows() * like.ncols(), "the gradient of a parameter")
 }
 
 /// An error naming the first parameter that is missing, unexpected, misshapen or not finite.

@@ -4,10 +4,9 @@ use lingrad_core::memory::collected;
 use lingrad_core::{ColRef, Error, MatRef, Real, Rows};
 use numpy::prelude::*;
 use numpy::{Element, PyArrayDyn, PyUntypedArray, get_array_module};
-use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 
-use crate::error::{DtypeError, Result, ShapeError};
+use crate::error::{DtypeError, Result, ShapeError, no_memory};
 
 /// `f32` or `f64`, to both NumPy and the core.
 pub trait Scalar: Real + Element {}
@@ -119,7 +118,7 @@ impl<'py, T: Scalar> View<'py, T> {
     /// The entries of a 1-D array.
     pub fn vector(&self) -> Result<Vec<T>> {
         match self.columns()?[..] {
-            [column] if self.shape().len() == 1 => Ok(column.iter().copied().collect()),
+            [column] if self.shape().len() == 1 => Ok(collected(column.iter().copied(), "a copy of a vector")?),
             _ => Err(self.shape_error(self.shape(), "(entries,)")),
         }
     }
@@ -147,7 +146,7 @@ impl<'py, T: Scalar> View<'py, T> {
             Some(Ok(views)) => Ok(views),
             Some(Err(Error::Memory { bytes, .. })) => {
                 let text = format!("no memory for views of the matrices of {}: {bytes} bytes", self.name);
-                Err(PyMemoryError::new_err(text).into())
+                Err(no_memory(text))
             }
             Some(Err(_)) | None => Err(self.shape_error(self.shape(), "no more matrices than memory has room to list")),
         }
@@ -200,6 +199,13 @@ impl<'py, T: Scalar> Output<'py, T> {
     pub fn into_array(self) -> Bound<'py, PyAny> {
         self.0.into_any()
     }
+}
+
+/// A new array of the given shape that holds a copy of `entries`.
+pub fn copy<'py, T: Scalar>(py: Python<'py>, entries: &[T], shape: &[usize]) -> Result<Bound<'py, PyAny>> {
+    let mut copy = Output::new(py, shape)?;
+    copy.entries().copy_from_slice(entries);
+    Ok(copy.into_array())
 }
 
 /// `entries` as a Python array of the given shape.

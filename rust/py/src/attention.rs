@@ -1,6 +1,7 @@
 //! Attention: forward, backward, measured error.
 
 use lingrad_core::measure::{self, ErrorEstimate};
+use lingrad_core::memory::copied;
 use lingrad_core::{Attention, AttentionGrads, Error, Heads, Saved};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -118,7 +119,7 @@ pub fn attention_forward<'py>(
             let entries = out.entries();
             let kept = run(py, None, |ctx| {
                 let saved = attention.forward(ctx, &heads, entries)?;
-                Ok(keep.then(|| T::keep(saved, entries.to_vec())))
+                keep.then(|| Ok(T::keep(saved, copied(entries, "a copy of out")?))).transpose()
             })?;
             Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
         })

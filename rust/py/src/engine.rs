@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lingrad_core::memory::collected;
 use lingrad_core::{Engine, Error, engine};
 use numpy::PyReadonlyArrayDyn;
 use pyo3::prelude::*;
@@ -73,7 +74,8 @@ impl<'py> FromPyObject<'_, 'py> for Numbers {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        Ok(Self(object.extract::<PyReadonlyArrayDyn<'py, f64>>()?.as_array().iter().copied().collect()))
+        let array = object.extract::<PyReadonlyArrayDyn<'py, f64>>()?;
+        Ok(Self(collected(array.as_array().iter().copied(), "constants of landmarks").map_err(Failure::from)?))
     }
 }
 

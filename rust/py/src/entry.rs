@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use pyo3::prelude::*;
 
 use crate::error::{Failure, LingradError, Result};
+use crate::reserve;
 
 /// What a function of this module raises. Only [`entry`] makes one, so that none can leave it out and use `?`.
 pub struct Raised(PyErr);
@@ -24,6 +25,9 @@ impl From<Raised> for PyErr {
 /// Runs the body of a function, all of it: the reading of its arguments, and the making of its results. A panic becomes a
 /// `LingradError`; PyO3 would make an exception of it that `except Exception` does not catch.
 pub fn entry<T>(body: impl FnOnce() -> Result<T>) -> Outcome<T> {
+    // What is missing is [`run`](crate::run::run)'s to refuse: little is needed without it.
+    let _ = reserve::lay();
+    reserve::make_room();
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(result) => result.map_err(|failure| Raised(failure.into())),
         Err(panic) => Err(Raised(internal_error(&*panic))),

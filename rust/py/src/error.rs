@@ -4,6 +4,8 @@ use lingrad_core::Error;
 use pyo3::PyErr;
 use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError};
 
+use crate::reserve;
+
 /// Importable from Rust, defined in `lingrad_rs/errors.py`.
 mod classes {
     pyo3::import_exception!(lingrad_rs.errors, ArgumentError);
@@ -31,10 +33,16 @@ impl From<Error> for Failure {
             Error::NonFinite(_) => classes::NonFiniteError::new_err(text),
             Error::Denominator(_) => classes::DenominatorError::new_err(text),
             Error::Tolerance(_) => classes::ToleranceError::new_err(text),
-            Error::Memory { .. } => PyMemoryError::new_err(text),
+            Error::Memory { .. } => return no_memory(text),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
         })
     }
+}
+
+/// A `MemoryError`, and memory for what Python makes of it.
+pub fn no_memory(text: String) -> Failure {
+    reserve::make_room();
+    Failure(PyMemoryError::new_err(text))
 }
 
 impl From<PyErr> for Failure {

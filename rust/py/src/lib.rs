@@ -11,6 +11,7 @@ mod error;
 mod huge_pages;
 mod layers;
 mod plan;
+mod reserve;
 mod run;
 mod sample;
 mod transformer;

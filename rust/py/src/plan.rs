@@ -5,11 +5,10 @@ use std::sync::Arc;
 use lingrad_core::engine::{self, Auto, Coefficients, Engine, LandmarkConstants, Planned, Shift};
 use lingrad_core::plan::HeadPlan;
 use lingrad_core::tolerance::HeadReport;
-use numpy::PyArray1;
-use numpy::prelude::*;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::arrays::copy;
 use crate::attention::estimate;
 use crate::engine::AnyEngine;
 use crate::error::Result;
@@ -131,10 +130,10 @@ pub fn constants_dict<'py>(py: Python<'py>, given: &LandmarkConstants) -> Result
     let dict = PyDict::new(py);
     let (r, d) = (given.rank(), given.query_shift.len());
     dict.set_item("scale", given.scale)?;
-    dict.set_item("query_shift", PyArray1::from_slice(py, &given.query_shift))?;
-    dict.set_item("key_shift", PyArray1::from_slice(py, &given.key_shift))?;
+    dict.set_item("query_shift", copy(py, &given.query_shift, &[d])?)?;
+    dict.set_item("key_shift", copy(py, &given.key_shift, &[d])?)?;
     dict.set_item("balance", given.balance)?;
-    dict.set_item("landmarks", PyArray1::from_slice(py, &given.landmarks).reshape((r, d))?)?;
-    dict.set_item("matrix", PyArray1::from_slice(py, &given.matrix).reshape((r, r))?)?;
+    dict.set_item("landmarks", copy(py, &given.landmarks, &[r, d])?)?;
+    dict.set_item("matrix", copy(py, &given.matrix, &[r, r])?)?;
     Ok(dict)
 }

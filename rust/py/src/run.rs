@@ -6,15 +6,21 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use lingrad_core::Context;
+use lingrad_core::memory::room;
+use lingrad_core::{Context, Error};
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::entry::internal_error;
 use crate::error::{ArgumentError, LingradError, Result};
+use crate::reserve;
 
 /// How often the waiting thread looks for signals and reports progress.
 const POLL: Duration = Duration::from_millis(50);
+
+/// Bytes of a thread's stack, as Rust has it by default; and of the pages that it takes beside that.
+const STACK: usize = 1 << 21;
+const BESIDE_STACK: usize = 1 << 17;
 
 struct Pool {
     /// The process the threads belong to: a fork has none of its parent's.
@@ -66,8 +72,13 @@ fn pool(py: Python<'_>) -> Result<Arc<ThreadPool>> {
         Some(p) if p.process == process && p.pool.current_num_threads() == n => return Ok(p.pool.clone()),
         _ => {}
     }
+    // A thread whose stack finds no room is an error, but one that then finds none for itself ends the process: so there is
+    // room for all of it first. What is free now is free again below.
+    let stacks = n.saturating_mul(STACK + BESIDE_STACK);
+    drop(room::<u8>(stacks, "the stacks of the threads (set_num_threads for fewer)")?);
     let pool = ThreadPoolBuilder::new()
         .num_threads(n)
+        .stack_size(STACK)
         .thread_name(|i| format!("lingrad-{i}"))
         .build()
         .map_err(|e| LingradError::new_err(format!("cannot start {n} threads: {e}; use set_num_threads")))?;
@@ -92,6 +103,9 @@ pub fn run<R: Send>(
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(&Context) -> lingrad_core::Result<R> + Send,
 ) -> Result<R> {
+    if let Some(bytes) = reserve::lay() {
+        return Err(Error::Memory { what: "the reserve that a call keeps for its errors", bytes }.into());
+    }
     let pool = pool(py)?;
     let progress = progress.map(|p| p.clone().unbind());
     let (outcome, interrupt) = py.detach(|| {
@@ -120,6 +134,8 @@ pub fn run<R: Send>(
             }
         })
     });
+    // Whoever called makes Python's objects of the results.
+    reserve::make_room();
     match (interrupt, outcome) {
         (Some(error), _) => Err(error.into()),
         (None, Some(Ok(result))) => {

@@ -3,7 +3,9 @@
 use lingrad_core::Error;
 use lingrad_core::engine::{Auto, LandmarkConstants};
 use lingrad_core::measure::Squares;
+use lingrad_core::memory::collected;
 use lingrad_core::sampled::{self, Fits, Tokens};
+use numpy::ndarray::ArrayView1;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,8 +20,8 @@ use crate::run::run;
 /// A vector of numbers that are read once.
 type Numbers<'py, T> = PyReadonlyArray1<'py, T>;
 
-fn numbers<T: numpy::Element + Copy>(x: &Numbers<'_, T>) -> Vec<T> {
-    x.as_array().iter().copied().collect()
+fn numbers<T: numpy::Element + Copy>(x: &Numbers<'_, T>) -> lingrad_core::Result<Vec<T>> {
+    collected(x.as_array().iter().copied(), "a copy of a vector")
 }
 
 /// The views of one head's tokens.
@@ -67,14 +69,15 @@ pub fn draw_rows<'py>(
     entry(|| {
         let guides = guides.as_array();
         let total = guides.ncols();
-        let guides: Vec<Vec<f64>> = guides.outer_iter().map(|guide| guide.to_vec()).collect();
+        let copy = |guide: ArrayView1<'_, f64>| collected(guide.iter().copied(), "guides that rows are drawn by");
+        let guides = guides.outer_iter().map(copy).collect::<lingrad_core::Result<Vec<_>>>()?;
         let (rows, weights) = run(py, None, |_| sampled::draw_rows(total, &guides, samples, seed))?;
-        Ok((indices(py, rows), PyArray1::from_vec(py, weights)))
+        Ok((indices(py, rows)?, PyArray1::from_vec(py, weights)))
     })
 }
 
-fn indices(py: Python<'_>, x: Vec<usize>) -> Bound<'_, PyArray1<i64>> {
-    PyArray1::from_iter(py, x.into_iter().map(|i| i as i64))
+fn indices(py: Python<'_>, x: Vec<usize>) -> Result<Bound<'_, PyArray1<i64>>> {
+    Ok(PyArray1::from_vec(py, collected(x.into_iter().map(|i| i as i64), "drawn rows")?))
 }
 
 /// `(relative, low, high, rows)` from the squared lengths `(rows, 4)` of the errors of drawn rows, of the exact rows and of
@@ -94,7 +97,7 @@ pub fn estimate_error(
         }
         let rows =
             squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2], more: row[3] });
-        Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights), total, given)?))
+        Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights)?, total, given)?))
     })
 }
 
@@ -113,7 +116,7 @@ pub fn unseen_row_sums<'py>(
     entry(|| {
         let [scores, upstream, exact, own, squares] =
             [scores, upstream, exact, own, squares].map(|x| x.as_array().iter().copied().collect::<Vec<f64>>());
-        let weights = numbers(&weights);
+        let weights = numbers(&weights)?;
         let added = sampled::unseen_row_sums(&scores, &upstream, &weights, [&exact, &own, &squares])?;
         let flat: Vec<f64> = added.iter().flatten().copied().collect();
         Ok(PyArray1::from_vec(py, flat).reshape([added.len(), 3])?)
@@ -131,7 +134,7 @@ pub fn rows_to_verify(n: usize) -> Outcome<usize> {
 pub fn stratified(py: Python<'_>, n: usize, count: usize, seed: u64) -> Outcome<Bound<'_, PyArray1<i64>>> {
     entry(|| {
         let drawn = run(py, None, |_| Ok(sampled::stratified(n, count, seed)))?;
-        Ok(indices(py, drawn))
+        indices(py, drawn)
     })
 }
 
@@ -179,7 +182,7 @@ pub fn fitted_polynomials<'py>(
     entry(|| {
         let position = |x: &Numbers<'py, i64>| -> lingrad_core::Result<Vec<usize>> {
             let negative = |_| Error::Argument("a position is negative; expected those of tokens".into());
-            numbers(x).into_iter().map(|i| usize::try_from(i).map_err(negative)).collect()
+            numbers(x)?.into_iter().map(|i| usize::try_from(i).map_err(negative)).collect()
         };
         let positions = positions.read()?.map(|(q, k)| Ok::<_, Error>([position(&q)?, position(&k)?])).transpose()?;
         by_dtype!(q, T => {

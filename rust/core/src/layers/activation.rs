@@ -46,7 +46,7 @@ pub fn forward<T: Real>(ctx: &Context, kind: ActivationKind, x: &Rows<'_, T>, y:
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * x.d())?;
     for_each_tile(ctx, rows, [(y, x.d())], [], |tile, [y], [], [x_tile]| {
-        y.copy_from_slice(load(x, tile, x_tile));
+        y.copy_from_slice(load(x, tile, x_tile)?);
         apply(kind, y);
         Ok(())
     })?;
@@ -66,9 +66,9 @@ pub fn backward<T: Real>(
     expect_len("dx", dx.len(), rows * x.d())?;
     for_each_tile(ctx, rows, [(dx, x.d())], [], |tile, [dx], [], [x_tile, dy_tile]| {
         let count = tile.len() * x.d();
-        load(x, tile.clone(), x_tile);
+        load(x, tile.clone(), x_tile)?;
         apply_with_slope(kind, &mut x_tile[..count], dx);
-        multiply(dx, load(dy, tile, dy_tile));
+        multiply(dx, load(dy, tile, dy_tile)?);
         Ok(())
     })?;
     Ok(())

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 
 use faer::{Accum, MatRef};
 
-use super::heads::{Part, Projected, Shaping, project, unproject};
+use super::heads::{Part, Projected, Shaping, VIEWS, project, unproject};
 use super::rope::Rope;
 use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded};
 use super::{expect_rows, expect_shape};
@@ -29,6 +29,7 @@ use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
 use crate::engine::Planned;
 use crate::error::{Error, Result, expect_len};
+use crate::memory::{copied, zeroed};
 use crate::real::Real;
 use crate::rows::Rows;
 use crate::tile::view;
@@ -143,18 +144,18 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 (project(ctx, x, "q", w, 1, Shaping::NONE)?, None, project(ctx, x, "v", w_v, 1, Shaping::NONE)?, None)
             }
             Weights::Heads { w_q, w_k, w_v, rope, score_bound, .. } => {
-                let rope = rope.then(|| Rope::new(x.n(), d));
+                let rope = rope.then(|| Rope::new(x.n(), d)).transpose()?;
                 let shaping = Shaping { unit: score_bound.is_some(), rope: rope.as_ref() };
                 let q = project(ctx, x, "q", w_q, h, shaping)?;
                 let k = project(ctx, x, "k", w_k, h_kv, shaping)?;
                 (q, Some(k), project(ctx, x, "v", w_v, h_kv, Shaping::NONE)?, rope)
             }
         };
-        let out = Projected::zeros(x.batch() * x.n(), h, dv);
+        let out = Projected::zeros(x.batch() * x.n(), h, dv)?;
         let mut inside = Inside { q, k, v, rope, out, saved: None };
         if x.batch() * x.n() > 0 {
             let mut out = std::mem::take(&mut inside.out.rows);
-            inside.saved = Some(self.attention.forward(ctx, &inside.heads(x), &mut out)?);
+            inside.saved = Some(self.attention.forward(ctx, &inside.heads(x)?, &mut out)?);
             inside.out.rows = out;
         }
         Ok(inside)
@@ -170,7 +171,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         };
         for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [buffer]| {
             let count = tile.len();
-            let o = inside.out.side_by_side(x.n(), tile, buffer);
+            let o = inside.out.side_by_side(x.n(), tile, buffer)?;
             product(y, Accum::Replace, view(o, count, w_o.nrows()), w_o);
             Ok(())
         })?;
@@ -193,18 +194,17 @@ impl<'a, T: Real> SelfAttention<'a, T> {
         let rows = batch * n;
         expect_rows("dy", dy, batch, n, e)?;
         expect_len("dx", dx.len(), rows * x.d())?;
-        let mut dq = vec![T::ZERO; rows * h * d];
-        let mut dk = vec![T::ZERO; rows * h_kv * d];
-        let mut dv = vec![T::ZERO; rows * h_kv * dv];
+        let zeros = |len: usize| zeroed(len, "gradients of queries, keys and values");
+        let (mut dq, mut dk, mut dv) = (zeros(rows * h * d)?, zeros(rows * h_kv * d)?, zeros(rows * h_kv * dv)?);
         let mut reports = Vec::new();
         if let Some(saved) = &inside.saved {
             let dout = match self.weights {
                 Weights::Combined { .. } => None,
                 Weights::Heads { w_o, .. } => Some(project(ctx, dy, "dout", w_o.transpose(), h, Shaping::NONE)?),
             };
-            let dout = dout.as_ref().map_or_else(|| dy.blocks().to_vec(), |dout| dout.views(n));
+            let dout = dout.as_ref().map_or_else(|| copied(dy.blocks(), VIEWS), |dout| dout.views(n))?;
             let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
-            let heads = inside.heads(x);
+            let heads = inside.heads(x)?;
             reports = self.attention.backward(ctx, &heads, saved, &inside.out.rows, &dout, samples, grads)?;
         }
         let (w_q, w_k, w_v, names) = match self.weights {
@@ -228,11 +228,10 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 let [sum] =
                     for_each_tile(ctx, rows, [], [w_o.nrows() * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
                         let count = tile.len();
-                        let o = view(inside.out.side_by_side(n, tile.clone(), o_tile), count, w_o.nrows());
-                        accumulate_transposed(sum, o, view(load(dy, tile, dy_tile), count, e), buffer);
-                        Ok(())
+                        let o = view(inside.out.side_by_side(n, tile.clone(), o_tile)?, count, w_o.nrows());
+                        accumulate_transposed(sum, o, view(load(dy, tile, dy_tile)?, count, e), buffer)
                     })?;
-                grads.insert("w_o", rounded(&sum));
+                grads.insert("w_o", rounded(&sum)?);
             }
         }
         Ok((grads, reports))
@@ -271,13 +270,13 @@ impl<'a, T: Real> SelfAttention<'a, T> {
 
 impl<T: Real> Inside<T> {
     /// The attention that was computed, for `x` as it was given.
-    pub(crate) fn heads<'b>(&'b self, x: &Rows<'b, T>) -> Heads<'b, T> {
-        Heads {
-            q: self.q.views(x.n()),
-            k: self.k.as_ref().map_or_else(|| x.blocks().to_vec(), |k| k.views(x.n())),
-            v: self.v.views(x.n()),
+    pub(crate) fn heads<'b>(&'b self, x: &Rows<'b, T>) -> Result<Heads<'b, T>> {
+        Ok(Heads {
+            q: self.q.views(x.n())?,
+            k: self.k.as_ref().map_or_else(|| copied(x.blocks(), VIEWS), |k| k.views(x.n()))?,
+            v: self.v.views(x.n())?,
             key_bias: None,
-        }
+        })
     }
 
     /// The engines that were used within a tolerance.
@@ -286,7 +285,7 @@ impl<T: Real> Inside<T> {
     }
 
     /// Its output, head by head.
-    pub(crate) fn out(&self, n: usize) -> Vec<MatRef<'_, T>> {
+    pub(crate) fn out(&self, n: usize) -> Result<Vec<MatRef<'_, T>>> {
         self.out.views(n)
     }
 }

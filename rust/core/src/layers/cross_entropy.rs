@@ -22,7 +22,7 @@ pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogi
     check(rows, targets, vocab)?;
     expect_len("dlogits", dlogits.len(), rows * vocab)?;
     let [loss] = for_each_tile(ctx, rows, [(dlogits, vocab)], [1], |tile, [dlogits], [loss], [buffer]| {
-        dlogits.copy_from_slice(load(logits, tile.clone(), buffer));
+        dlogits.copy_from_slice(load(logits, tile.clone(), buffer)?);
         loss[0] += differentiate(dlogits, &targets[tile], rows)?;
         Ok(())
     })?;
@@ -50,12 +50,12 @@ pub fn linear_mean<T: Real>(
     let [loss, dw_sum] =
         for_each_tile(ctx, rows, [(dx, d)], [1, d * vocab], |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
             let count = tile.len();
-            let x = view(load(x, tile.clone(), x_tile), count, d);
-            let logits = sized(logits, count * vocab);
+            let x = view(load(x, tile.clone(), x_tile)?, count, d);
+            let logits = sized(logits, count * vocab)?;
             product(logits, Accum::Replace, x, w);
             loss[0] += differentiate(logits, &targets[tile], rows)?;
             let dlogits = view(logits, count, vocab);
-            accumulate_transposed(dw, x, dlogits, buffer);
+            accumulate_transposed(dw, x, dlogits, buffer)?;
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())
         })?;

@@ -9,6 +9,7 @@ use super::expect_below;
 use super::tiles::{TILE, for_each_tile, round};
 use crate::context::Context;
 use crate::error::{Result, expect_len};
+use crate::memory::{made, zeroed};
 use crate::real::Real;
 use crate::rows::Rows;
 
@@ -42,7 +43,7 @@ pub fn backward<T: Real>(
     expect_below("tokens", tokens, vocab, "rows of embed")?;
     expect_len("tokens", tokens.len(), dy.batch() * dy.n())?;
     expect_len("dembed", dembed.len(), vocab * d)?;
-    let mut ends = vec![0; vocab];
+    let mut ends = zeroed::<usize>(vocab, "counts of tokens")?;
     for token in tokens {
         ends[*token as usize] += 1;
     }
@@ -50,15 +51,16 @@ pub fn backward<T: Real>(
     for end in &mut ends {
         total += std::mem::replace(end, total);
     }
-    let mut positions = vec![0; tokens.len()];
+    let mut positions = zeroed::<usize>(tokens.len(), "positions of tokens")?;
     for (i, token) in tokens.iter().enumerate() {
         let end = &mut ends[*token as usize];
         positions[*end] = i;
         *end += 1;
     }
     dembed.par_chunks_mut(d.max(1)).enumerate().try_for_each_init(
-        || vec![0.0; d],
+        || zeroed::<f64>(d, "the sum of a row"),
         |sum, (token, out)| {
+            let sum = made(sum)?;
             let start = if token == 0 { 0 } else { ends[token - 1] };
             sum.fill(0.0);
             for (count, i) in positions[start..ends[token]].iter().enumerate() {

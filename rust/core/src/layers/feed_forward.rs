@@ -30,8 +30,8 @@ pub fn forward<T: Real>(
     expect_len("y", y.len(), rows * e)?;
     for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
         let count = tile.len();
-        let hidden = sized(hidden, count * f);
-        product(hidden, Accum::Replace, view(load(x, tile, x_tile), count, d), w_in);
+        let hidden = sized(hidden, count * f)?;
+        product(hidden, Accum::Replace, view(load(x, tile, x_tile)?, count, d), w_in);
         apply(kind, hidden);
         product(y, Accum::Replace, view(hidden, count, f), w_out);
         Ok(())
@@ -66,17 +66,17 @@ pub fn backward<T: Real>(
         [d * f, f * e],
         |tile, [dx], [dw_in, dw_out], [x_tile, dy_tile, hidden, slope, dhidden, buffer]| {
             let count = tile.len();
-            let x = view(load(x, tile.clone(), x_tile), count, d);
-            let dy = view(load(dy, tile, dy_tile), count, e);
-            let (hidden, slope) = (sized(hidden, count * f), sized(slope, count * f));
+            let x = view(load(x, tile.clone(), x_tile)?, count, d);
+            let dy = view(load(dy, tile, dy_tile)?, count, e);
+            let (hidden, slope) = (sized(hidden, count * f)?, sized(slope, count * f)?);
             product(hidden, Accum::Replace, x, w_in);
             apply_with_slope(kind, hidden, slope);
-            accumulate_transposed(dw_out, view(hidden, count, f), dy, buffer);
-            let dhidden = sized(dhidden, count * f);
+            accumulate_transposed(dw_out, view(hidden, count, f), dy, buffer)?;
+            let dhidden = sized(dhidden, count * f)?;
             product(dhidden, Accum::Replace, dy, w_out.transpose());
             multiply(dhidden, slope);
             let dhidden = view(dhidden, count, f);
-            accumulate_transposed(dw_in, x, dhidden, buffer);
+            accumulate_transposed(dw_in, x, dhidden, buffer)?;
             product(dx, Accum::Replace, dhidden, w_in.transpose());
             Ok(())
         },

@@ -9,6 +9,7 @@ use super::rope::Rope;
 use super::tiles::{TILE, accumulate_transposed, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::memory::{collected, room, zeroed};
 use crate::real::{Real, vectorised};
 use crate::rows::Rows;
 use crate::tile::view;
@@ -51,18 +52,22 @@ impl<T> Shaping<'_, T> {
     pub(crate) const NONE: Self = Self { unit: false, rope: None };
 }
 
+/// What errors call lists of them.
+pub(crate) const VIEWS: &str = "views of heads";
+
 impl<T: Real> Projected<T> {
-    pub(crate) fn zeros(tokens: usize, heads: usize, width: usize) -> Self {
-        Self { rows: vec![T::ZERO; tokens * heads * width], heads, width, inverse_norms: Vec::new() }
+    pub(crate) fn zeros(tokens: usize, heads: usize, width: usize) -> Result<Self> {
+        let rows = zeroed(tokens * heads * width, "queries, keys, values or outputs of heads")?;
+        Ok(Self { rows, heads, width, inverse_norms: Vec::new() })
     }
 
     /// Each head's `(n, width)`.
-    pub(crate) fn views(&self, n: usize) -> Vec<MatRef<'_, T>> {
-        self.rows.chunks_exact((n * self.width).max(1)).map(|rows| view(rows, n, self.width)).collect()
+    pub(crate) fn views(&self, n: usize) -> Result<Vec<MatRef<'_, T>>> {
+        collected(self.rows.chunks_exact((n * self.width).max(1)).map(|rows| view(rows, n, self.width)), VIEWS)
     }
 
     /// The rows of the tokens `tile`, `(tile, heads * width)`.
-    pub(crate) fn side_by_side<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
+    pub(crate) fn side_by_side<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
         gather(&self.rows, self.heads, self.width, n, tile, buffer, |_, _, _| {})
     }
 }
@@ -83,17 +88,20 @@ pub(crate) fn project<T: Real>(
         inverse_norms: Vec<&'a mut [T]>,
     }
     let (n, width) = (x.n(), w.ncols() / heads);
-    let mut all = Projected::zeros(x.batch() * n, heads, width);
+    let mut all = Projected::zeros(x.batch() * n, heads, width)?;
     if all.rows.is_empty() {
         return Ok(all);
     }
     if shaping.unit {
-        all.inverse_norms = vec![T::ZERO; x.batch() * n * heads];
+        all.inverse_norms = zeroed(x.batch() * n * heads, "norms of queries or keys")?;
     }
     let tiles = n.div_ceil(TILE);
-    let mut tasks: Vec<Task<'_, T>> = (0..x.batch() * tiles)
-        .map(|i| Task { block: i / tiles, start: i % tiles * TILE, heads: Vec::new(), inverse_norms: Vec::new() })
-        .collect();
+    let mut tasks: Vec<Task<'_, T>> = room(x.batch() * tiles, VIEWS)?;
+    for i in 0..x.batch() * tiles {
+        let (norms, of_heads) = (if shaping.unit { heads } else { 0 }, room(heads, VIEWS)?);
+        let (block, start) = (i / tiles, i % tiles * TILE);
+        tasks.push(Task { block, start, heads: of_heads, inverse_norms: room(norms, VIEWS)? });
+    }
     for (i, head) in all.rows.chunks_mut(n * width).enumerate() {
         for (tile, rows) in head.chunks_mut(TILE * width).enumerate() {
             tasks[i / heads * tiles + tile].heads.push(rows);
@@ -107,7 +115,7 @@ pub(crate) fn project<T: Real>(
     tasks.into_par_iter().try_for_each_init(Vec::new, |buffer, mut task| {
         ctx.check()?;
         let count = TILE.min(n - task.start);
-        let side_by_side = sized(buffer, count * heads * width);
+        let side_by_side = sized(buffer, count * heads * width)?;
         product(side_by_side, Accum::Replace, x.blocks()[task.block].subrows(task.start, count), w);
         for (head, rows) in task.heads.iter_mut().enumerate() {
             let from = side_by_side.chunks_exact(heads * width).map(|row| &row[head * width..][..width]);
@@ -174,14 +182,14 @@ pub(crate) fn unproject<T: Real>(
     let sizes = parts.map(|part| part.w.map_or(0, |w| w.nrows() * w.ncols()));
     let sums = for_each_tile(ctx, x.batch() * n, [(dx, d)], sizes, |tile, [dx], sums, [x_tile, dz, buffer]| {
         let count = tile.len();
-        let x = view(load(x, tile.clone(), x_tile), count, d);
+        let x = view(load(x, tile.clone(), x_tile)?, count, d);
         dx.fill(T::ZERO);
         for (part, sum) in parts.iter().zip(sums) {
-            let dz = part.pull_back(n, tile.clone(), dz);
+            let dz = part.pull_back(n, tile.clone(), dz)?;
             match part.w {
                 Some(w) => {
                     let dz = view(dz, count, w.ncols());
-                    accumulate_transposed(sum, x, dz, buffer);
+                    accumulate_transposed(sum, x, dz, buffer)?;
                     product(dx, Accum::Add, dz, w.transpose());
                 }
                 None => dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz),
@@ -189,12 +197,13 @@ pub(crate) fn unproject<T: Real>(
         }
         Ok(())
     })?;
-    Ok(sums.map(|sum| rounded(&sum)))
+    let [a, b, c] = &sums;
+    Ok([rounded(a)?, rounded(b)?, rounded(c)?])
 }
 
 impl<T: Real> Part<'_, T> {
     /// The gradient of the tokens `tile` with respect to the projection, `(tile, heads * width)`.
-    fn pull_back<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
+    fn pull_back<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
         let Projected { rows, heads, width, inverse_norms } = self.rows;
         gather(self.gradient, *heads, *width, n, tile, buffer, |index, position, g| {
             if let Some(inverse) = inverse_norms.get(index) {
@@ -222,8 +231,8 @@ fn gather<'s, T: Real>(
     tile: Range<usize>,
     buffer: &'s mut Vec<T>,
     finish: impl Fn(usize, usize, &mut [T]),
-) -> &'s [T] {
-    let out = sized(buffer, tile.len() * heads * width);
+) -> Result<&'s [T]> {
+    let out = sized(buffer, tile.len() * heads * width)?;
     vectorised(
         #[inline(always)]
         || {
@@ -237,5 +246,5 @@ fn gather<'s, T: Real>(
             }
         },
     );
-    out
+    Ok(out)
 }

@@ -32,7 +32,7 @@ pub fn forward<T: Real>(ctx: &Context, x: &Rows<'_, T>, w: MatRef<'_, T>, b: Opt
             }
             _ => Accum::Replace,
         };
-        product(y, accum, view(load(x, tile, x_tile), count, d), w);
+        product(y, accum, view(load(x, tile, x_tile)?, count, d), w);
         Ok(())
     })?;
     Ok(())
@@ -63,8 +63,8 @@ pub fn backward<T: Real>(
     let [dw_sum, db_sum] =
         for_each_tile(ctx, rows, [(dx, d)], [d * e, bias], |tile, [dx], [dw, db], [x_tile, dy_tile, buffer]| {
             let count = tile.len();
-            let x = view(load(x, tile.clone(), x_tile), count, d);
-            let dy = load(dy, tile, dy_tile);
+            let x = view(load(x, tile.clone(), x_tile)?, count, d);
+            let dy = load(dy, tile, dy_tile)?;
             if bias > 0 {
                 for dy in dy.chunks_exact(bias) {
                     db.iter_mut().zip(dy).for_each(|(db, dy)| *db += dy.to_f64());
@@ -72,8 +72,7 @@ pub fn backward<T: Real>(
             }
             let dy = view(dy, count, e);
             product(dx, Accum::Replace, dy, w.transpose());
-            accumulate_transposed(dw, x, dy, buffer);
-            Ok(())
+            accumulate_transposed(dw, x, dy, buffer)
         })?;
     round(&dw_sum, dw);
     if let Some(db) = db {

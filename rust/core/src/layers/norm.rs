@@ -82,7 +82,7 @@ fn forward<T: Real>(
     }
     expect_len("y", y.len(), rows * d)?;
     for_each_tile(ctx, rows, [(y, d)], [], |tile, [y], [], [x_tile]| {
-        let x = load(x, tile, x_tile);
+        let x = load(x, tile, x_tile)?;
         vectorised(
             #[inline(always)]
             || {
@@ -127,8 +127,8 @@ fn backward<T: Real>(
     let [dgain_sum, dbias_sum] =
         for_each_tile(ctx, rows, [(dx, d)], [d, bias], |tile, [dx], [dgain, dbias], [x_tile, dy_tile]| {
             let len = dx.len();
-            load(x, tile.clone(), x_tile);
-            let dy = load(dy, tile, dy_tile);
+            load(x, tile.clone(), x_tile)?;
+            let dy = load(dy, tile, dy_tile)?;
             vectorised(
                 #[inline(always)]
                 || {

@@ -10,6 +10,8 @@
 
 use rayon::prelude::*;
 
+use crate::error::Result;
+use crate::memory::zeroed;
 use crate::real::Real;
 
 const BASE: f64 = 10000.0;
@@ -28,12 +30,12 @@ impl<T: Real> Rope<T> {
     ///
     /// Sines are slow, so only every 64th position's and those of the first 64 are computed: the others follow by the
     /// addition theorem, `cos(a + b) = cos a cos b - sin a sin b` and `sin(a + b) = sin a cos b + cos a sin b`.
-    pub(crate) fn new(n: usize, d: usize) -> Self {
+    pub(crate) fn new(n: usize, d: usize) -> Result<Self> {
         let half = d / 2;
         let frequencies: Vec<f64> = (0..half).map(|i| BASE.powf(-2.0 * i as f64 / d as f64)).collect();
         let angle = |position: usize| frequencies.iter().map(move |f| (position as f64 * f).sin_cos());
         let near: Vec<(f64, f64)> = (0..BLOCK.min(n)).flat_map(angle).collect();
-        let mut table = vec![T::ZERO; n * d];
+        let mut table = zeroed(n * d, "cosines and sines of positions")?;
         table.par_chunks_mut(BLOCK * d).enumerate().for_each(|(block, rows)| {
             let far: Vec<(f64, f64)> = angle(block * BLOCK).collect();
             for (row, near) in rows.chunks_exact_mut(d).zip(near.chunks_exact(half)) {
@@ -45,7 +47,7 @@ impl<T: Real> Rope<T> {
                 }
             }
         });
-        Self { table, d }
+        Ok(Self { table, d })
     }
 
     /// Turns `x`, a head's row at `position`.
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn turning_is_by_the_angle_of_the_position_and_can_be_undone() {
         let (n, d) = (1000, 6);
-        let rope = Rope::<f64>::new(n, d);
+        let rope = Rope::<f64>::new(n, d).expect("room for a small table");
         let x = [0.3, -1.0, 2.0, 0.7, 0.1, -0.4];
         for position in [0, 1, 63, 64, 65, 999] {
             let mut y = x;

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::context::Context;
 use crate::error::Result;
+use crate::memory::{collected, lengthen, zeroed};
 use crate::real::Real;
 use crate::rows::Rows;
 use crate::tile::widen;
@@ -36,7 +37,7 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
     let partials = split(0..rows, partition, outputs)
         .into_par_iter()
         .map(|(range, outputs)| {
-            let mut partial = sums.map(|len| vec![0.0; len]);
+            let mut partial = zeros(sums)?;
             let mut scratch = std::array::from_fn(|_| Vec::new());
             for (tile, outputs) in split(range, TILE, outputs) {
                 ctx.check()?;
@@ -46,7 +47,7 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
         })
         .collect::<Result<Vec<_>>>()?;
     let mut partials = partials.into_iter();
-    let mut total = partials.next().unwrap_or_else(|| sums.map(|len| vec![0.0; len]));
+    let mut total = partials.next().map_or_else(|| zeros(sums), Ok)?;
     for partial in partials {
         for (total, partial) in total.iter_mut().zip(&partial) {
             (total.par_chunks_mut(4096), partial.par_chunks(4096))
@@ -55,6 +56,15 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
         }
     }
     Ok(total)
+}
+
+/// Accumulators of these lengths.
+fn zeros<const SUM: usize>(lens: [usize; SUM]) -> Result<[Vec<f64>; SUM]> {
+    let mut sums = [const { Vec::new() }; SUM];
+    for (sum, len) in sums.iter_mut().zip(lens) {
+        *sum = zeroed(len, "sums of gradients")?;
+    }
+    Ok(sums)
 }
 
 /// A range of rows, and for every output its slice there and its width.
@@ -82,17 +92,15 @@ fn split<T, const OUT: usize>(
 }
 
 /// The first `len` numbers of a buffer that grows as needed; what they hold is left over from earlier use.
-pub(crate) fn sized<T: Real>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
-    if buffer.len() < len {
-        buffer.resize(len, T::ZERO);
-    }
-    &mut buffer[..len]
+pub(crate) fn sized<T: Real>(buffer: &mut Vec<T>, len: usize) -> Result<&mut [T]> {
+    lengthen(buffer, len, "a tile of tokens")?;
+    Ok(&mut buffer[..len])
 }
 
 /// Copies the rows `range` of `x`, its sequences one after the other, to a contiguous buffer.
-pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'s mut Vec<T>) -> &'s [T] {
+pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
     let d = x.d();
-    let out = sized(buffer, range.len() * d);
+    let out = sized(buffer, range.len() * d)?;
     let mut row = range.start;
     while row < range.end && d > 0 {
         let first = row % x.n();
@@ -109,7 +117,7 @@ pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'
         }
         row += count;
     }
-    out
+    Ok(out)
 }
 
 /// `out = lhs rhs`, or `out += lhs rhs`; `out` is row-major.
@@ -124,10 +132,11 @@ pub(crate) fn accumulate_transposed<T: Real>(
     lhs: MatRef<'_, T>,
     rhs: MatRef<'_, T>,
     buffer: &mut Vec<T>,
-) {
-    let tile = sized(buffer, sum.len());
+) -> Result<()> {
+    let tile = sized(buffer, sum.len())?;
     product(tile, Accum::Replace, lhs.transpose(), rhs);
     widen(tile, sum);
+    Ok(())
 }
 
 /// Rounds a float64 sum to its place in the results.
@@ -138,8 +147,8 @@ pub(crate) fn round<T: Real>(sum: &[f64], out: &mut [T]) {
 }
 
 /// A float64 sum rounded to `T`.
-pub(crate) fn rounded<T: Real>(sum: &[f64]) -> Vec<T> {
-    sum.iter().map(|x| T::of(*x)).collect()
+pub(crate) fn rounded<T: Real>(sum: &[f64]) -> Result<Vec<T>> {
+    collected(sum.iter().map(|x| T::of(*x)), "the gradient of a weight")
 }
 
 /// `y += x`.
