@@ -108,6 +108,8 @@ INTERVALS_THAT_HOLD = 0.85
 INTERRUPT_SECONDS = 1.0
 # No subprocess of the tests takes nearly this long, in seconds: it hangs.
 HANG_SECONDS = 120
+# Calls with little memory, from none to enough.
+STARVED_STEPS = 5
 # A thread that sleeps a millisecond at a time makes at least so many steps during a call of a second or so that has
 # let go of the GIL (some hundreds on an idle machine), and one or two if it has not.
 STEPS_BESIDE_A_CALL = 20

@@ -1,11 +1,14 @@
 """What needs more memory than there is, or than there can be, ends in an error, and the library goes on."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from limits import SAME_MODEL
+import short_of_memory
+from limits import HANG_SECONDS, SAME_MODEL, STARVED_STEPS
 
 import lingrad_rs as lg
 from lingrad_rs import Exact, Landmark, Polynomial
@@ -78,6 +81,17 @@ def test_a_shape_that_this_machine_has_no_memory_for_is_a_memory_error(call):
     with pytest.raises(MemoryError, match=r"\d bytes|\d\.? [KMGTPE]iB"):
         call()
     assert small_call_is_right()
+
+
+STARVED = [(name, 2) for name in short_of_memory.CALLS] + [(name, 1) for name in ("exact", "polynomial", "a tolerance")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space that holds")
+@pytest.mark.parametrize(("name", "threads"), STARVED)
+def test_a_call_with_little_memory_succeeds_or_says_what_there_was_none_for(name, threads):
+    command = [sys.executable, short_of_memory.__file__, name, str(threads), str(STARVED_STEPS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_compiled_function_goes_through_the_entry_that_catches_panics():

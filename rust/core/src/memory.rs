@@ -135,6 +135,16 @@ pub(crate) fn multiplied(lhs: MatRef<'_, f64>, rhs: MatRef<'_, f64>, what: &'sta
     Ok(product)
 }
 
+/// Makes what general matrix products keep for this thread, and cannot fail to get: as much as two of the last cache, on
+/// some machines. For threads that begin, while there is memory.
+pub fn make_product_buffers() {
+    // More than products by unrolled code alone are given.
+    const SIDE: usize = 64;
+    let x = Mat::<f64>::zeros(SIDE, SIDE);
+    let mut product = Mat::<f64>::zeros(SIDE, SIDE);
+    matmul(product.as_mut(), Accum::Replace, x.as_ref(), x.as_ref(), 1.0, Par::Seq);
+}
+
 /// Strides of 0 make shapes of any size: what no machine can address is a wrong shape, the rest is not there just now.
 fn too_large<T>(len: usize, what: &'static str) -> Error {
     match len.checked_mul(size_of::<T>()).filter(|bytes| isize::try_from(*bytes).is_ok()) {

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use lingrad_core::memory::room;
+use lingrad_core::memory::{make_product_buffers, room};
 use lingrad_core::{Context, Error};
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -21,6 +21,18 @@ const POLL: Duration = Duration::from_millis(50);
 /// Bytes of a thread's stack, as Rust has it by default; and of the pages that it takes beside that.
 const STACK: usize = 1 << 21;
 const BESIDE_STACK: usize = 1 << 17;
+
+/// What [`make_product_buffers`] takes, in bytes: twice the last cache, as far as the system tells of it, and no less than
+/// this.
+fn product_buffers() -> usize {
+    const LEAST: usize = 1 << 22;
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it reads what the system knows.
+    let last_cache = unsafe { libc::sysconf(libc::_SC_LEVEL3_CACHE_SIZE) };
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    let last_cache = 0;
+    usize::try_from(2 * last_cache).unwrap_or(0).max(LEAST)
+}
 
 struct Pool {
     /// The process the threads belong to: a fork has none of its parent's.
@@ -72,16 +84,20 @@ fn pool(py: Python<'_>) -> Result<Arc<ThreadPool>> {
         Some(p) if p.process == process && p.pool.current_num_threads() == n => return Ok(p.pool.clone()),
         _ => {}
     }
-    // A thread whose stack finds no room is an error, but one that then finds none for itself ends the process: so there is
-    // room for all of it first. What is free now is free again below.
+    // A thread that finds no room for its stack is an error, but one that finds none for what it takes beside that ends the
+    // process: so all of it is asked for first. What was free then is free again below.
     let stacks = n.saturating_mul(STACK + BESIDE_STACK);
-    drop(room::<u8>(stacks, "the stacks of the threads (set_num_threads for fewer)")?);
+    drop(room::<u8>(stacks, "the stacks of threads (set_num_threads for fewer)")?);
     let pool = ThreadPoolBuilder::new()
         .num_threads(n)
         .stack_size(STACK)
         .thread_name(|i| format!("lingrad-{i}"))
         .build()
         .map_err(|e| LingradError::new_err(format!("cannot start {n} threads: {e}; use set_num_threads")))?;
+    if room::<u8>(n.saturating_mul(product_buffers()), "buffers of products").is_ok() {
+        // Where there is none, threads that meet no such product do without.
+        pool.broadcast(|_| make_product_buffers());
+    }
     let pool = Arc::new(pool);
     let old = threads.pool.replace(Pool { process, pool: pool.clone() });
     if let Some(old) = old
