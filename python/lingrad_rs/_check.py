@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import _backend
-from .errors import ArgumentError, DeviceError, DtypeError, ShapeError, ToleranceError
+from .errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError, ToleranceError
 
 __all__ = [
     "array",
@@ -19,15 +19,20 @@ __all__ = [
     "dtype_name",
     "flag",
     "floats",
+    "has",
     "integer",
     "is_float",
     "is_integer",
+    "is_text",
+    "no_overflow",
     "number",
     "positive",
     "real",
+    "reals",
     "same_device",
     "same_dtype",
     "shape",
+    "shown",
     "token_ids",
     "token_range",
     "tolerance",
@@ -35,6 +40,7 @@ __all__ = [
 ]
 
 _FLOATS = ("float32", "float64")
+_LONGEST_TEXT = 500
 
 
 def array(name: str, value: object) -> Any:
@@ -62,6 +68,8 @@ def _is_on_gpu(value: object) -> bool:
         return hasattr(value, "__cuda_array_interface__")
     except RuntimeError:  # PyTorch's tensors on a GPU that require a gradient
         return True
+    except Exception:  # of whatever kind its class raises
+        return False
 
 
 def same_device(name: str, x: Any, other: Any, match: str) -> None:
@@ -136,6 +144,31 @@ def _device(x: Any) -> object:
     return getattr(x, "device", "cpu")
 
 
+def no_overflow(name: str, finite: bool) -> None:
+    """Raise where a result is not finite: the arguments are, so something overflowed."""
+    if not finite:
+        raise NonFiniteError(
+            f"{name} overflows: the arguments are too large for their dtype; scale them down, or use float64"
+        )
+
+
+def shown(value: object) -> str:
+    """A value as messages have it: the beginning of its repr; of what has none, such as a huge integer, the type."""
+    try:
+        text = repr(value)
+    except Exception:  # of whatever kind its class raises
+        return f"<{type_name(value)}>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+
+
+def has(value: object, attribute: str) -> bool:
+    """Whether a value has an attribute; what cannot be asked has none."""
+    try:
+        return hasattr(value, attribute)
+    except Exception:  # of whatever kind its class raises
+        return False
+
+
 def type_name(value: object) -> str:
     """What the type of a value is called, with its module."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -177,30 +210,38 @@ def token_range(name: str, low: int, high: int, below: int) -> None:
 def flag(name: str, value: object) -> bool:
     """True or False, and nothing that merely counts as one."""
     if not isinstance(value, bool | np.bool_):
-        raise ArgumentError(f"{name} is {value!r}; expected True or False")
+        raise ArgumentError(f"{name} is {shown(value)}; expected True or False")
     return bool(value)
 
 
 def integer(name: str, value: object, least: int) -> int:
     """An integer of at least ``least``; neither a bool nor a float counts as one."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise ArgumentError(f"{name} is {value!r}; expected an integer >= {least}")
+        raise ArgumentError(f"{name} is {shown(value)}; expected an integer >= {least}")
     result = operator.index(value)
     if result < least:
-        raise ArgumentError(f"{name} is {result}; expected an integer >= {least}")
+        raise ArgumentError(f"{name} is {shown(result)}; expected an integer >= {least}")
     if result >= 2**63:
-        raise ArgumentError(f"{name} is {result}; expected an integer below 2**63")
+        raise ArgumentError(f"{name} is {shown(result)}; expected an integer below 2**63")
     return result
 
 
 def real(name: str, value: object, expected: str = "a number") -> float:
     """Any real number, NaN and infinity too."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise ArgumentError(f"{name} is {value!r}; expected {expected}")
+        raise ArgumentError(f"{name} is {shown(value)}; expected {expected}")
     try:
         return float(value)
     except OverflowError:  # an integer or a fraction beyond all floats
         raise ArgumentError(f"{name} is larger in size than any float; expected {expected}") from None
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text without halves of characters, which neither files nor the compiled module take."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def number(name: str, value: object) -> float:
@@ -209,6 +250,18 @@ def number(name: str, value: object) -> float:
     if not math.isfinite(result):
         raise ArgumentError(f"{name} is {result}; expected a finite number")
     return result
+
+
+def reals(values: Iterable[object]) -> tuple[float, ...] | None:
+    """Real numbers, NaN and infinity too; None where one is none, or is larger in size than any float."""
+    if isinstance(values, np.ma.MaskedArray | bytes | bytearray | memoryview):
+        return None
+    if isinstance(values, np.ndarray) and values.ndim != 1:
+        return None
+    try:
+        return tuple(real("a number", x) for x in values)
+    except ArgumentError:
+        return None
 
 
 def positive(name: str, value: object) -> float:
@@ -230,5 +283,5 @@ def tolerance(name: str, value: object) -> float:
 def choice(name: str, value: object, options: Sequence[str]) -> str:
     """One of ``options``."""
     if not isinstance(value, str) or value not in options:
-        raise ArgumentError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
+        raise ArgumentError(f"{name} is {shown(value)}; expected one of {', '.join(map(repr, options))}")
     return value

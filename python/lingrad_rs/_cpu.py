@@ -72,9 +72,12 @@ def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
     return ids
 
 
-def add(x: Array, y: Array) -> Array:
-    """``x + y``, C-contiguous."""
-    return np.add(x, y, order="C")
+def add(name: str, x: Array, y: Array) -> Array:
+    """``x + y``, C-contiguous, which is called ``name``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.add(x, y, order="C")
+    _check.no_overflow(name, bool(np.isfinite(total).all()))
+    return total
 
 
 def copy(x: Array) -> Array:
@@ -89,7 +92,12 @@ def same(x: Array, y: Array) -> bool:
 
 def frobenius_norm(arrays: Sequence[Array]) -> float:
     """The root of the sum of all squares, in float64."""
-    return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in arrays))
+    largest = max((float(max(x.max(), -x.min())) for x in arrays if x.size), default=0.0)
+    if largest == 0:
+        return 0.0
+    # So that no square overflows, nor all of them become 0.
+    scaled = (np.divide(x, largest, dtype=np.float64) for x in arrays)
+    return largest * math.sqrt(sum(float(np.sum(np.square(x))) for x in scaled))
 
 
 def attention_forward(

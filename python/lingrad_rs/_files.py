@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _check
 from .errors import ArgumentError, DtypeError
 
 __all__ = [
@@ -69,6 +70,10 @@ def path_text(path: str | os.PathLike[str]) -> str:
         raise ArgumentError(f"path is a {type(path).__name__}; expected text or a path") from None
     if "\0" in text:
         raise ArgumentError(f"path is {text!r}; expected one without a null character")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ArgumentError(f"path is {text!r}; expected text that a file can be named by") from None
     return text
 
 
@@ -166,7 +171,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Array],
     """Writes arrays of float32 and float64 by name, with texts by name beside them."""
     for name in arrays:
         if not isinstance(name, str):
-            raise ArgumentError(f"an array is named {name!r}; expected text")
+            raise ArgumentError(f"an array is named {_check.shown(name)}; expected text")
         if name == _KEPT_NAME:
             raise ArgumentError(f"an array is named {name!r}, which the format keeps for itself; expected another name")
         try:

@@ -249,7 +249,10 @@ def _chosen(engine: Engine | None, tol: float | None, *, gradients: bool) -> Eng
     """The engine that ``engine=`` and ``tol=`` mean together."""
     if tol is not None:
         if engine is not None:
-            raise ArgumentError(f"tol is {tol!r} and engine is {engine!r}; expected one of them: a tolerance chooses")
+            raise ArgumentError(
+                f"tol is {_check.shown(tol)} and engine is {_check.shown(engine)}; expected one of them: a tolerance "
+                "chooses"
+            )
         return Auto(tol, gradients=gradients)
     if type(engine) is Auto and not gradients:  # one of a derived class is refused with the other arguments
         return dataclasses.replace(engine, gradients=False)

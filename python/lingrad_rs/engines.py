@@ -131,7 +131,7 @@ class Polynomial:
         score_bound = _check.positive("score_bound", score_bound)
         for name in ("degree", "coefficients"):
             if name in options:
-                raise ArgumentError(f"{name} is {options[name]!r}; expected none, as from_bound chooses it")
+                raise ArgumentError(f"{name} is {_check.shown(options[name])}; expected none, as from_bound chooses it")
         for degree in range(1, _HIGHEST_DEGREE + 1):
             eps = taylor_error(degree, score_bound)
             if eps < 1 and 2 * eps / (1 - eps) <= error:
@@ -355,13 +355,15 @@ def _shift(value: object) -> str | tuple[tuple[float, ...], ...]:
         return value
     try:
         query, key = value  # type: ignore[misc]
-        if not all(isinstance(part, Sequence | np.ndarray) for part in (query, key)):
-            raise TypeError  # nothing is copied from a device number by number
-        query, key = (tuple(float(x) for x in part) for part in (query, key))
-    except (TypeError, ValueError):
-        raise ArgumentError(f"shift is {value!r}; expected 'none', 'mean' or two sequences of d numbers") from None
+    except Exception:  # of whatever kind its class raises
+        query = key = None
+    # Nothing is copied from a device number by number.
+    parts = [_check.reals(part) if isinstance(part, Sequence | np.ndarray) else None for part in (query, key)]
+    query, key = parts
+    if query is None or key is None:
+        raise ArgumentError(f"shift is {_check.shown(value)}; expected 'none', 'mean' or two sequences of d numbers")
     if not all(map(math.isfinite, query + key)):
-        raise NonFiniteError(f"shift is {value!r}; expected finite numbers")
+        raise NonFiniteError(f"shift is {_check.shown(value)}; expected finite numbers")
     return query, key
 
 
@@ -369,23 +371,22 @@ def _coefficients(value: object, degree: int) -> str | tuple[float, ...]:
     if isinstance(value, str):
         if value in ("taylor", "fitted"):
             return value
-    elif isinstance(value, Sequence | np.ndarray) and not isinstance(value, bytes | bytearray):
-        try:
-            numbers = tuple(float(x) for x in value)
-        except (TypeError, ValueError):
-            numbers = ()
-        if len(numbers) != degree + 1:
-            raise ArgumentError(f"coefficients is {value!r}; expected degree + 1 = {degree + 1} numbers")
+    elif isinstance(value, Sequence | np.ndarray):
+        numbers = _check.reals(value) if getattr(value, "ndim", 1) == 1 and len(value) == degree + 1 else None
+        if numbers is None:
+            raise ArgumentError(f"coefficients is {_check.shown(value)}; expected degree + 1 = {degree + 1} numbers")
         if not all(map(math.isfinite, numbers)):
-            raise NonFiniteError(f"coefficients is {value!r}; expected finite numbers")
+            raise NonFiniteError(f"coefficients is {_check.shown(value)}; expected finite numbers")
         return numbers
-    raise ArgumentError(f"coefficients is {value!r}; expected 'taylor', 'fitted' or {degree + 1} numbers")
+    raise ArgumentError(f"coefficients is {_check.shown(value)}; expected 'taylor', 'fitted' or {degree + 1} numbers")
 
 
 def check_engine(value: object) -> Engine:
     """``value``, if it is an engine, of no class derived from one: what that computes, no backend would know."""
     if not isinstance(value, Exact | Polynomial | Landmark | Auto):
-        raise ArgumentError(f"engine is {value!r}; expected Exact(), Polynomial(...), Landmark(...) or Auto(...)")
+        raise ArgumentError(
+            f"engine is {_check.shown(value)}; expected Exact(), Polynomial(...), Landmark(...) or Auto(...)"
+        )
     not_derived("engine", value, (Exact, Polynomial, Landmark, Auto))
     return value
 

@@ -83,7 +83,7 @@ def from_dlpack(x: Any) -> Any:
     if _backend.kind(x) is not None:
         return _check.array("x", x)
     name = _check.type_name(x)
-    if not hasattr(x, "__dlpack__"):
+    if not _check.has(x, "__dlpack__"):
         raise DtypeError(f"x is a {name}; expected an array with __dlpack__, such as PyTorch's, JAX's or CuPy's")
     _refuse_what_dlpack_loses(name, x)
     try:

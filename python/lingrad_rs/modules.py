@@ -10,7 +10,7 @@ return). A pullback may be called many times. It reads ``x`` and the parameters'
 arrays again, so these must not be written to before it is called; a module's attributes may be set to other arrays.
 
 All modules raise `ShapeError`, `DtypeError` and `DeviceError` for arrays that do not fit, and `NonFiniteError` where
-one holds NaN or infinity.
+one holds NaN or infinity, or a result would.
 """
 
 from __future__ import annotations
@@ -400,9 +400,9 @@ class Residual:
             dx, grads = pull(dy)
             if dx is None:
                 raise ArgumentError(f"{_owner('module', self.module, 'dx')} is None; expected an array like x")
-            return backend.add(dy, dx), grads
+            return backend.add("dx", dy, dx), grads
 
-        return _result(x, backend.add(x, inner), backward)
+        return _result(x, backend.add("y", x, inner), backward)
 
 
 class Chain:
@@ -422,7 +422,7 @@ class Chain:
 
     def __init__(self, modules: Sequence[Module]) -> None:
         if not isinstance(modules, Sequence):
-            raise ArgumentError(f"modules is {modules!r}; expected a sequence of modules")
+            raise ArgumentError(f"modules is {_check.shown(modules)}; expected a sequence of modules")
         self.modules = [_module(f"modules[{i}]", module) for i, module in enumerate(modules)]
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
@@ -451,7 +451,9 @@ class Chain:
 
 def _module(name: str, module: object) -> Module:
     if not isinstance(module, Module) or isinstance(module, type):
-        raise ArgumentError(f"{name} is {module!r}; expected a module: an object with vjp(x) -> (y, pullback)")
+        raise ArgumentError(
+            f"{name} is {_check.shown(module)}; expected a module: an object with vjp(x) -> (y, pullback)"
+        )
     return module
 
 
@@ -483,7 +485,7 @@ def _call(name: str, module: Module, x: Array) -> tuple[Array, Pullback]:
             )
         dx, grads = result
         if not isinstance(grads, Mapping | list):
-            raise ArgumentError(f"{_owner(name, module, 'grads')} is {grads!r}; expected a dict")
+            raise ArgumentError(f"{_owner(name, module, 'grads')} is {_check.shown(grads)}; expected a dict")
         if dx is None or not differentiable:
             return None, grads
         owner = _owner(name, module, "dx")

@@ -34,6 +34,11 @@ class ErrorEstimate:
         The ends of its 95% confidence interval.
     rows : int
         How many rows were computed exactly.
+
+    Raises
+    ------
+    ArgumentError
+        A field is no number.
     """
 
     relative: float
@@ -75,6 +80,11 @@ class HeadPlan:
     missed : str or None
         What was tried and why it was not good enough, so that the head was computed exactly; or its gradients alone,
         while ``engine`` and the error of out are those of the forward pass.
+
+    Raises
+    ------
+    ArgumentError
+        A field has a value that it may not have.
     """
 
     engine: Engine
@@ -89,17 +99,33 @@ class HeadPlan:
     errors: Mapping[str, ErrorEstimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.measured_error, ErrorEstimate | None):
+            raise ArgumentError(
+                f"measured_error is {_check.shown(self.measured_error)}; expected an ErrorEstimate or None"
+            )
+        if not isinstance(self.errors, Mapping):
+            raise ArgumentError(f"errors is {_check.shown(self.errors)}; expected a dict of ErrorEstimate")
+        object.__setattr__(self, "errors", dict(self.errors))
+        for name, error in self.errors.items():
+            if not _check.is_text(name) or not isinstance(error, ErrorEstimate):
+                raise ArgumentError(
+                    f"errors holds {_check.shown(name)}: {_check.shown(error)}; expected an ErrorEstimate by a name"
+                )
         if not isinstance(self.engine, Exact | Polynomial | Landmark):
-            raise ArgumentError(f"engine is {self.engine!r}; expected Exact(), Polynomial(...) or Landmark(...)")
+            raise ArgumentError(
+                f"engine is {_check.shown(self.engine)}; expected Exact(), Polynomial(...) or Landmark(...)"
+            )
         not_derived("engine", self.engine, (Exact, Polynomial, Landmark))
         for name in ("predicted_error", "error_bound", *_COSTS):
             value = getattr(self, name)
             if value is not None or name in _COSTS:
                 object.__setattr__(self, name, _check.real(name, value))
-        object.__setattr__(self, "whole_sequence", tuple(self.whole_sequence))
+        object.__setattr__(self, "whole_sequence", _listed("whole_sequence", self.whole_sequence))
         for text in (self.reason, "" if self.missed is None else self.missed, *self.whole_sequence):
-            if not isinstance(text, str):
-                raise ArgumentError(f"reason, missed or whole_sequence holds {text!r}; expected text")
+            if not _check.is_text(text):
+                raise ArgumentError(
+                    f"reason, missed or whole_sequence holds {_check.shown(text)}; expected text that UTF-8 can hold"
+                )
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if isinstance(other, HeadPlan) else NotImplemented
@@ -121,6 +147,13 @@ class HeadPlan:
             case Landmark(rank=rank):
                 return f"{rank} landmarks"
         return type(self.engine).__name__.lower()
+
+
+def _listed(name: str, value: object) -> tuple[Any, ...]:
+    """The parts of a list or a tuple."""
+    if not isinstance(value, list | tuple):
+        raise ArgumentError(f"{name} is {_check.shown(value)}; expected a tuple")
+    return tuple(value)
 
 
 def head_plans(reports: Iterable[Mapping[str, Any]]) -> tuple[HeadPlan, ...]:
@@ -159,7 +192,7 @@ def _engine(description: Mapping[str, Any]) -> Engine:
         return Landmark(**options, constants=LandmarkConstants(**given))
     if kind == "Exact":
         return Exact()
-    raise ArgumentError(f"a plan holds the engine {kind!r}, which is unknown")
+    raise ArgumentError(f"a plan holds the engine {_check.shown(kind)}, which is unknown")
 
 
 @dataclass(frozen=True)
@@ -180,6 +213,11 @@ class Plan:
     shapes : tuple
         Of q, k and v.
     dtype : str
+
+    Raises
+    ------
+    ArgumentError
+        A field has a value that it may not have, or fields do not fit together.
     """
 
     auto: Auto
@@ -191,18 +229,24 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.auto, Auto):
-            raise ArgumentError(f"auto is {self.auto!r}; expected Auto(...)")
+            raise ArgumentError(f"auto is {_check.shown(self.auto)}; expected Auto(...)")
         object.__setattr__(self, "causal", _check.flag("causal", self.causal))
         object.__setattr__(self, "scale", _check.number("scale", self.scale))
         _check.choice("dtype", self.dtype, ("float32", "float64"))
-        q, k, v = (tuple(_check.integer("an axis in shapes", x, 0) for x in shape) for shape in self.shapes)
+        shapes = tuple(_listed("a shape in shapes", shape) for shape in _listed("shapes", self.shapes))
+        if len(shapes) != 3:
+            raise ArgumentError(f"shapes holds {len(shapes)} shapes; expected those of q, k and v")
+        q, k, v = (tuple(_check.integer("an axis in shapes", x, 0) for x in shape) for shape in shapes)
         object.__setattr__(self, "shapes", (q, k, v))
-        object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "heads", _listed("heads", self.heads))
         for i, head in enumerate(self.heads):
             if not isinstance(head, HeadPlan):
-                raise ArgumentError(f"heads[{i}] is {head!r}; expected a HeadPlan")
-        if len(self.heads) != math.prod(q[:-2]):
-            raise ArgumentError(f"heads has {len(self.heads)} entries; expected {math.prod(q[:-2])} for q of shape {q}")
+                raise ArgumentError(f"heads[{i}] is {_check.shown(head)}; expected a HeadPlan")
+        expected = math.prod(q[:-2])
+        if len(self.heads) != expected:
+            raise ArgumentError(
+                f"heads has {len(self.heads)} entries; expected {_check.shown(expected)} for q of shape {q}"
+            )
 
     def attention(
         self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None

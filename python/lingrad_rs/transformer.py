@@ -204,7 +204,7 @@ class Transformer:
         dtype: DTypeLike = np.float32,
     ) -> None:
         if not isinstance(config, TransformerConfig):
-            raise ArgumentError(f"config is {config!r}; expected a TransformerConfig")
+            raise ArgumentError(f"config is {_check.shown(config)}; expected a TransformerConfig")
         self.config = config
         if params is None:
             self.params = _small_init(config, _check.integer("seed", seed, 0), _float_dtype(dtype))
@@ -343,7 +343,7 @@ class Transformer:
         if ids.size == 0:
             raise ShapeError(f"tokens has shape {ids.shape}; expected at least one token to take a mean over")
         if progress is not None and not callable(progress):
-            raise ArgumentError(f"progress is {progress!r}; expected a callable")
+            raise ArgumentError(f"progress is {_check.shown(progress)}; expected a callable")
         backend = _backend.of(ids)
         loss, grads, reports = backend.transformer_value_and_grad(
             self.config, params, ids, wanted, samples=samples, progress=progress
@@ -360,7 +360,7 @@ class Transformer:
         shapes = self.config.param_shapes()
         for name in self.params:
             if name not in shapes:
-                raise ArgumentError(f"params holds {name!r}, which the model does not have")
+                raise ArgumentError(f"params holds {_check.shown(name)}, which the model does not have")
         for name in shapes:
             if name not in self.params:
                 raise ArgumentError(f"params lacks {name!r}; expected an array of shape {shapes[name]}")
@@ -377,7 +377,7 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
                 return known
         except TypeError:
             break
-    raise ArgumentError(f"dtype is {dtype!r}; expected float32 or float64")
+    raise ArgumentError(f"dtype is {_check.shown(dtype)}; expected float32 or float64")
 
 
 def _small_init(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> dict[str, Array]:
@@ -476,9 +476,12 @@ def load(path: str | os.PathLike[str], *, names: Iterable[str] | None = None) ->
 
 
 def _listed(names: Iterable[str]) -> list[str]:
-    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str | bytes) else [None]
+    try:
+        listed = [None] if isinstance(names, str | bytes) else list(names)
+    except TypeError:  # such as a class, or an array without axes
+        listed = [None]
     if not all(isinstance(name, str) for name in listed):
-        raise ArgumentError(f"names is {names!r}; expected names of arrays")
+        raise ArgumentError(f"names is {_check.shown(names)}; expected names of arrays")
     return listed  # type: ignore[return-value]
 
 
@@ -488,7 +491,9 @@ def _plain(record: object) -> dict[str, Any]:
 
 def _config_to_json(config: TransformerConfig) -> dict[str, Any]:
     if isinstance(config.engine, Landmark) and config.engine.constants is not None:
-        raise ArgumentError(f"engine is {config.engine!r}; expected one without constants: a file keeps no landmarks")
+        raise ArgumentError(
+            f"engine is {_check.shown(config.engine)}; expected one without constants: a file keeps no landmarks"
+        )
     engine = {"kind": type(config.engine).__name__} | _plain(config.engine)
     # Those of a class derived from it are not known to `load`.
     return {f.name: getattr(config, f.name) for f in fields(TransformerConfig)} | {"engine": engine}
@@ -515,9 +520,11 @@ def stored_config(stored: _files.SafeTensors) -> TransformerConfig:
         # Before anything is made for each layer.
         layers = len({name.split(".")[1] for name in stored.shapes if name.startswith("layers.")})
         if config.get("n_layers") != layers:
-            raise ValueError(f"n_layers is {config.get('n_layers')!r}; expected {layers}, of which there are tensors")
+            raise ValueError(
+                f"n_layers is {_check.shown(config.get('n_layers'))}; expected {layers}, of which there are tensors"
+            )
         result = TransformerConfig(**config, engine=made)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ArgumentError(f"the configuration in {stored.name} cannot be read: {error}") from error
     check_stored(stored, result)
     return result

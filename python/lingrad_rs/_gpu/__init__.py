@@ -18,7 +18,7 @@ from ..plan import Plan
 from . import attention, layers, measure, transformer
 from .attention_block import WEIGHT_NAMES, SelfAttention
 from .device import Space, run
-from .finite import check_arguments
+from .finite import check_arguments, check_overflow
 from .heads import dots
 
 __all__ = [
@@ -53,13 +53,23 @@ _R = TypeVar("_R")
 
 
 def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
-    """``compute(space)``, once the arrays, the first of which is not None, are known to be finite."""
+    """``compute(space)``, once the arrays, the first of which is not None, are known to be finite; so is the result."""
 
     def checked(sp: Space) -> _R:
         check_arguments(sp, **arrays)
-        return compute(sp)
+        return _finite(sp, compute(sp))
 
     return run(next(iter(arrays.values())), checked)
+
+
+def _finite(sp: Space, result: Any) -> Any:
+    """``y``, or ``(dx, grads)``, once it is known to be finite; waits for the device, once."""
+    if isinstance(result, tuple):
+        dx, grads = result
+        check_overflow(sp, {"dx": dx} | {f"the gradient of {name}": grad for name, grad in grads.items()})
+    else:
+        check_overflow(sp, {"y": result})
+    return result
 
 
 def token_ids(name: str, x: Array, below: int) -> Array:
@@ -74,9 +84,15 @@ def token_ids(name: str, x: Array, below: int) -> Array:
     return run(x, ids)
 
 
-def add(x: Array, y: Array) -> Array:
-    """``x + y``, C-contiguous."""
-    return run(x, lambda sp: sp.contiguous(x + y))
+def add(name: str, x: Array, y: Array) -> Array:
+    """``x + y``, C-contiguous, which is called ``name``; waits for the device, once."""
+
+    def total(sp: Space) -> Array:
+        result = sp.contiguous(x + y)
+        check_overflow(sp, {name: result})
+        return result
+
+    return run(x, total)
 
 
 def copy(x: Array) -> Array:
@@ -93,8 +109,14 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     """The root of the sum of all squares, in float64; waits for the device, once."""
 
     def norm(sp: Space) -> float:
-        rows = [sp.xp.reshape(x, (1, -1, x.shape[-1])) for x in arrays]
-        return math.sqrt(float(sp.xp.sum(sp.xp.stack([sp.xp.sum(dots(sp, x, x)) for x in rows]))))
+        rows = [sp.wide(sp.xp.reshape(x, (1, -1, x.shape[-1]))) for x in arrays]
+        largest = sp.xp.max(sp.xp.stack([sp.xp.max(sp.xp.abs(x)) for x in rows]))
+        # So that no square overflows, nor all of them become 0.
+        scale = sp.xp.where(largest > 0, largest, sp.full((), 1.0, largest.dtype))
+        scaled = [x / scale for x in rows]
+        total = sp.xp.sum(sp.xp.stack([sp.xp.sum(dots(sp, x, x)) for x in scaled]))
+        norm, largest = sp.host(sp.xp.stack([sp.xp.sqrt(total), largest]))
+        return float(norm) * float(largest)
 
     return run(arrays[0], norm)
 
@@ -200,7 +222,13 @@ def embedding_forward(tokens: Array, embed: Array) -> Array:
 
 def embedding_backward(tokens: Array, vocab: int, dy: Array) -> Array:
     """``dembed``."""
-    return _run_checked(lambda sp: layers.embedding_backward(sp, tokens, vocab, dy), dy=dy)
+
+    def backward(sp: Space) -> Array:
+        dembed = layers.embedding_backward(sp, tokens, vocab, dy)
+        check_overflow(sp, {"the gradient of embed": dembed})
+        return dembed
+
+    return _run_checked(backward, dy=dy)
 
 
 def self_attention_forward(x: Array, weights: Sequence[Array], options: Any) -> Array:
@@ -236,14 +264,19 @@ def _batched(sp: Space, x: Array) -> Array:
 
 def transformer_forward(config: Any, params: Sequence[tuple[str, Array]], x: Array) -> tuple[Array, transformer.Trace]:
     """Logits ``(..., n, vocab_size)``, and the trace for the backward pass."""
-    return run(x, lambda sp: transformer.forward(sp, config, params, x))
+
+    def forward(sp: Space) -> tuple[Array, transformer.Trace]:
+        y, trace = transformer.forward(sp, config, params, x)
+        return _finite(sp, y), trace
+
+    return run(x, forward)
 
 
 def transformer_backward(
     config: Any, params: Sequence[tuple[str, Array]], x: Array, trace: transformer.Trace, dy: Array
 ) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``, where ``dx (..., n, d_model)`` is the gradient with respect to the embedded input."""
-    return run(x, lambda sp: transformer.backward(sp, config, params, x, trace, dy))
+    return run(x, lambda sp: _finite(sp, transformer.backward(sp, config, params, x, trace, dy)))
 
 
 def transformer_value_and_grad(
@@ -266,4 +299,10 @@ def transformer_value_and_grad(
             progress(fraction)
 
     options = {"samples": samples, "progress": forward}
-    return run(tokens, lambda sp: transformer.value_and_grad(sp, config, params, tokens, targets, **options))
+
+    def value_and_grad(sp: Space) -> tuple[float, dict[str, Array], list[transformer.Report]]:
+        loss, grads, layers = transformer.value_and_grad(sp, config, params, tokens, targets, **options)
+        check_overflow(sp, {f"the gradient of {name}": grad for name, grad in grads.items()})
+        return loss, grads, layers
+
+    return run(tokens, value_and_grad)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import _check
 from ..errors import NonFiniteError
 from .device import Space
 
-__all__ = ["check_arguments", "check_heads", "check_results", "first_bad"]
+__all__ = ["check_arguments", "check_heads", "check_overflow", "check_results", "first_bad"]
 
 Array = Any
 
@@ -29,6 +30,13 @@ def check_arguments(sp: Space, **arrays: Array | None) -> None:
     bad = first_bad(sp, {name: sp.xp.isfinite(x) for name, x in arrays.items() if x is not None})
     if bad is not None:
         raise NonFiniteError(f"{bad} holds NaN or infinity; expected finite numbers")
+
+
+def check_overflow(sp: Space, results: Mapping[str, Array]) -> None:
+    """Raise where a result by name is not finite: the arguments are, so something overflowed."""
+    bad = first_bad(sp, {name: sp.xp.isfinite(x) for name, x in results.items()})
+    if bad is not None:
+        _check.no_overflow(bad, False)
 
 
 def check_heads(sp: Space, key_bias: Array | None = None, **arrays: Array) -> None:

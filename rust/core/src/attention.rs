@@ -224,8 +224,10 @@ fn rows_are_finite<T: Real>(rows: MatRef<'_, T>) -> bool {
     })
 }
 
+/// Whether no number is NaN or infinite.
+///
 /// 0 x is 0 for finite x and NaN otherwise, so sums tell of all; many of them, so that they vectorise.
-pub(crate) fn all_finite<T: Real>(x: &[T]) -> bool {
+pub fn all_finite<T: Real>(x: &[T]) -> bool {
     const SUMS: usize = 32;
     vectorised(
         #[inline(always)]

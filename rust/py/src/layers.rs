@@ -1,5 +1,7 @@
 //! The modules: forward beside backward. Their parameters are small, so they are copied where the core wants slices.
 
+use std::fmt::Display;
+
 use lingrad_core::attention::{self, Attention};
 use lingrad_core::layers::activation::{self, ActivationKind};
 use lingrad_core::layers::attention_block::{SelfAttention, Weights};
@@ -9,6 +11,7 @@ use numpy::PyReadonlyArrayDyn;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use rayon::prelude::*;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
 use crate::engine::AnyEngine;
@@ -24,6 +27,31 @@ type Tokens<'py> = PyReadonlyArrayDyn<'py, u32>;
 pub fn check_finite<T: Scalar>(name: &str, views: &[MatRef<'_, T>]) -> lingrad_core::Result<()> {
     attention::check_finite(name, views)
         .map_err(|_| Error::NonFinite(format!("{name} holds NaN or infinity; expected finite numbers")))
+}
+
+/// An error where a result is not finite: the arguments are, so something overflowed.
+pub fn check_result<T: Scalar>(name: &str, result: &[T]) -> lingrad_core::Result<()> {
+    if result.par_chunks(NUMBERS_A_CHECK).all(attention::all_finite) {
+        return Ok(());
+    }
+    Err(Error::NonFinite(format!(
+        "{name} overflows: the arguments are too large for their dtype; scale them down, or use float64"
+    )))
+}
+
+const NUMBERS_A_CHECK: usize = 1 << 16;
+
+/// Of gradients by the names of their parameters.
+pub fn check_grads<'a, T: Scalar>(
+    grads: impl IntoIterator<Item = (impl Display, &'a Vec<T>)>,
+) -> lingrad_core::Result<()> {
+    grads.into_iter().try_for_each(|(name, grad)| check_result(&format!("the gradient of {name}"), grad))
+}
+
+/// A new array of gradients, for Python.
+fn grad<'py, T: Scalar>(name: &str, mut entries: Output<'py, T>) -> Result<Array<'py>> {
+    check_result(&format!("the gradient of {name}"), entries.entries())?;
+    Ok(entries.into_array())
 }
 
 fn check_params<T: Scalar>(params: &[(&str, MatRef<'_, T>)]) -> lingrad_core::Result<()> {
@@ -44,7 +72,8 @@ fn forward<'py, T: Scalar>(
     run(py, None, |ctx| {
         check_finite("x", rows.blocks())?;
         check_params(params)?;
-        work(ctx, &rows, entries)
+        work(ctx, &rows, entries)?;
+        check_result("y", entries)
     })?;
     Ok(y.into_array())
 }
@@ -65,7 +94,9 @@ fn backward<'py, T: Scalar, R: Send>(
         check_finite("x", rows.blocks())?;
         check_finite("dy", dy.blocks())?;
         check_params(params)?;
-        work(ctx, &rows, &dy, entries)
+        let result = work(ctx, &rows, &dy, entries)?;
+        check_result("dx", entries)?;
+        Ok(result)
     })?;
     Ok((dx.into_array(), result))
 }
@@ -112,7 +143,7 @@ pub fn linear_backward<'py>(
             let (dx, ()) = backward(py, &x, dy, &[("w", w)], |ctx, x, dy, dx| {
                 linear::backward(ctx, x, w, dy, dx, dw_out, db_out)
             })?;
-            Ok((dx, dw.into_array(), db.map(Output::into_array)))
+            Ok((dx, grad("w", dw)?, db.map(|db| grad("b", db)).transpose()?))
         })
     })
 }
@@ -183,7 +214,7 @@ pub fn norm_backward<'py>(
                 None => norm::rms_backward(ctx, x, &gain, eps, dy, dx, dgain_out),
                 Some(dbias) => norm::layer_backward(ctx, x, &gain, eps, dy, dx, dgain_out, dbias),
             })?;
-            Ok((dx, dgain.into_array(), dbias.map(Output::into_array)))
+            Ok((dx, grad("gain", dgain)?, dbias.map(|dbias| grad("bias", dbias)).transpose()?))
         })
     })
 }
@@ -230,7 +261,7 @@ pub fn feed_forward_backward<'py>(
             let (dx, ()) = backward(py, &x, dy, &[("w_in", w_in), ("w_out", w_out)], |ctx, x, dy, dx| {
                 feed_forward::backward(ctx, x, w_in, w_out, kind, dy, dx, din, dout)
             })?;
-            Ok((dx, dw_in.into_array(), dw_out.into_array()))
+            Ok((dx, grad("w_in", dw_in)?, grad("w_out", dw_out)?))
         })
     })
 }
@@ -271,7 +302,7 @@ pub fn embedding_backward<'py>(
                 check_finite("dy", dy.blocks())?;
                 embedding::backward(ctx, tokens, &dy, vocab, entries)
             })?;
-            Ok(dembed.into_array())
+            grad("embed", dembed)
         })
     })
 }
@@ -368,7 +399,11 @@ pub fn self_attention_backward<'py>(
             let weights = views.matrices()?;
             let module = self_attention(&weights, options.read()?)?;
             let (dx, mut grads) =
-                backward(py, &x, dy, &weights, |ctx, x, dy, dx| module.backward(ctx, x, dy, dx))?;
+                backward(py, &x, dy, &weights, |ctx, x, dy, dx| {
+                    let grads = module.backward(ctx, x, dy, dx)?;
+                    check_grads(&grads)?;
+                    Ok(grads)
+                })?;
             let named = PyDict::new(py);
             for (name, view) in &views.0 {
                 if let Some(grad) = grads.remove(name) {

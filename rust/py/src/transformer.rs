@@ -14,7 +14,7 @@ use crate::attention::{Estimate, estimate};
 use crate::engine::AnyEngine;
 use crate::entry::{Later, Outcome, entry};
 use crate::error::{Result, ShapeError};
-use crate::layers::{check_finite, slice};
+use crate::layers::{check_finite, check_grads, check_result, slice};
 use crate::plan;
 use crate::run::run;
 
@@ -186,7 +186,9 @@ pub fn transformer_forward<'py>(
             let entries = y.entries();
             let trace = run(py, None, |ctx| {
                 check_input(&input)?;
-                transformer::forward(ctx, &config, &params, &input, entries)
+                let trace = transformer::forward(ctx, &config, &params, &input, entries)?;
+                check_result("y", entries)?;
+                Ok(trace)
             })?;
             Ok((y.into_array(), T::keep(trace)))
         })
@@ -215,7 +217,10 @@ pub fn transformer_backward<'py>(
             let Backward { dx, grads, .. } = run(py, None, |ctx| {
                 check_input(&input)?;
                 check_finite("dy", dy.blocks())?;
-                transformer::backward(ctx, &config, &params, &input, trace, &dy)
+                let result = transformer::backward(ctx, &config, &params, &input, trace, &dy)?;
+                check_result("dx", &result.dx)?;
+                check_grads(&result.grads)?;
+                Ok(result)
             })?;
             let dx = from_vec(py, dx, &joined(source.positions(), &[config.d_model]))?;
             Ok((dx, named(py, &config, grads)?))
@@ -247,7 +252,10 @@ pub fn transformer_value_and_grad<'py>(
             let (batch, n) = batch_and_n(tokens.shape());
             let (tokens, targets) = (slice(&tokens)?, slice(&targets)?);
             let (loss, Backward { grads, reports, .. }) = run(py, progress, |ctx| {
-                transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)
+                let result =
+                    transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)?;
+                check_grads(&result.1.grads)?;
+                Ok(result)
             })?;
             let layers = (reports.iter())
                 .map(|report| Ok((report.error.map(estimate), plan::reports(py, &report.heads)?)))
