@@ -38,7 +38,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def rust(session: nox.Session) -> None:
-    """The core's tests, which know of no Python, and its documentation."""
+    """The core's tests, which know of no Python, some hostile inputs for it, and its documentation."""
     session.run("cargo", "test", "--release", external=True, env=BUILD_ENV)
     env = BUILD_ENV | {"RUSTDOCFLAGS": "-D warnings"}
     session.run("cargo", "doc", "--no-deps", "-p", "lingrad-core", external=True, env=env)
@@ -74,6 +74,19 @@ def types(session: nox.Session) -> None:
     session.install(f"{built}[test]")
     session.run("pyright")
     session.run("python", "-m", "mypy.stubtest", "lingrad_rs._lingrad_rs")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Hostile inputs for the core and for the Python functions: `nox -s fuzz -- --seconds 600`, half of it each."""
+    options = session.posargs or ["--seconds", "60"]
+    if "--seconds" in options:
+        at = options.index("--seconds") + 1
+        options = [*options[:at], str(float(options[at]) / 2), *options[at + 1 :]]
+    session.install(".[test]", env=BUILD_ENV)
+    core = ("cargo", "run", "--profile", "fuzz", "-p", "lingrad-fuzz", "--", *options)
+    session.run(*core, external=True, env=BUILD_ENV)
+    session.run("python", "fuzz/python.py", *options)
 
 
 @nox.session

@@ -142,6 +142,7 @@ class Draw:
 
     def __init__(self, seed: int, index: int, folder: Path) -> None:
         self.r = random.Random((seed << 64) + index)
+        self.index = index
         self.folder = folder
         self._g: np.random.Generator | None = None
         self.held: list[tuple[np.ndarray, bytes]] = []
@@ -506,7 +507,7 @@ def polynomial(case: Case, d: int | None) -> Any:
                 options[name] = draw.hostile()
         return case.call(
             lg.Polynomial.from_bound,
-            draw.number(0.1, 1e-3, 1e-9, 1e-16),
+            draw.number(0.1, 1e-3, *((1e-9, 1e-16) if d in (1, 2) else ())),
             draw.number(0.1, 1.0, 1e-9, *((5.0,) if d == 1 else ())),
             **options,
         )
@@ -708,7 +709,20 @@ def json_value(draw: Draw, near: Any) -> Any:
         return r.choice((not near, 1, None, "true"))
     if isinstance(near, int) and r.random() < 0.7:
         return r.choice(
-            (near + 1, near - 1, -near, 0, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**400, float(near), str(near))
+            (
+                near + 1,
+                near - 1,
+                -near,
+                0,
+                2**31,
+                2**53,
+                2**63 - 1,
+                2**63,
+                2**64,
+                10**400,
+                near / 7 if abs(near) < 2**64 else 1.5,
+                str(near % 1000),
+            )
         )
     if isinstance(near, float) and r.random() < 0.7:
         return r.choice(
@@ -978,11 +992,16 @@ def fuzz_modules(case: Case) -> None:
     if r.random() < 0.1:
         vocab = r.randint(0 if draw.oddly() else 1, 9)
         made: Any = case.call(lg.Embedding, embed=draw.array((vocab, d), dtype))
-        x, kind, width = draw.tokens(shape[:-1], vocab), lg.Embedding, d
+        x, kind, width = draw.tokens(shape[:-1], vocab), lg.Embedding, made.embed.shape[-1]
     else:
         made, width, kind = module(case, d, dtype)
         x = draw.array(shape, dtype)
-        width = x.shape[-1] if kind is lg.Activation and getattr(x, "ndim", 0) else width
+        if kind is lg.Activation and getattr(x, "ndim", 0):
+            width = x.shape[-1]
+        elif kind in (lg.Linear, lg.FeedForward):
+            width = (made.w if kind is lg.Linear else made.w_out).shape[-1]
+        elif kind is lg.SelfAttention:
+            width = list(made.weights.values())[-1].shape[-1]
         how = r.random()
         if how < 0.1 and width == d:
             made, kind = case.call(lg.Residual, made), lg.Residual
@@ -1422,7 +1441,6 @@ TARGETS: tuple[tuple[Callable[[Case], None], int], ...] = (
     (fuzz_command_line, 2),
     (fuzz_rest, 200),
 )
-_WEIGHTS = [weight for _, weight in TARGETS]
 
 
 # Running ----------------------------------------------------------------------------------------------------------
@@ -1431,7 +1449,7 @@ _WEIGHTS = [weight for _, weight in TARGETS]
 def run_one(seed: int, index: int, folder: Path) -> tuple[int, str | None, str]:
     """The number of the target of an input, and a find: what kind it is, and its story."""
     draw = Draw(seed, index, folder)
-    (at,) = draw.r.choices(range(len(TARGETS)), _WEIGHTS)
+    (at,) = draw.r.choices(range(len(TARGETS)), [weight for _, weight in TARGETS])
     case = Case(draw)
     before = np.geterr()
     try:
@@ -1459,8 +1477,9 @@ def run_one(seed: int, index: int, folder: Path) -> tuple[int, str | None, str]:
     return at, None, calls
 
 
-# What parent and child share: of the input under way its number and since when, and how many of each target are done.
-_SHARED = struct.Struct(f"qd{len(TARGETS)}q")
+def shared_struct() -> struct.Struct:
+    """What parent and child share: the number of the input under way, since when, and how many each target has had."""
+    return struct.Struct(f"qd{len(TARGETS)}q")
 
 
 def prepare() -> None:
@@ -1479,28 +1498,29 @@ def work(args: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     prepare()
-    counts = [0] * len(TARGETS)
+    shared_as, counts = shared_struct(), [0] * len(TARGETS)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    with open(args.shared, "r+b") as file, mmap.mmap(file.fileno(), _SHARED.size) as shared:
+    with open(args.shared, "r+b") as file, mmap.mmap(file.fileno(), shared_as.size) as shared:
         with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             os.chdir(folder)
             for index in range(args.start, args.start + args.inputs):
                 now = time.monotonic()
                 if deadline is not None and now > deadline:
                     break
-                _SHARED.pack_into(shared, 0, index, now, *counts)
+                shared[:] = shared_as.pack(index, now, *counts)  # at once: pack_into writes zeros first
                 at, kind, story = run_one(args.seed, index, Path(folder))
                 counts[at] += 1
                 if kind is not None:
                     print(json.dumps({"index": index, "kind": kind, "story": story}), flush=True)
             os.chdir("/")
-        _SHARED.pack_into(shared, 0, -1, 0.0, *counts)
+        shared[:] = shared_as.pack(-1, 0.0, *counts)
 
 
 def supervise(args: argparse.Namespace) -> int:
     """The parent: children until all is done, and what they found."""
     start, found, total = time.monotonic(), Counter(), Counter()
     index, end = args.start, args.start + args.inputs
+    shared_as = shared_struct()
 
     def tell(find: dict[str, Any]) -> None:
         found[find["kind"]] += 1
@@ -1510,7 +1530,7 @@ def supervise(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         path, lines = Path(folder) / "shared", Path(folder) / "finds"
         while index < end and (args.seconds is None or time.monotonic() - start < args.seconds):
-            path.write_bytes(_SHARED.pack(index, time.monotonic(), *[0] * len(TARGETS)))
+            path.write_bytes(shared_as.pack(index, time.monotonic(), *[0] * len(TARGETS)))
             command = [sys.executable, __file__, "--child", "--seed", str(args.seed), "--start", str(index)]
             command += ["--inputs", str(end - index), "--shared", str(path)]
             if args.seconds is not None:
@@ -1520,7 +1540,7 @@ def supervise(args: argparse.Namespace) -> int:
                 hung = False
                 while child.poll() is None:
                     time.sleep(0.05)
-                    at, since, *_ = _SHARED.unpack(path.read_bytes())
+                    at, since, *_ = shared_as.unpack(path.read_bytes())
                     if at >= 0 and time.monotonic() - since > LIMIT + 5 * (at == index):  # a first one loads libraries
                         hung = True
                         child.send_signal(6 if os.name == "posix" else 15)  # faulthandler tells where it is
@@ -1528,7 +1548,7 @@ def supervise(args: argparse.Namespace) -> int:
             for line in lines.read_text().splitlines():
                 with contextlib.suppress(ValueError):
                     tell(json.loads(line))
-            at, _, *counts = _SHARED.unpack(path.read_bytes())
+            at, _, *counts = shared_as.unpack(path.read_bytes())
             total.update(dict(enumerate(counts)))
             if at < 0:
                 break

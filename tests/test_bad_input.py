@@ -17,12 +17,27 @@ Q, K, V, DOUT = (INPUTS[name] for name in ("q", "k", "v", "dout"))
 X = np.random.default_rng(0).standard_normal((10, 6))
 W = np.eye(6)
 TOKENS = np.arange(10)
+HUGE = np.full((6, 6), 1.7e308)
 
 
 class OnGpu:
     """What CuPy's and PyTorch's arrays on a GPU have."""
 
     __cuda_array_interface__ = {"shape": (32, 6), "typestr": "<f8", "data": (0, True), "version": 3}  # noqa: RUF012
+
+
+class NoText:
+    """Cannot even be told."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+class NoAttributes:
+    """Whatever is asked of it is an error of its own."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
 
 
 def attend(**changes):
@@ -161,6 +176,10 @@ DTYPES = {
     "a list": (lambda: attend(q=Q.tolist()), "q is a list; expected a NumPy array"),
     "None": (lambda: attend(v=None), "v is a NoneType; expected a NumPy array"),
     "a masked array": (lambda: attend(q=np.ma.array(Q)), "q is a masked array"),
+    "an object whose attributes raise": (
+        lambda: attend(q=NoAttributes()),
+        "q is a test_bad_input.NoAttributes; expected a NumPy array",
+    ),
     "unaligned": (
         lambda: attend(q=np.frombuffer(b"\0" + Q.tobytes(), np.uint8)[1:].view(np.float64).reshape(Q.shape)),
         "q is not aligned",
@@ -215,6 +234,37 @@ NOT_FINITE = {
         "head holds NaN or infinity",
     ),
     "NaN in embeddings": (lambda: model().vjp(spoiled(np.zeros((10, 16)))), "x holds NaN or infinity"),
+    "a huge y of linear": (lambda: lg.Linear(w=HUGE).vjp(HUGE), "y overflows: the arguments are too large for their"),
+    "a huge dx of linear": (lambda: lg.Linear(w=1e200 * W).vjp(X)[1](1e200 * X), "dx overflows"),
+    "a huge gradient of w": (lambda: lg.Linear(w=W).vjp(HUGE)[1](HUGE), "the gradient of w overflows"),
+    "a huge gradient of b": (
+        lambda: lg.Linear(w=0 * W, b=W[0]).vjp(0 * HUGE)[1](HUGE),
+        "the gradient of b overflows",
+    ),
+    "a huge y of feed-forward": (
+        lambda: lg.FeedForward(w_in=HUGE, w_out=HUGE, activation="relu").vjp(X),
+        "y overflows",
+    ),
+    "a huge y of a norm": (lambda: lg.RMSNorm(gain=HUGE[0]).vjp(np.array([[1.0, 0, 0, 0, 0, 0]])), "y overflows"),
+    "a huge gradient of a bias": (
+        lambda: lg.LayerNorm(gain=0 * W[0], bias=W[0]).vjp(HUGE[:2] / 1e300)[1](HUGE[:2]),
+        "the gradient of bias overflows",
+    ),
+    "a huge gradient of embed": (
+        lambda: lg.Embedding(embed=W).vjp(TOKENS[:2] * 0)[1](HUGE[:2]),
+        "the gradient of embed overflows",
+    ),
+    "a huge y of attention": (
+        lambda: self_attention(w_v=np.ones((6, 4)), w_o=np.full((8, 6), 1.7e308)).vjp(np.ones((3, 6))),
+        "y overflows",
+    ),
+    "a huge y of a residual": (lambda: lg.Residual(lg.Linear(w=W)).vjp(HUGE), "y overflows"),
+    "a huge dx of a residual": (lambda: lg.Residual(lg.Linear(w=W)).vjp(0 * X[:6])[1](HUGE), "dx overflows"),
+    "huge logits": (lambda: model(head=np.full((16, 13), 1.7e308)).vjp(TOKENS), "y overflows"),
+    "a huge gradient of a model": (
+        lambda: model(head=np.zeros((16, 13))).vjp(TOKENS)[1](np.full((10, 13), 1.7e308)),
+        "the gradient of head overflows",
+    ),
     "huge values": (lambda: lg.attention(Q, K, np.full((32, 3), 1e308)), "out overflows in head 0"),
     "huge values and gradients": (
         lambda: lg.attention_vjp(Q, K, 1e200 * V)[1](1e200 * DOUT),
@@ -266,6 +316,33 @@ ARGUMENTS = {
         lambda: Polynomial(coefficients=(1, 1)),
         "coefficients is (1, 1); expected degree + 1 = 3",
     ),
+    "coefficients without end": (
+        lambda: Polynomial(coefficients=range(10**12)),
+        "coefficients is range(0, 1000000000000); expected degree + 1 = 3",
+    ),
+    "a coefficient beyond all floats": (lambda: Polynomial(coefficients=(1, 10**400, 1)), "expected degree + 1 = 3"),
+    "coefficients that are text": (lambda: Polynomial(coefficients=np.array(["1", "1", "1"])), "expected degree + 1"),
+    "coefficients that are complex": (lambda: Polynomial(coefficients=np.ones(3, complex)), "expected degree + 1 = 3"),
+    "coefficients with a mask": (
+        lambda: Polynomial(coefficients=np.ma.array([1, 1, 1], mask=[0, 1, 0])),
+        "expected degree + 1 = 3",
+    ),
+    "a column of coefficients": (lambda: Polynomial(coefficients=np.ones((3, 1))), "expected degree + 1 = 3"),
+    "coefficients that are no array": (lambda: Polynomial(coefficients=np.array(1.0)), "expected degree + 1 = 3"),
+    "too many fitted coefficients": (
+        lambda: lg.attention(Q[:4, :1], K[:4, :1], V[:4], engine=Polynomial(8000, coefficients="fitted")),
+        'degree = 8000 with coefficients="fitted"; expected a degree of at most 512',
+    ),
+    "a degree beyond all monomials": (
+        lambda: lg.attention(Q[:, :1], K[:, :1], V, engine=Polynomial(2**63 - 1)),
+        "degree = 9223372036854775807 with d = 1",
+    ),
+    "a shift beyond all floats": (
+        lambda: Polynomial(shift=((10**400,), (1,))),
+        "expected 'none', 'mean' or two sequences of d numbers",
+    ),
+    "a shift of bytes": (lambda: Polynomial(shift=(b"ab", b"cd")), "expected 'none', 'mean' or two sequences"),
+    "a shift without end": (lambda: Polynomial(shift=range(10**12)), "expected 'none', 'mean' or two sequences"),
     "unknown gradient": (
         lambda: Polynomial(gradient="exact"),
         "gradient is 'exact'; expected one of 'closed_form', 'con",
@@ -284,6 +361,14 @@ ARGUMENTS = {
         lambda: attend(engine=Polynomial(coefficients="fitted", diagonal="polynomial"), causal=True),
         'coefficients="fitted" with causal=True and diagonal="polynomial"',
     ),
+    "more digits than Python tells": (
+        lambda: lg.measure_error(Q, K, V, DOUT, samples=10**5000),
+        "samples is <int>; expected an integer below 2**63",
+    ),
+    "a negative number of more digits": (lambda: lg.set_num_threads(-(10**5000)), "n is <int>; expected an integer"),
+    "what has no text": (lambda: attend(engine=NoText()), "engine is <test_bad_input.NoText>; expected Exact(), Poly"),
+    "what holds what has no text": (lambda: attend(scale=[NoText()]), "scale is <list>; expected a finite number"),
+    "a text without end": (lambda: attend(engine="x" * 10**6), "xxx...; expected Exact(), Polynomial(...)"),
     "threads": (lambda: lg.set_num_threads(0), "n is 0; expected"),
     "threads not an integer": (lambda: lg.set_num_threads(1.5), "n is 1.5; expected an integer >= 1"),
     "far too many threads": (lambda: lg.set_num_threads(10**9), "n is 1000000000; expected 1 <= n <= "),
@@ -335,6 +420,18 @@ ARGUMENTS = {
     "loss without a gradient": (
         lambda: model().value_and_grad(TOKENS, loss=lambda y: 1.0),
         "loss returned float; expect",
+    ),
+    "a loss that is no function": (
+        lambda: model().value_and_grad(TOKENS, loss=3),
+        "loss is 3; expected a callable",
+    ),
+    "a loss that is no number": (
+        lambda: model().value_and_grad(TOKENS, loss=lambda y: ("low", y)),
+        "loss returned the value 'low'; expected a number",
+    ),
+    "a loss beyond all floats": (
+        lambda: model().value_and_grad(TOKENS, loss=lambda y: (10**400, y)),
+        "expected a number",
     ),
     "progress": (lambda: model().value_and_grad(TOKENS, TOKENS, progress=1), "progress is 1; expected a callable"),
     "a missing parameter": (lambda: model(head=None), "params lacks 'head'; expected an array of shape (16, 13)"),

@@ -121,7 +121,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
         lg.load(tmp_path / "file")
     with pytest.raises(lg.ArgumentError, match="lacks an array 'z'; it holds x, float8, y, future"):
         lg.load(tmp_path / "file", names=["z"])
-    for names in ("x", [1], 3):
+    for names in ("x", [1], 3, str, np.array(2)):
         with pytest.raises(lg.ArgumentError, match="expected names of arrays"):
             lg.load(tmp_path / "file", names=names)
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_saved_is_refused_and_the_file_stays_as_it_was(arrays, er
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("path", [3, None, "a\0b", ["file"]])
+@pytest.mark.parametrize("path", [3, None, "a\0b", "\ud800", ["file"]])
 @pytest.mark.parametrize("use", [lg.load, lambda path: lg.save(path, {"x": X})], ids=["load", "save"])
 def test_a_path_that_is_none_is_an_argument_error(use, path):
     with pytest.raises(lg.ArgumentError, match=r"path is "):
@@ -319,6 +319,16 @@ NOT_SAFETENSORS = {
 def test_what_is_no_sound_safetensors_file_is_refused_before_memory_is_taken(content, tmp_path):
     (tmp_path / "file").write_bytes(content)
     with refused_without_memory("cannot be read as safetensors"):
+        lg.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "engine", [{"coefficients": [1, 10**400, 1]}, {"shift": [[10**400], [1]]}, {"degree": 10**400}]
+)
+def test_a_number_beyond_all_floats_in_a_configuration_is_an_argument_error(engine, tmp_path):
+    text = json.dumps({"n_layers": 1, "engine": {"kind": "Polynomial"} | engine})
+    (tmp_path / "file").write_bytes(tensors({"x": f32()}, metadata={CONFIG_KEY: text}))
+    with pytest.raises(lg.ArgumentError, match=r"the configuration in .* cannot be read"):
         lg.load(tmp_path / "file")
 
 

@@ -274,6 +274,15 @@ def test_what_does_not_speak_dlpack_is_a_dtype_error(value):
         lg.from_dlpack(value)
 
 
+def test_an_object_whose_attributes_raise_is_a_dtype_error():
+    class Raises:
+        def __getattr__(self, name):
+            raise KeyError(name)
+
+    with pytest.raises(lg.DtypeError, match=r"Raises; expected an array with __dlpack__"):
+        lg.from_dlpack(Raises())
+
+
 def test_a_mask_is_not_dropped():
     with pytest.raises(lg.DtypeError, match="x is a masked array"):
         lg.from_dlpack(np.ma.ones(3))

@@ -149,6 +149,9 @@ BAD_JSON = {
     "a cost that is text": changed_json("heads", 0, "cost", value="1"),
     "a bound that is text": changed_json("heads", 0, "error_bound", value="1"),
     "a reason that is a number": changed_json("heads", 0, "reason", value=3),
+    "a reason of half a character": changed_json("heads", 0, "reason", value="\ud800"),
+    "a name of half a character": changed_json("heads", 0, "whole_sequence", value=["\ud800"]),
+    "names that are text": changed_json("heads", 0, "whole_sequence", value="landmarks"),
     "names that are numbers": changed_json("heads", 0, "whole_sequence", value=[3]),
     "errors that are text": changed_json("heads", 0, "errors", value=[["out", ["a", "b", "c", 3]]]),
     "rows that are half": changed_json("heads", 0, "errors", value=[["out", [1, 1, 1, 0.5]]]),
@@ -160,6 +163,40 @@ BAD_JSON = {
     "constants that are a list": changed_json("heads", 0, "engine", "constants", value=[1]),
     "an unknown field": changed_json("magic", value=1),
 }
+
+
+BAD_FIELDS = {
+    "an estimate that is a number": ("measured_error", 0.1),
+    "errors that are a list": ("errors", [("out", 0.1)]),
+    "errors that are numbers": ("errors", {"out": 0.1}),
+    "errors by numbers": ("errors", {1: lg.ErrorEstimate(0.1, 0.0, 0.2, 3)}),
+    "names that are no tuple": ("whole_sequence", 3),
+    "a reason of half a character": ("reason", "\ud800"),
+    "a cost of too many digits": ("cost", 10**5000),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_a_wrong_field_of_a_head_s_plan_is_an_argument_error(name, value):
+    with pytest.raises(lg.ArgumentError, match=rf"{name}\b"):
+        dataclasses.replace(unplanned(Exact()), **{name: value})
+
+
+BAD_PLANS = {
+    "shapes that are a number": ("shapes", 3),
+    "shapes that are bytes": ("shapes", b"abc"),
+    "two shapes": ("shapes", ((8, 4), (8, 4))),
+    "a shape that is a number": ("shapes", ((8, 4), (8, 4), 8)),
+    "axes without end": ("shapes", ([2**62] * 300, (8, 4), (8, 4))),
+    "heads that are a number": ("heads", 3),
+    "a head that is a number": ("heads", [3]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_PLANS.values(), ids=BAD_PLANS.keys())
+def test_a_wrong_field_of_a_plan_is_an_argument_error(name, value):
+    with pytest.raises(lg.ArgumentError, match=r"shapes|heads"):
+        dataclasses.replace(PLAN, **{name: value})
 
 
 @pytest.mark.parametrize("text", BAD_JSON.values(), ids=BAD_JSON.keys())

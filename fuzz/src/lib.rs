@@ -20,8 +20,8 @@ static PANIC: Mutex<Option<String>> = Mutex::new(None);
 /// What is wrong, in one line that tells kinds of finds apart.
 pub type Find = String;
 
-/// Computes an input: the number of its target, and what is wrong.
-pub fn run(seed: u64, index: u64) -> (usize, Option<Find>) {
+/// Computes an input, and prints what it is where that is `told`: the number of its target, and what is wrong.
+pub fn run(seed: u64, index: u64, told: bool) -> (usize, Option<Find>) {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         std::panic::set_hook(Box::new(|info| {
@@ -42,7 +42,7 @@ pub fn run(seed: u64, index: u64) -> (usize, Option<Find>) {
         None => true,
     });
     let target = target.unwrap_or(0);
-    let outcome = catch_unwind(AssertUnwindSafe(|| (TARGETS[target].run)(&mut Source::new(&bytes))));
+    let outcome = catch_unwind(AssertUnwindSafe(|| (TARGETS[target].run)(&mut Source::new(&bytes, told))));
     let find = match outcome {
         Ok(Ok(())) => None,
         Ok(Err(text)) => Some(text),
@@ -56,7 +56,7 @@ mod tests {
     #[test]
     fn no_input_panics_or_gives_what_is_not_finite() {
         for index in 0..2000 {
-            if let (_, Some(find)) = super::run(0, index) {
+            if let (_, Some(find)) = super::run(0, index, false) {
                 panic!("--seed 0 --only {index}: {find}");
             }
         }

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
     };
     if let Some(index) = options.only {
         let start = Instant::now();
-        let (target, find) = run(options.seed, index);
+        let (target, find) = run(options.seed, index, true);
         let found = find.is_some();
         let text = find.unwrap_or_else(|| "nothing found".into());
         println!("{}, {:.2} s: {text}", TARGETS[target].name, start.elapsed().as_secs_f64());
@@ -89,7 +89,7 @@ fn work(options: &Options) -> std::io::Result<()> {
         counts.iter().for_each(|count| bytes.extend(count.to_le_bytes()));
         state.rewind()?;
         state.write_all(&bytes)?;
-        let (target, find) = run(options.seed, index);
+        let (target, find) = run(options.seed, index, false);
         counts[target + 1] += 1;
         if let Some(find) = find {
             println!("{index} {find}");

@@ -1,5 +1,7 @@
 //! What inputs are drawn from.
 
+use std::fmt::Debug;
+
 use arbitrary::Unstructured;
 use faer::{ColRef, MatRef};
 use lingrad_core::Real;
@@ -39,6 +41,7 @@ pub struct Source<'a> {
     bytes: Unstructured<'a>,
     /// One in so many things is not as it should be; 0: none.
     odd: usize,
+    told: bool,
 }
 
 /// Sizes and numbers that are often wrong.
@@ -64,11 +67,18 @@ const NUMBERS: [f64; 16] = [
 ];
 
 impl<'a> Source<'a> {
-    /// From these bytes.
-    pub fn new(bytes: &'a [u8]) -> Self {
-        let mut source = Self { bytes: Unstructured::new(bytes), odd: 0 };
+    /// From these bytes; `told`: what they make is printed.
+    pub fn new(bytes: &'a [u8], told: bool) -> Self {
+        let mut source = Self { bytes: Unstructured::new(bytes), odd: 0, told };
         source.odd = source.pick(&[0, 0, 100, 30, 8]);
         source
+    }
+
+    /// Tells what an input is, where that is asked for.
+    pub fn tell(&self, what: &dyn Debug) {
+        if self.told {
+            println!("{what:?}");
+        }
     }
 
     /// A number below `n`.

@@ -187,6 +187,7 @@ fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let heads = arrays.heads();
     let scale = s.number(&[0.5, 1.0, -1.0, 0.0, 3.0]);
     let mut attention = Attention { engine: engine(s, d, h), causal: arrays.causal, scale };
+    s.tell(&(arrays.sizes, &attention));
     let ctx = context(s);
     for turn in 0..2 {
         let mut out = buffer::<T>(s, h * n * dv);
@@ -414,6 +415,7 @@ fn self_attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let scale = if s.flag() { SelfAttention::default_scale(&weights) } else { s.number(&[0.5, 1.0]) };
     let attention = Attention { engine: engine(s, width, batch * h), causal: s.flag(), scale };
     let layer = SelfAttention { weights, attention };
+    s.tell(&([batch, n, d, h, h_kv, e], &layer.attention));
     let (ctx, e) = (context(s), layer.output_width());
     let (mut y, mut dx) = (buffer::<T>(s, batch * n * e), buffer::<T>(s, batch * n * d));
     let _ = layer.forward(&ctx, &x, &mut y);
@@ -443,9 +445,10 @@ fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     if config.n_layers > 100 {
         return Ok(()); // names without end are for the caller to see to
     }
+    s.tell(&config);
     let valid = config.validate().is_ok();
     let shapes = config.param_shapes();
-    if shapes.iter().any(|(_, shape)| shape.iter().map(|n| *n as f64).product::<f64>() > 1e5) {
+    if config.d_model > 1000 || shapes.iter().any(|(_, shape)| shape.iter().map(|n| *n as f64).product::<f64>() > 1e5) {
         return Ok(());
     }
     let mut arrays = BTreeMap::new();
@@ -464,6 +467,7 @@ fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     }
     let params: Params<'_, T> = arrays.iter().map(|(name, x)| (name.clone(), x.view())).collect();
     let (batch, n) = (s.pick(&[1, 1, 2]), s.tokens().min(70));
+    s.tell(&(batch, n));
     let (vocab, d) = (config.vocab_size, config.d_model);
     let tokens = |s: &mut Source<'_>| -> Vec<u32> {
         let count = s.near(batch * n);

@@ -172,7 +172,6 @@ def _head_plan(report: dict[str, Any]) -> HeadPlan:
         engine=_engine(report.pop("engine")),
         measured_error=errors.get("out"),
         errors=errors,
-        whole_sequence=tuple(report.pop("whole_sequence")),
         **report,
     )
 

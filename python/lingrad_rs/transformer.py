@@ -298,13 +298,19 @@ class Transformer:
         if loss is None:
             report = self.gradient_report(tokens, targets, samples=0, progress=progress)
             return report.loss, report.grads
+        if not callable(loss):
+            raise ArgumentError(f"loss is {_check.shown(loss)}; expected a callable")
         tokens = _check.token_ids("tokens", tokens, self.config.vocab_size, self._checked_params()[0][1])
         y, pullback = self.vjp(tokens)
         result = loss(y)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ArgumentError(f"loss returned {type(result).__name__}; expected (value, dL_dy)")
         value, dy = result
-        return float(value), pullback(dy)[1]
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ArgumentError(f"loss returned the value {_check.shown(value)}; expected a number") from None
+        return number, pullback(dy)[1]
 
     def gradient_report(
         self,

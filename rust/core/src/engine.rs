@@ -244,11 +244,11 @@ impl Engine {
             return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));
         }
         if let Coefficients::Given(a) = &p.coefficients {
-            if a.len() != p.degree + 1 {
+            if a.len() != p.degree.saturating_add(1) {
                 return Err(Error::Argument(format!(
                     "coefficients has {} entries; expected degree + 1 = {}",
                     a.len(),
-                    p.degree + 1
+                    p.degree.saturating_add(1)
                 )));
             }
             if a.iter().any(|x| !x.is_finite()) {

@@ -23,6 +23,8 @@ const SAMPLE: usize = 256;
 /// Above this score `e^s` says nothing about a polynomial any more.
 const LARGEST_SCORE: f64 = 80.0;
 const RIDGE: f64 = 1e-13;
+/// Far beyond what scores up to the largest need; a fit takes time and memory by the cube and the square of the degree.
+const LARGEST_DEGREE: usize = 512;
 
 /// `1/j!` for `j = 0 .. degree`.
 pub(crate) fn taylor(degree: usize) -> Vec<f64> {
@@ -101,6 +103,11 @@ impl Sample {
 
     /// The fitted `a_0 .. a_degree`.
     pub fn fit(&self, degree: usize) -> Result<Vec<f64>> {
+        if degree > LARGEST_DEGREE {
+            return Err(Error::Argument(format!(
+                "degree = {degree} with coefficients=\"fitted\"; expected a degree of at most {LARGEST_DEGREE}"
+            )));
+        }
         let s = &self.scores;
         let mut a = taylor(degree);
         if self.largest.powi(degree as i32 + 1) < f64::EPSILON {

@@ -40,7 +40,7 @@ pub(crate) struct Constants<T> {
 
 /// The degree of the potential: see the top of this file.
 fn potential_degree(engine: &engine::Polynomial) -> usize {
-    engine.degree + usize::from(engine.gradient == Gradient::ClosedForm)
+    engine.degree.saturating_add(usize::from(engine.gradient == Gradient::ClosedForm))
 }
 
 /// Coefficients of the polynomial whose gradient stands in dq and dk, for those of p: of `P` with `P' = p`, or of `p`

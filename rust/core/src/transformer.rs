@@ -164,7 +164,7 @@ impl Config {
     /// The name and shape of every parameter, in the model's order.
     pub fn param_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let (d, f) = (self.d_model, self.d_ff);
-        let d_kv = self.d_model / self.n_heads.max(1) * self.n_kv_heads;
+        let d_kv = (self.d_model / self.n_heads.max(1)).saturating_mul(self.n_kv_heads);
         let mut shapes = vec![("embed".to_string(), vec![self.vocab_size, d])];
         let norm = |name: String, shapes: &mut Vec<_>| {
             shapes.push((format!("{name}.gain"), vec![d]));

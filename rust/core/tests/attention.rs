@@ -715,3 +715,24 @@ fn many_landmarks_give_exact_attention() {
         assert!(errors.iter().all(|&error| error <= 0.05), "causal = {causal}: {errors:?}");
     }
 }
+
+#[test]
+fn a_degree_beyond_all_polynomials_is_an_argument_error() {
+    let x = normal(1, 4, 1, 0.5);
+    let heads = Heads { q: vec![x.as_ref()], k: vec![x.as_ref()], v: vec![x.as_ref()], key_bias: None };
+    let given = Coefficients::Given(vec![1.0; 3]);
+    for (degree, coefficients) in [
+        (usize::MAX, Coefficients::Taylor),
+        (usize::MAX, given),
+        (1 << 31, Coefficients::Taylor),
+        (8000, Coefficients::Fitted),
+    ] {
+        for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
+            let coefficients = coefficients.clone();
+            let engine = Engine::Polynomial(Polynomial { degree, coefficients, gradient, ..Default::default() });
+            let attention = Attention { engine, causal: false, scale: 1.0 };
+            let result = attention.forward(&Context::new(), &heads, &mut [0.0; 4]);
+            assert!(matches!(result, Err(Error::Argument(_))), "degree {degree}: {result:?}");
+        }
+    }
+}

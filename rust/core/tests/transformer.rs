@@ -323,3 +323,10 @@ fn arguments_are_named_where_they_do_not_fit() {
     ctx.cancel();
     assert!(matches!(grad(&good, &x, &x), Err(Error::Cancelled)));
 }
+
+#[test]
+fn a_model_of_any_sizes_has_shapes_and_is_refused() {
+    let config = Config { d_model: usize::MAX - 1, n_heads: 2, n_kv_heads: usize::MAX, ..tiny() };
+    assert_eq!(config.param_shapes()[3].1, [usize::MAX - 1, usize::MAX]);
+    assert!(config.validate().is_err());
+}
