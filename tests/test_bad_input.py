@@ -261,6 +261,10 @@ NOT_FINITE = {
     "a huge y of a residual": (lambda: lg.Residual(lg.Linear(w=W)).vjp(HUGE), "y overflows"),
     "a huge dx of a residual": (lambda: lg.Residual(lg.Linear(w=W)).vjp(0 * X[:6])[1](HUGE), "dx overflows"),
     "huge logits": (lambda: model(head=np.full((16, 13), 1.7e308)).vjp(TOKENS), "y overflows"),
+    "a huge loss": (
+        lambda: model(head=np.full((16, 13), 1e308) * np.sign(np.arange(13) - 6)).value_and_grad(TOKENS, 0 * TOKENS),
+        "cross-entropy",
+    ),
     "a huge gradient of a model": (
         lambda: model(head=np.zeros((16, 13))).vjp(TOKENS)[1](np.full((10, 13), 1.7e308)),
         "the gradient of head overflows",
@@ -399,6 +403,10 @@ ARGUMENTS = {
     "score bound and scale": (
         lambda: self_attention(score_bound=1.0, scale=1.0),
         "scale and score_bound are both given",
+    ),
+    "an object whose attributes raise as a module": (
+        lambda: lg.Chain([NoAttributes()]),
+        "modules[0] is <test_bad_input.NoAttributes",
     ),
     "not a module": (lambda: lg.Residual(abs), "expected a module: an object with vjp(x) -> (y, pullback)"),
     "a class as a module": (lambda: lg.Chain([lg.Linear]), "modules[0] is <class"),

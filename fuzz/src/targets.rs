@@ -28,7 +28,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub static TARGETS: [Target; 8] = [
     Target { name: "attention, float32", weight: 22, run: attention::<f32> },
     Target { name: "attention, float64", weight: 22, run: attention::<f64> },
     Target { name: "measure", weight: 10, run: measure::<f64> },

@@ -450,7 +450,7 @@ class Chain:
 
 
 def _module(name: str, module: object) -> Module:
-    if not isinstance(module, Module) or isinstance(module, type):
+    if isinstance(module, type) or not _check.has(module, "vjp") or not isinstance(module, Module):
         raise ArgumentError(
             f"{name} is {_check.shown(module)}; expected a module: an object with vjp(x) -> (y, pullback)"
         )

@@ -474,6 +474,14 @@ fn cross_entropy_fused_with_its_linear_layer_is_the_two_one_after_the_other() {
 }
 
 #[test]
+fn losses_that_are_finite_but_have_no_sum_are_an_error() {
+    let logits = [0.0, 1.5e308, 0.0, 1.5e308];
+    let mut dlogits = vec![0.0; 4];
+    let result = cross_entropy::mean(&Context::new(), &rows(&logits, 1, 2, 2), &[0, 0], &mut dlogits);
+    assert!(matches!(result, Err(Error::NonFinite(_))), "{result:?}");
+}
+
+#[test]
 fn cross_entropy_stands_large_logits_and_refuses_the_rest() {
     let ctx = Context::new();
     let mut dlogits = nan(3);

@@ -26,7 +26,7 @@ pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogi
         loss[0] += differentiate(dlogits, &targets[tile], rows)?;
         Ok(())
     })?;
-    Ok(loss[0] / rows as f64)
+    mean_of(loss[0], rows)
 }
 
 /// [`mean`] of the logits `x w`, and its gradients with respect to `x` and `w`, tile by tile: the logits of all tokens
@@ -60,7 +60,15 @@ pub fn linear_mean<T: Real>(
             Ok(())
         })?;
     round(&dw_sum, dw);
-    Ok(loss[0] / rows as f64)
+    mean_of(loss[0], rows)
+}
+
+/// Losses that are finite each may have no sum.
+fn mean_of(sum: f64, rows: usize) -> Result<f64> {
+    if sum.is_finite() {
+        return Ok(sum / rows as f64);
+    }
+    Err(Error::NonFinite("the mean cross-entropy overflows: its logits are too large; scale them down".into()))
 }
 
 pub(crate) fn check(rows: usize, targets: &[u32], vocab: usize) -> Result<()> {
