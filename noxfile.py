@@ -78,15 +78,16 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Hostile inputs for the core and for the Python functions: `nox -s fuzz -- --seconds 600`, half of it each."""
+    """Hostile inputs, `nox -s fuzz -- --seconds 600`: a third for the core, the Python functions, the array path each."""
     options = session.posargs or ["--seconds", "60"]
     if "--seconds" in options:
         at = options.index("--seconds") + 1
-        options = [*options[:at], str(float(options[at]) / 2), *options[at + 1 :]]
+        options = [*options[:at], str(float(options[at]) / 3), *options[at + 1 :]]
     session.install(".[test]", env=BUILD_ENV)
     core = ("cargo", "run", "--profile", "fuzz", "-p", "lingrad-fuzz", "--", *options)
     session.run(*core, external=True, env=BUILD_ENV)
     session.run("python", "fuzz/python.py", *options)
+    session.run("python", "fuzz/python.py", "--array-path", *options)
 
 
 @nox.session

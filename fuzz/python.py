@@ -1,4 +1,6 @@
-"""Hostile inputs for the Python entry points: ``python fuzz/python.py --seconds 60``.
+"""Hostile inputs for the Python entry points: ``python fuzz/python.py --seconds 60``, with NumPy's arrays.
+
+``--array-path`` computes with them by the code that is for arrays on GPUs.
 
 Input ``i`` of a seed is always the same: ``--seed S --only I`` computes it alone, and tells what it is. A find is
 
@@ -46,6 +48,7 @@ from typing import Any
 import numpy as np
 
 import lingrad_rs as lg
+from lingrad_rs import _backend
 
 LIMIT = 10.0  # seconds that an input may take
 ROOM = 8 << 30  # bytes of addresses that a child may have
@@ -1484,8 +1487,10 @@ def shared_struct() -> struct.Struct:
     return struct.Struct(f"qd{len(TARGETS)}q")
 
 
-def prepare() -> None:
+def prepare(args: argparse.Namespace) -> None:
     """What holds for all inputs of a process."""
+    if args.array_path:
+        _backend.KINDS.insert(0, _backend.Kind("numpy", "ndarray", "_gpu"))
     lg.set_num_threads(1)
     warnings.simplefilter("error")
     os.fsync = lambda handle: None  # no power is cut here
@@ -1499,7 +1504,7 @@ def work(args: argparse.Namespace) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    prepare()
+    prepare(args)
     shared_as, counts = shared_struct(), [0] * len(TARGETS)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     with open(args.shared, "r+b") as file, mmap.mmap(file.fileno(), shared_as.size) as shared:
@@ -1535,6 +1540,7 @@ def supervise(args: argparse.Namespace) -> int:
             path.write_bytes(shared_as.pack(index, time.monotonic(), *[0] * len(TARGETS)))
             command = [sys.executable, __file__, "--child", "--seed", str(args.seed), "--start", str(index)]
             command += ["--inputs", str(end - index), "--shared", str(path)]
+            command += ["--array-path"] if args.array_path else []
             if args.seconds is not None:
                 command += ["--seconds", str(max(args.seconds - (time.monotonic() - start), 0))]
             with lines.open("wb") as stdout, open(Path(folder) / "stderr", "wb") as stderr:
@@ -1583,6 +1589,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="the number of the first input")
     parser.add_argument("--only", type=int, help="this input alone, with all that is known of it")
+    parser.add_argument("--array-path", action="store_true", help="by the code of GPUs, with the arrays of NumPy")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--shared", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -1595,7 +1602,7 @@ def main() -> int:
         return supervise(args)
     VERBOSE = True
     faulthandler.enable()
-    prepare()
+    prepare(args)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         at, kind, story = run_one(args.seed, args.only, Path(folder))

@@ -17,10 +17,11 @@ def fuzz(*options):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_hostile_inputs_find_nothing():
-    done = fuzz("--inputs", 400, "--seed", 0)
+@pytest.mark.parametrize(("inputs", "options"), [(400, []), (100, ["--array-path"])], ids=["rust", "array path"])
+def test_hostile_inputs_find_nothing(inputs, options):
+    done = fuzz("--inputs", inputs, "--seed", 0, *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^400 inputs, seed 0, 0 finds$", done.stdout, re.M)
+    assert re.search(rf"^{inputs} inputs, seed 0, 0 finds$", done.stdout, re.M)
 
 
 @pytest.mark.parametrize(
