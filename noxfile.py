@@ -78,7 +78,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Hostile inputs, `nox -s fuzz -- --seconds 600`: a third for the core, the Python functions, the array path each."""
+    """Hostile inputs, `nox -s fuzz -- --seconds 600`: a third for the core, Python functions, the array path."""
     options = session.posargs or ["--seconds", "60"]
     if "--seconds" in options:
         at = options.index("--seconds") + 1

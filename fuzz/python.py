@@ -1012,7 +1012,9 @@ def fuzz_modules(case: Case) -> None:
             made, kind = case.call(lg.Residual, made), lg.Residual
         elif how < 0.2:
             second, width, _ = module(case, width, dtype)
-            made, kind = case.call(lg.Chain, draw.choice([made, second], (made, second))), lg.Chain
+            given, kind = draw.choice([made, second], (made, second)), lg.Chain
+            made = case.call(lg.Chain, given)
+            width = width if made.modules else d
         elif how < 0.22:
             made, kind = (
                 case.call(draw.pick(lg.Chain, lg.Residual), draw.choice([], [draw.hostile()], draw.hostile())),

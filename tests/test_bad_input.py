@@ -134,6 +134,14 @@ SHAPES = {
     "embedding of a number": (lambda: lg.Embedding(embed=W).vjp(np.array(3)), "tokens has shape (); expected (..., n)"),
     "paper's w not square": (lambda: lg.SelfAttention(w=W[:5], w_v=W), "w has shape (5, 6); expected (5, 5)"),
     "paper's w_v": (lambda: lg.SelfAttention(w=W, w_v=W[:5]), "w_v has shape (5, 6); expected (6, e) to match w"),
+    "paper's w_v without columns": (
+        lambda: lg.SelfAttention(w=W, w_v=W[:, :0]),
+        "w_v has shape (6, 0); expected at least one column",
+    ),
+    "paper's w of no width": (
+        lambda: lg.SelfAttention(w=W[:0, :0], w_v=W[:0]),
+        "w has shape (0, 0); expected at least one column",
+    ),
     "w_q not for the heads": (
         lambda: self_attention(w_q=np.zeros((6, 9))),
         "w_q has shape (6, 9); expected (6, a multiple of n_heads = 4)",

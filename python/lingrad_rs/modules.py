@@ -344,6 +344,9 @@ class SelfAttention:
         _check.shape("w", w, ("d", "d"))
         _check.shape("w", w, (w.shape[0], w.shape[0]))
         _check.shape("w_v", w_v, (w.shape[0], "e"), match=f"w of shape {w.shape}")
+        for name, weight in (("w", w), ("w_v", w_v)):
+            if weight.shape[1] == 0:
+                raise ShapeError(f"{name} has shape {weight.shape}; expected at least one column")
 
     def _check_heads(self) -> None:
         w_q, w_k, w_v, w_o = self.weights.values()
