@@ -193,6 +193,7 @@ class Draw:
     def numbers(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Contents: mostly plain, and at times of any size."""
         r = self.r
+        dtype = dtype if dtype in (F32, F64) else F32  # results of user's arrays may be of any
         info = np.finfo(dtype)
         kind = r.random()
         if kind < 0.75 or not self.odd:

@@ -455,6 +455,11 @@ ARGUMENTS = {
     "a list of parameters": (lambda: lg.Transformer(CONFIG, [W]), "params is a list; expected a dict"),
     "no config": (lambda: lg.Transformer({}), "config is {}; expected a TransformerConfig"),
     "seed of a model": (lambda: lg.Transformer(CONFIG, seed=-1), "seed is -1; expected"),
+    "dtype of a model that raises": (
+        lambda: lg.Transformer(CONFIG, dtype=NoAttributes()),
+        "dtype is <test_bad_input.NoAttributes",
+    ),
+    "dtypes of a model": (lambda: lg.Transformer(CONFIG, dtype={"names": ["a"], "formats": 3}), "expected float32 or"),
     "dtype of a model": (lambda: lg.Transformer(CONFIG, dtype=np.float16), "expected float32 or float64"),
     "model of a set": (lambda: lg.save("unused", {1, 2}), "got a set; expected a Transformer or a dict of arrays"),
 }

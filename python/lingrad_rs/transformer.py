@@ -381,7 +381,7 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         try:
             if np.dtype(dtype) == known and dtype is not None:
                 return known
-        except TypeError:
+        except Exception:  # of whatever kind NumPy, or the class of what it is asked of, raises
             break
     raise ArgumentError(f"dtype is {_check.shown(dtype)}; expected float32 or float64")
 

@@ -735,8 +735,15 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
     }
 }
 
-/// The largest relative error of `p` on `[-r, r]`, `max |p(s) e^-s - 1|`: at the ends, or where `p' = p`.
+/// Roots are found in a time that grows with the cube of the degree; those of higher ones are not looked for.
+const MOST_COEFFICIENTS: usize = 65;
+
+/// The largest relative error of `p` on `[-r, r]`, `max |p(s) e^-s - 1|`: at the ends, or where `p' = p`. Infinite, as
+/// nothing is known, for degrees above 64.
 pub(crate) fn largest_relative_error(a: &[f64], r: f64) -> f64 {
+    if a.len() > MOST_COEFFICIENTS {
+        return f64::INFINITY;
+    }
     let p = |s: f64| a.iter().rev().fold(0.0, |p, a| p * s + a);
     let difference: Vec<f64> =
         (0..a.len()).map(|l| a.get(l + 1).map_or(0.0, |next| (l + 1) as f64 * next) - a[l]).collect();

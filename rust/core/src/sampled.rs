@@ -199,7 +199,8 @@ pub fn landmark_candidates<T: Real>(
     Ok(found.map(|(chosen, error)| Found { rank: chosen.rank, constants: chosen.constants, error }))
 }
 
-/// The largest relative error `max |p(s) e^-s - 1|` of the polynomial with these coefficients over `|s| <= r`.
+/// The largest relative error `max |p(s) e^-s - 1|` of the polynomial with these coefficients over `|s| <= r`; infinite for
+/// degrees above 64, of which nothing is known.
 pub fn largest_relative_error(coefficients: &[f64], r: f64) -> f64 {
     plan::largest_relative_error(coefficients, r)
 }

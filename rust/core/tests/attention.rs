@@ -7,6 +7,7 @@ use faer::{ColRef, Mat};
 use lingrad_core::engine::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
 use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
+use lingrad_core::sampled::largest_relative_error;
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
 use proptest::prelude::*;
 
@@ -735,4 +736,12 @@ fn a_degree_beyond_all_polynomials_is_an_argument_error() {
             assert!(matches!(result, Err(Error::Argument(_))), "degree {degree}: {result:?}");
         }
     }
+}
+
+#[test]
+fn nothing_is_known_of_the_error_of_a_polynomial_of_a_huge_degree() {
+    let taylor = |degree: usize| (0..=degree).scan(1.0, |a, j| Some(std::mem::replace(a, *a / (j + 1) as f64)));
+    let error = |degree: usize| largest_relative_error(&taylor(degree).collect::<Vec<f64>>(), 1.0);
+    assert!(error(64) < 1e-14);
+    assert_eq!(error(1 << 16), f64::INFINITY);
 }
