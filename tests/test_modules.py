@@ -299,6 +299,16 @@ def test_a_pullback_may_be_called_again(backend, rng):
     assert_same_bits({"dx": third[0], **third[1]}, {"dx": first[0], **first[1]})
 
 
+def test_rows_that_are_all_the_same_may_be_more_than_any_memory_holds():
+    embed = np.broadcast_to(np.arange(3.0), (2**50, 3))
+    with pytest.raises(lg.ArgumentError, match=r"tokens holds 1099511627776; expected 0 <= token < 4294967296"):
+        lg.Embedding(embed=embed).vjp(np.array([2**40, 0]))
+    y, pullback = lg.Embedding(embed=embed).vjp(np.array([2**31, 0]))
+    assert np.array_equal(y, embed[:2])
+    with pytest.raises((MemoryError, lg.ShapeError)):
+        pullback(y)
+
+
 def test_any_object_with_a_vjp_is_a_module(rng):
     assert isinstance(Sine(np.ones(D)), lg.Module)
     assert not isinstance(object(), lg.Module)

@@ -67,7 +67,7 @@ def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
     """Integer tokens ``0 <= t < below`` as a new array of contiguous 32-bit ones."""
     ids = np.empty(x.shape, np.uint32)  # before anything is looked at: strides of 0 make arrays larger than any memory
     if x.size:
-        _check.token_range(name, int(x.min()), int(x.max()), below)
+        _check.token_range(name, int(x.min()), int(x.max()), min(below, 2**32))
     ids[...] = x
     return ids
 
