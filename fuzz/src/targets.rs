@@ -69,10 +69,13 @@ fn context(s: &mut Source<'_>) -> Context {
 
 fn polynomial(s: &mut Source<'_>, d: usize) -> Polynomial {
     // What high degrees need for wide heads is a matter of memory alone.
-    let high = if d <= 2 { 12 } else { 5 };
-    let degrees = [1, 1, 2, 2, 3, 4, high];
-    let degree = match s.size(&degrees) {
-        large if large > 12 && large < 1 << 31 && d > 1 => 2,
+    let high = match d {
+        0..=2 => 12,
+        3..=8 => 5,
+        _ => 2,
+    };
+    let degree = match s.size(&[1, 1, 2, 2, 3, 4, high]) {
+        large if large > high && large < 1 << 31 && d > 1 => high,
         degree => degree,
     };
     let count = s.near(degree.saturating_add(1).min(20));
