@@ -451,7 +451,9 @@ fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     s.tell(&config);
     let valid = config.validate().is_ok();
     let shapes = config.param_shapes();
-    if config.d_model > 1000 || shapes.iter().any(|(_, shape)| shape.iter().map(|n| *n as f64).product::<f64>() > 1e5) {
+    if config.d_model.max(config.vocab_size) > 1000
+        || shapes.iter().any(|(_, shape)| shape.iter().map(|n| *n as f64).product::<f64>() > 1e5)
+    {
         return Ok(());
     }
     let mut arrays = BTreeMap::new();
