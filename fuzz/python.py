@@ -263,8 +263,17 @@ class Draw:
             return self.odd_array(shape, dtype)
         x = self.numbers(shape, dtype)
         if bias and x.size and self.r.random() < 0.5:
-            x.flat[:: self.r.randint(1, 4)] = -np.inf
+            self.pad(x)
         return self.laid_out(x)
+
+    def pad(self, bias: np.ndarray) -> None:
+        """What callers give keys that are not to be seen, or alone: here and there, or at one end."""
+        r = self.r
+        if r.random() < 0.5:
+            bias[...] = 0
+        at = r.randint(0, bias.shape[-1])
+        where = r.choice((slice(None, None, r.randint(1, 4)), slice(at), slice(at, None)))
+        bias[..., where] = r.choice((-np.inf, -np.inf, np.finfo(bias.dtype).min, -1e9, -5e9, 1e10))
 
     def odd_array(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         r = self.r

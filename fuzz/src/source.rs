@@ -65,6 +65,8 @@ const NUMBERS: [f64; 16] = [
     f64::INFINITY,
     f64::NEG_INFINITY,
 ];
+/// What biases hold for padding, in float32 too, and a huge one of the other sign.
+const PADDINGS: [f64; 7] = [f64::NEG_INFINITY, f64::NEG_INFINITY, f64::MIN, f32::MIN as f64, -1e9, -5e9, 1e10];
 
 impl<'a> Source<'a> {
     /// From these bytes; `told`: what they make is printed.
@@ -163,13 +165,27 @@ impl<'a> Source<'a> {
         Matrix { entries: self.numbers(n * d), n, d, layout: self.below(6) }
     }
 
-    /// A vector; of a bias, some entries are -inf.
+    /// What callers give keys that are not to be seen, or alone: here and there, or at one end.
+    fn pad<T: Real>(&mut self, bias: &mut [T]) {
+        let n = bias.len();
+        let padding = T::of(self.pick(&PADDINGS));
+        if self.flag() {
+            bias.fill(T::ZERO);
+        }
+        let (first, end, step) = match self.below(3) {
+            0 => (0, n, 1 + self.below(4)),
+            1 => (0, self.below(n + 1), 1),
+            _ => (self.below(n + 1), n, 1),
+        };
+        bias[first..end].iter_mut().step_by(step).for_each(|x| *x = padding);
+    }
+
+    /// A vector; in a bias, some keys may be padding.
     pub fn column<T: Real>(&mut self, n: usize, bias: bool) -> Column<T> {
         let n = self.near(n);
         let mut entries = self.numbers(n);
         if bias && self.flag() {
-            let step = 1 + self.below(4);
-            entries.iter_mut().step_by(step).for_each(|x| *x = T::NEG_INFINITY);
+            self.pad(&mut entries);
         }
         Column { entries, reversed: self.flag() }
     }
