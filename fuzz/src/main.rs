@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,6 +55,8 @@ fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
+    // SAFETY: there are no other threads yet. It holds for the children, and for an input alone as for them.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
     if let Some(index) = options.only {
         let start = Instant::now();
         let (target, find) = run(options.seed, index, true);
@@ -63,7 +65,10 @@ fn main() -> ExitCode {
         println!("{}, {:.2} s: {text}", TARGETS[target].name, start.elapsed().as_secs_f64());
         return ExitCode::from(u8::from(found));
     }
-    let done = if options.state.is_some() { work(&options).map(|()| false) } else { supervise(&options) };
+    let done = match &options.state {
+        Some(state) => work(&options, state).map(|()| false),
+        None => supervise(&options),
+    };
     match done {
         Ok(found) => ExitCode::from(u8::from(found)),
         Err(error) => {
@@ -75,8 +80,8 @@ fn main() -> ExitCode {
 
 /// The child: inputs one after the other. Its state is the number of the input under way and how many are done of each
 /// target; a find is a line.
-fn work(options: &Options) -> std::io::Result<()> {
-    let mut state = File::create(options.state.as_ref().map_or(USAGE.as_ref(), |path| path.as_path()))?;
+fn work(options: &Options, state: &Path) -> std::io::Result<()> {
+    let mut state = File::create(state)?;
     let start = Instant::now();
     let mut counts = vec![0u64; TARGETS.len() + 1];
     let mut bytes = Vec::new();
@@ -127,7 +132,7 @@ fn supervise(options: &Options) -> std::io::Result<bool> {
         if let Some(seconds) = options.seconds {
             command.args(["--seconds", &left(seconds).to_string()]);
         }
-        command.env("RAYON_NUM_THREADS", "1").stdout(Stdio::piped());
+        command.stdout(Stdio::piped());
         let mut child = command.spawn()?;
         let output = child.stdout.take();
         let reader = thread::spawn(move || {
@@ -178,7 +183,7 @@ fn supervise(options: &Options) -> std::io::Result<bool> {
 }
 
 /// What the child has told last.
-fn state(path: &PathBuf) -> Vec<u64> {
+fn state(path: &Path) -> Vec<u64> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|mut file| file.read_to_end(&mut bytes));
     match read {
