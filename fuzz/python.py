@@ -39,7 +39,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -54,7 +54,7 @@ LIMIT = 10.0  # seconds that an input may take
 ROOM = 8 << 30  # bytes of addresses that a child may have
 
 # Files in memory, where there is such a folder.
-MEMORY = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -1378,10 +1378,7 @@ def fuzz_command_line(case: Case) -> None:
         )
         if r.random() < 0.4:
             model = folder / "params"
-            try:
-                model.write_bytes(model_bytes(case) if r.random() < 0.6 else file_bytes(draw))
-            except Stop:
-                raise
+            model.write_bytes(model_bytes(case) if r.random() < 0.6 else file_bytes(draw))
             argv = ["--text", str(text), "--tokens", "8", "--params", str(model)]
         if r.random() < 0.3:
             argv += ["--out", str(folder / r.choice(("out", "no/such/out", "\ud800")))]
@@ -1508,6 +1505,12 @@ def shared_struct() -> struct.Struct:
 
 def prepare(args: argparse.Namespace) -> None:
     """What holds for all inputs of a process."""
+    faulthandler.enable()
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if args.array_path:
         _backend.KINDS.insert(0, _backend.Kind("numpy", "ndarray", "_gpu"))
     lg.set_num_threads(1)
@@ -1515,30 +1518,34 @@ def prepare(args: argparse.Namespace) -> None:
     os.fsync = lambda handle: None  # no power is cut here
 
 
+@contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder to be in for a while."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        os.chdir(folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(before)
+
+
 def work(args: argparse.Namespace) -> None:
     """The child: inputs one after the other, a line of JSON for each find."""
-    faulthandler.enable()
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     prepare(args)
     shared_as, counts = shared_struct(), [0] * len(TARGETS)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
     with open(args.shared, "r+b") as file, mmap.mmap(file.fileno(), shared_as.size) as shared:
-        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-            os.chdir(folder)
+        with own_folder() as folder:
             for index in range(args.start, args.start + args.inputs):
                 now = time.monotonic()
                 if deadline is not None and now > deadline:
                     break
                 shared[:] = shared_as.pack(index, now, *counts)  # at once: pack_into writes zeros first
-                at, kind, story = run_one(args.seed, index, Path(folder))
+                at, kind, story = run_one(args.seed, index, folder)
                 counts[at] += 1
                 if kind is not None:
                     print(json.dumps({"index": index, "kind": kind, "story": story}), flush=True)
-            os.chdir("/")
         shared[:] = shared_as.pack(-1, 0.0, *counts)
 
 
@@ -1620,11 +1627,10 @@ def main() -> int:
     if args.only is None:
         return supervise(args)
     VERBOSE = True
-    faulthandler.enable()
     prepare(args)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        at, kind, story = run_one(args.seed, args.only, Path(folder))
+    with own_folder() as folder:
+        at, kind, story = run_one(args.seed, args.only, folder)
     print(f"{TARGETS[at][0].__name__}, {time.monotonic() - start:.2f} s: {kind or 'nothing found'}\n{story}")
     return 1 if kind else 0
 
