@@ -7,19 +7,20 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from limits import HANG_SECONDS
 
 HARNESS = Path(__file__).parents[1] / "fuzz" / "python.py"
 pytestmark = pytest.mark.skipif(not HARNESS.is_file(), reason="the tests are outside the checkout, without the harness")
 
 
-def fuzz(*options):
-    command = [sys.executable, str(HARNESS), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def fuzz(harness, *options):
+    command = [sys.executable, str(harness), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 @pytest.mark.parametrize(("inputs", "options"), [(400, []), (100, ["--array-path"])], ids=["rust", "array path"])
 def test_hostile_inputs_find_nothing(inputs, options):
-    done = fuzz("--inputs", inputs, "--seed", 0, *options)
+    done = fuzz(HARNESS, "--inputs", inputs, "--seed", 0, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"^{inputs} inputs, seed 0, 0 finds$", done.stdout, re.M)
 
@@ -53,8 +54,7 @@ def test_what_is_wrong_is_found_with_its_number(body, told, tmp_path):
         sys.exit(fuzz.main())
         """)
     )
-    command = [sys.executable, str(tmp_path / "wrong.py"), "--inputs", "10", "--seed", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fuzz(tmp_path / "wrong.py", "--inputs", 10, "--seed", 5)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(rf"^FIND \(--seed 5 --only 3\) .*{told}", done.stdout, re.M), done.stdout
     assert "10 inputs, seed 5, 1 finds" in done.stdout
