@@ -41,6 +41,8 @@ pub struct Source<'a> {
     bytes: Unstructured<'a>,
     /// One in so many things is not as it should be; 0: none.
     odd: usize,
+    /// Whether all things have been as they should be.
+    plain: bool,
     told: bool,
 }
 
@@ -71,7 +73,7 @@ const PADDINGS: [f64; 7] = [f64::NEG_INFINITY, f64::NEG_INFINITY, f64::MIN, f32:
 impl<'a> Source<'a> {
     /// From these bytes; `told`: what they make is printed.
     pub fn new(bytes: &'a [u8], told: bool) -> Self {
-        let mut source = Self { bytes: Unstructured::new(bytes), odd: 0, told };
+        let mut source = Self { bytes: Unstructured::new(bytes), odd: 0, plain: true, told };
         source.odd = source.pick(&[0, 0, 100, 30, 8]);
         source
     }
@@ -105,7 +107,14 @@ impl<'a> Source<'a> {
 
     /// Whether this once a thing is not as it should be.
     pub fn oddly(&mut self) -> bool {
-        self.odd > 0 && self.one_in(self.odd)
+        let odd = self.odd > 0 && self.one_in(self.odd);
+        self.plain &= !odd;
+        odd
+    }
+
+    /// Whether nothing that was drawn is not as it should be.
+    pub fn plain(&self) -> bool {
+        self.plain
     }
 
     /// Any bits.

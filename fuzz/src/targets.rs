@@ -54,7 +54,20 @@ fn proper(e: &ErrorEstimate) -> Result<(), Find> {
     }
 }
 
-/// A buffer for results, in which nothing may be left of what it holds.
+/// All that a function writes is finite where nothing that it was given is odd; it may refuse.
+fn written<T: Real, X>(
+    s: &Source<'_>,
+    name: &str,
+    done: lingrad_core::Result<X>,
+    results: &[&[T]],
+) -> Result<(), Find> {
+    match done {
+        Ok(_) if s.plain() => results.iter().try_for_each(|x| finite(name, x)),
+        _ => Ok(()),
+    }
+}
+
+/// A buffer for results, which holds what is not finite until it is written.
 fn buffer<T: Real>(s: &mut Source<'_>, count: usize) -> Vec<T> {
     vec![T::of(f64::NAN); s.near(count)]
 }
@@ -339,6 +352,7 @@ fn layer<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let (w, w_in, w_out) = (s.matrix::<T>(d, e), s.matrix::<T>(d, f), s.matrix::<T>(f, e));
     let (w, w_in, w_out) = (w.view(), w_in.view(), w_out.view());
     let rows = batch * n;
+    s.tell(&[batch, n, d, e, f]);
     let (mut y, mut dx) = (buffer::<T>(s, rows * e), buffer::<T>(s, rows * d));
     let (mut dw, mut db) = (buffer::<T>(s, d * e), buffer::<T>(s, e));
     let kind = s.pick(&KINDS);
@@ -354,42 +368,54 @@ fn layer<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     match s.below(7) {
         0 => {
             let b = vector(s, e);
-            let _ = linear::forward(&ctx, &x, w, s.flag().then_some(&b[..]), &mut y);
-            let _ = linear::backward(&ctx, &x, w, &dy, &mut dx, &mut dw, s.flag().then_some(&mut db[..]));
+            let done = linear::forward(&ctx, &x, w, s.flag().then_some(&b[..]), &mut y);
+            written(s, "linear", done, &[&y])?;
+            let with_bias = s.flag();
+            let done = linear::backward(&ctx, &x, w, &dy, &mut dx, &mut dw, with_bias.then_some(&mut db[..]));
+            written(s, "a gradient of linear", done, &[&dx, &dw, if with_bias { &db } else { &[] }])
         }
         1 => {
-            let _ = activation::forward(&ctx, kind, &x, &mut dx);
-            let _ = activation::backward(&ctx, kind, &dy, &dy, &mut y);
+            written(s, "activation", activation::forward(&ctx, kind, &x, &mut dx), &[&dx])?;
+            let done = activation::backward(&ctx, kind, &dy, &dy, &mut y);
+            written(s, "the gradient of activation", done, &[&y])
         }
         2 => {
             let (gain, bias) = (vector(s, d), vector(s, d));
             let (mut dgain, mut dbias) = (buffer::<T>(s, d), buffer::<T>(s, d));
-            let _ = norm::rms_forward(&ctx, &x, &gain, eps, &mut dx);
-            let _ = norm::layer_forward(&ctx, &x, &gain, &bias, eps, &mut dx);
-            let _ = norm::rms_backward(&ctx, &x, &gain, eps, &x, &mut dx, &mut dgain);
-            let _ = norm::layer_backward(&ctx, &x, &gain, eps, &x, &mut dx, &mut dgain, &mut dbias);
+            let mut y = buffer::<T>(s, rows * d);
+            if s.flag() {
+                written(s, "rms", norm::rms_forward(&ctx, &x, &gain, eps, &mut y), &[&y])?;
+                let done = norm::rms_backward(&ctx, &x, &gain, eps, &x, &mut dx, &mut dgain);
+                return written(s, "a gradient of rms", done, &[&dx, &dgain]);
+            }
+            written(s, "layer", norm::layer_forward(&ctx, &x, &gain, &bias, eps, &mut y), &[&y])?;
+            let done = norm::layer_backward(&ctx, &x, &gain, eps, &x, &mut dx, &mut dgain, &mut dbias);
+            written(s, "a gradient of layer", done, &[&dx, &dgain, &dbias])
         }
         3 => {
             let (mut dw_in, mut dw_out) = (buffer::<T>(s, d * f), buffer::<T>(s, f * e));
-            let _ = feed_forward::forward(&ctx, &x, w_in, w_out, kind, &mut y);
-            let _ = feed_forward::backward(&ctx, &x, w_in, w_out, kind, &dy, &mut dx, &mut dw_in, &mut dw_out);
+            written(s, "feed_forward", feed_forward::forward(&ctx, &x, w_in, w_out, kind, &mut y), &[&y])?;
+            let done = feed_forward::backward(&ctx, &x, w_in, w_out, kind, &dy, &mut dx, &mut dw_in, &mut dw_out);
+            written(s, "a gradient of feed_forward", done, &[&dx, &dw_in, &dw_out])
         }
         4 => {
             let tokens = tokens(s, rows, d);
             let vocab = s.near(d);
-            let _ = embedding::forward(&ctx, &tokens, w, &mut y);
-            let _ = embedding::backward(&ctx, &tokens, &dy, vocab, &mut dw);
+            written(s, "embedding", embedding::forward(&ctx, &tokens, w, &mut y), &[&y])?;
+            let done = embedding::backward(&ctx, &tokens, &dy, vocab, &mut dw);
+            written(s, "the gradient of embedding", done, &[&dw])
         }
         5 => {
             let targets = tokens(s, rows, e);
-            let _ = cross_entropy::mean(&ctx, &dy, &targets, &mut y);
+            let done = cross_entropy::mean(&ctx, &dy, &targets, &mut y);
+            written(s, "the gradient of cross_entropy", done, &[&y])
         }
         _ => {
             let targets = tokens(s, rows, e);
-            let _ = cross_entropy::linear_mean(&ctx, &x, w, &targets, &mut dx, &mut dw);
+            let done = cross_entropy::linear_mean(&ctx, &x, w, &targets, &mut dx, &mut dw);
+            written(s, "a gradient of cross_entropy", done, &[&dx, &dw])
         }
     }
-    Ok(())
 }
 
 fn self_attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
@@ -421,12 +447,13 @@ fn self_attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     s.tell(&([batch, n, d, h, h_kv, e], &layer.attention));
     let (ctx, e) = (context(s), layer.output_width());
     let (mut y, mut dx) = (buffer::<T>(s, batch * n * e), buffer::<T>(s, batch * n * d));
-    let _ = layer.forward(&ctx, &x, &mut y);
+    let done = layer.forward(&ctx, &x, &mut y);
+    written(s, "y", done, &[&y])?;
     let dy = Batch::<T>::new(s, batch, n, e);
-    if let Some(dy) = dy.rows() {
-        let _ = layer.backward(&ctx, &x, &dy, &mut dx);
-    }
-    Ok(())
+    let Some(dy) = dy.rows() else { return Ok(()) };
+    let Ok(grads) = layer.backward(&ctx, &x, &dy, &mut dx) else { return Ok(()) };
+    let grads = grads.iter().map(|(name, grad)| (*name, grad)).chain([("x", &dx)]);
+    grads.map(|(name, grad)| written(s, &format!("the gradient of {name}"), Ok(()), &[grad])).collect()
 }
 
 fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
@@ -496,8 +523,10 @@ fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let input = if s.flag() { Input::Embeddings(&x) } else { Input::Tokens { tokens: &inputs, batch, n } };
     let mut y = buffer::<T>(s, batch * n * vocab);
     let Ok(trace) = transformer::forward(&ctx, &config, &params, &input, &mut y) else { return Ok(()) };
+    written(s, "y", Ok(()), &[&y])?;
     let dy = Batch::<T>::new(s, batch, n, vocab);
     let Some(dy) = dy.rows() else { return Ok(()) };
-    let _ = transformer::backward(&ctx, &config, &params, &input, &trace, &dy);
-    Ok(())
+    let Ok(done) = transformer::backward(&ctx, &config, &params, &input, &trace, &dy) else { return Ok(()) };
+    written(s, "dx", Ok(()), &[&done.dx])?;
+    done.grads.values().try_for_each(|grad| written(s, "a gradient", Ok(()), &[grad]))
 }
