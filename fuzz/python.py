@@ -199,18 +199,13 @@ class Draw:
         if kind < 0.75 or not self.odd:
             x = self.g.standard_normal(shape) * r.choice((0.1, 0.5, 1.0, 1.0, 3.0))
         elif kind < 0.85:
-            scale = r.choice(
-                (info.max, info.max / 4, float(np.sqrt(info.max)), 1e30, 1e3, info.tiny, info.tiny / 8, 1e-30)
-            )
-            x = self.g.uniform(-1, 1, shape) * float(scale)
+            scales = (info.max, info.max / 4, np.sqrt(info.max), 1e30, 1e3, info.tiny, info.tiny / 8, 1e-30)
+            x = self.g.uniform(-1, 1, shape) * float(r.choice(scales))
         elif kind < 0.9:
-            x = np.full(
-                shape, r.choice((0.0, -0.0, 1.0, -1.0, float(info.tiny) / 4, float(info.max), -float(info.max)))
-            )
+            x = np.full(shape, float(r.choice((0.0, -0.0, 1.0, -1.0, info.tiny / 4, info.max, -info.max))))
         elif kind < 0.95:
-            x = self.g.choice(
-                [0.0, -0.0, 1.0, 1e-40, 1e20, -1e20, float(info.max), float(info.smallest_subnormal)], shape
-            )
+            some = [0.0, -0.0, 1.0, 1e-40, 1e20, -1e20, float(info.max), float(info.smallest_subnormal)]
+            x = self.g.choice(some, shape)
         else:
             x = self.g.integers(-3, 4, shape).astype(np.float64)
         with np.errstate(all="ignore"):
@@ -699,13 +694,9 @@ def head_json(draw: Draw, d: int, m: int) -> dict[str, Any]:
         if r.random() < 0.6:
             rows = [[r.gauss(0, 1) for _ in range(d)] for _ in range(rank)]
             unit = [[float(i == j) for j in range(rank)] for i in range(rank)]
-            made["constants"] = {
-                "scale": draw.number(0.5, 1.0),
-                "query_shift": [0.0] * d,
-                "key_shift": [0.0] * d,
-                "balance": 1.0,
-            }
-            made["constants"] |= {"landmarks": rows, "matrix": unit}
+            shifts = {"query_shift": [0.0] * d, "key_shift": [0.0] * d}
+            constants = {"scale": draw.number(0.5, 1.0), "balance": 1.0, "landmarks": rows, "matrix": unit}
+            made["constants"] = shifts | constants
     return {
         "engine": made,
         "predicted_error": draw.number(0.1, None),
@@ -725,69 +716,19 @@ def json_value(draw: Draw, near: Any) -> Any:
     if isinstance(near, bool):
         return r.choice((not near, 1, None, "true"))
     if isinstance(near, int) and r.random() < 0.7:
-        return r.choice(
-            (
-                near + 1,
-                near - 1,
-                -near,
-                0,
-                2**31,
-                2**53,
-                2**63 - 1,
-                2**63,
-                2**64,
-                10**400,
-                near / 7 if abs(near) < 2**64 else 1.5,
-                str(near % 1000),
-            )
-        )
+        part = near / 7 if abs(near) < 2**64 else 1.5
+        large = (2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**400)
+        return r.choice((near + 1, near - 1, -near, 0, *large, part, str(near % 1000)))
     if isinstance(near, float) and r.random() < 0.7:
-        return r.choice(
-            (0.0, -near, near * 1e3, 1e308, 5e-324, -1.0, int(near) if abs(near) < 1e9 else 1, 10**400, None)
-        )
+        whole = int(near) if abs(near) < 1e9 else 1
+        return r.choice((0.0, -near, near * 1e3, 1e308, 5e-324, -1.0, whole, 10**400, None))
     if isinstance(near, list) and r.random() < 0.7:
         return r.choice((near[:-1], near + near[-1:], near[::-1], [near], near * 3, [], [*near, None]))
     if isinstance(near, str) and r.random() < 0.5:
-        return r.choice(
-            (
-                "",
-                near + "x",
-                "Exact",
-                "Polynomial",
-                "Landmark",
-                "Auto",
-                "float32",
-                "float64",
-                "fitted",
-                "mean",
-                near.upper(),
-            )
-        )
-    return r.choice(
-        (
-            None,
-            True,
-            False,
-            0,
-            -1,
-            1,
-            2**64,
-            0.5,
-            -1.5,
-            1e308,
-            "",
-            "x",
-            "NaN",
-            [],
-            {},
-            [[]],
-            [0.5],
-            [1, 2],
-            {"kind": "Exact"},
-            [None],
-            "\ud800",
-        )
-    )
+        words = ("Exact", "Polynomial", "Landmark", "Auto", "float32", "float64", "fitted", "mean")
+        return r.choice(("", near + "x", near.upper(), *words))
+    plain = (None, True, False, 0, -1, 1, 2**64, 0.5, -1.5, 1e308, "", "x", "NaN", "\ud800")
+    return r.choice((*plain, [], {}, [[]], [0.5], [1, 2], {"kind": "Exact"}, [None]))
 
 
 def plain(value: Any) -> Any:
@@ -844,11 +785,8 @@ def spoilt_text(draw: Draw, text: str) -> Any:
         if kind < 0.6:
             return text[:at] + r.choice('0123456789{}[]",:.eE-+nN\\u\0\ud800') + text[at + 1 :]
         if kind < 0.8:
-            return (
-                text[:at]
-                + r.choice(("NaN", "Infinity", "1e999", "-1e999", "9" * 5000, "[" * 3000, '{"a":' * 3000))
-                + text[at:]
-            )
+            wrong = ("NaN", "Infinity", "1e999", "-1e999", "9" * 5000, "[" * 3000, '{"a":' * 3000)
+            return text[:at] + r.choice(wrong) + text[at:]
         return r.choice((text.encode(), text.encode("utf-16"), bytearray(text.encode()), "\ufeff" + text, text + text))
     return text
 
@@ -971,22 +909,16 @@ def module(case: Case, d: int, dtype: np.dtype) -> tuple[Any, int, Any]:
     if kind == 4:
         f = draw.size(0)
         options = {"w_in": draw.array((d, f), dtype), "w_out": draw.array((f, e), dtype)}
-        return (
-            case.call(lg.FeedForward, **options, activation=draw.choice("relu", "silu", "gelu_tanh")),
-            e,
-            lg.FeedForward,
-        )
+        options["activation"] = draw.choice("relu", "silu", "gelu_tanh")
+        return case.call(lg.FeedForward, **options), e, lg.FeedForward
     options = {"causal": draw.choice(True, False)}
     if r.random() < 0.8:
         options["engine"] = engine(case)
     if r.random() < 0.2:
         options["scale"] = draw.number(0.5, 1.0)
     if kind == 5:
-        return (
-            case.call(lg.SelfAttention, w=draw.array((d, d), dtype), w_v=draw.array((d, e), dtype), **options),
-            e,
-            lg.SelfAttention,
-        )
+        options |= {"w": draw.array((d, d), dtype), "w_v": draw.array((d, e), dtype)}
+        return case.call(lg.SelfAttention, **options), e, lg.SelfAttention
     h_kv = r.randint(1, 2)
     h, width, value = h_kv * r.randint(1, 2), r.randint(1, 4), r.randint(1, 3)
     if r.random() < 0.4:
@@ -1027,11 +959,8 @@ def fuzz_modules(case: Case) -> None:
             given, kind = draw.choice([made, second], (made, second)), lg.Chain
             made = case.call(lg.Chain, given)
         elif how < 0.22:
-            made, kind = (
-                case.call(draw.pick(lg.Chain, lg.Residual), draw.choice([], [draw.hostile()], draw.hostile())),
-                lg.Chain,
-            )
-            width = d
+            given = draw.choice([], [draw.hostile()], draw.hostile())
+            made, kind, width = case.call(draw.pick(lg.Chain, lg.Residual), given), lg.Chain, d
     y, pullback = case.call(made.vjp, x, of=kind)
     width = y.shape[-1] if kind is lg.Chain and y.ndim else width  # whatever its last module gives
     if kind is lg.Chain and not made.modules:
@@ -1064,11 +993,8 @@ def config(case: Case) -> Any:
         "d_ff": draw.number(1, 3, 8),
         "vocab_size": draw.number(1, 2, 5, 13),
     }
-    for name, usual in (
-        ("causal", (True, False)),
-        ("norm", ("rms", "layer")),
-        ("activation", ("relu", "silu", "gelu_tanh")),
-    ):
+    choices = {"causal": (True, False), "norm": ("rms", "layer"), "activation": ("relu", "silu", "gelu_tanh")}
+    for name, usual in choices.items():
         if r.random() < 0.5:
             options[name] = draw.choice(*usual)
     options["rope"] = draw.choice(width % 2 == 0 and r.random() < 0.7)
@@ -1077,9 +1003,8 @@ def config(case: Case) -> Any:
     if r.random() < 0.5:
         options["n_kv_heads"] = draw.number(h_kv)
     if r.random() < 0.8:
-        usual = all(
-            type(x) is int and x == size for x, size in ((options["d_model"], h * width), (options["n_heads"], h))
-        )
+        sizes = [options["d_model"], options["n_heads"]]
+        usual = all(type(x) is int for x in sizes) and sizes == [h * width, h]
         options["engine"] = engine(case, None if usual else 100)
     made = case.call(lg.TransformerConfig, **options)
     hash(made), repr(made)
@@ -1100,12 +1025,8 @@ def transformer(case: Case) -> Any:
         raise Stop
     dtype = draw.dtype()
     if r.random() < 0.4:
-        return case.call(
-            lg.Transformer,
-            made,
-            seed=draw.number(0, 1),
-            dtype=draw.choice(np.float32, np.float64, "f4", "float64", dtype),
-        )
+        other = draw.choice(np.float32, np.float64, "f4", "float64", dtype)
+        return case.call(lg.Transformer, made, seed=draw.number(0, 1), dtype=other)
     params: Any = {name: draw.array(shape, dtype) for name, shape in made.param_shapes().items()}
     if draw.oddly():
         name = r.choice(list(params))
@@ -1192,9 +1113,9 @@ def with_header(draw: Draw, header: Any, data: bytes) -> bytes:
             text = "{}"
     raw = text.encode("utf-8", "surrogatepass")
     raw += b" " * r.choice((0, -len(raw) % 8))
-    length = (
-        len(raw) if r.random() < 0.9 else r.choice((0, 1, len(raw) - 1, len(raw) + 1, 2**32, 2**63, 2**64 - 1, 10**8))
-    )
+    length = len(raw)
+    if r.random() > 0.9:
+        length = r.choice((0, 1, length - 1, length + 1, 2**32, 2**63, 2**64 - 1, 10**8))
     return struct.pack("<Q", max(length, 0)) + raw + data
 
 
@@ -1245,11 +1166,9 @@ def fuzz_load(case: Case) -> None:
         )
         if isinstance(path, int):
             path = "no"  # the number of an open file
-    more = (
-        {"names": draw.choice(["a"], (), {"b"}, ["a", "a"], iter(["q"]), {"a": 1}, ["a", "nothing"], [1], "a")}
-        if r.random() < 0.3
-        else {}
-    )
+    more = {}
+    if r.random() < 0.3:
+        more["names"] = draw.choice(["a"], (), {"b"}, ["a", "a"], iter(["q"]), {"a": 1}, ["a", "nothing"], [1], "a")
     loaded = case.call(lg.load, path, **more)
     if isinstance(loaded, lg.Transformer):
         again = draw.folder / "again"
@@ -1300,13 +1219,11 @@ def npz_bytes(draw: Draw) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", r.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for name in draw.pick("qkv", "qkv", "qkvx", "qk"):
-            with io.BytesIO() as member:
-                np.lib.format.write_array(
-                    member, np.asarray(draw.numbers((n, d), dtype)), version=draw.pick((1, 0), (1, 0), (2, 0), (3, 0))
-                )
-                archive.writestr(
-                    f"{name}.npy", spoilt_bytes(draw, member.getvalue()) if r.random() < 0.3 else member.getvalue()
-                )
+            member = io.BytesIO()
+            version = draw.pick((1, 0), (1, 0), (2, 0), (3, 0))
+            np.lib.format.write_array(member, draw.numbers((n, d), dtype), version=version)
+            raw = member.getvalue()
+            archive.writestr(f"{name}.npy", spoilt_bytes(draw, raw) if r.random() < 0.3 else raw)
     return spoilt_bytes(draw, out.getvalue())
 
 
@@ -1341,41 +1258,15 @@ def fuzz_command_line(case: Case) -> None:
     folder = draw.folder
     text = folder / "text"
     text.write_bytes(r.randbytes(r.choice((0, 1, 9, 33, 100))))
-    odd_number = (
-        "nan",
-        "inf",
-        "-1",
-        "0",
-        "1e400",
-        "0.5",
-        "1e-2",
-        "9" * 400,
-        "",
-        "x",
-        "1e6",
-        "٣",
-        "1_0",
-        "-0.0",
-        "5e-324",
-    )
+    odd_number = ("nan", "inf", "-1", "0", "1e400", "0.5", "1e-2", "x", "1e6", "٣", "1_0", "-0.0", "5e-324")
+    odd_number += ("", "9" * 400)
     command = r.choice(("grad", "grad", "plan", "plan", "plan", "bench"))
     if command == "grad":
-        argv = [
-            "--text",
-            str(text),
-            "--tokens",
-            r.choice(("8", "16", "32")),
-            "--layers",
-            "1",
-            "--d-model",
-            "8",
-            "--heads",
-            "2",
-        ]
+        argv = ["--text", str(text), "--tokens", r.choice(("8", "16", "32"))]
+        argv += ["--layers", "1", "--d-model", "8", "--heads", "2"]
         options = ("--d-ff", "--degree", "--rank", "--tol", "--seed", "--tokens", "--layers", "--heads", "--d-model")
-        argv += r.choice(
-            ([], ["--compare", "exact"], ["--engine", r.choice(("exact", "auto", "landmark", "polynomial"))])
-        )
+        engines = ("exact", "auto", "landmark", "polynomial")
+        argv += r.choice(([], ["--compare", "exact"], ["--engine", r.choice(engines)]))
         if r.random() < 0.4:
             model = folder / "params"
             model.write_bytes(model_bytes(case) if r.random() < 0.6 else file_bytes(draw))
@@ -1386,13 +1277,8 @@ def fuzz_command_line(case: Case) -> None:
         suffix = r.choice((".npz", ".npz", ".safetensors"))
         path = folder / f"plan{suffix}"
         path.write_bytes(npz_bytes(draw) if suffix == ".npz" else file_bytes(draw))
-        argv = [
-            str(path),
-            "--rounds",
-            "1",
-            r.choice(("--causal", "--full")),
-            r.choice(("--gradients", "--forward-only")),
-        ]
+        argv = [str(path), "--rounds", "1"]
+        argv += [r.choice(("--causal", "--full")), r.choice(("--gradients", "--forward-only"))]
         options = ("--scale", "--tol", "--layer", "--head", "--max-tokens")
     else:
         argv = ["--tokens", r.choice(("8", "32", "1")), "--d", r.choice(("1", "4")), "--rounds", "1", "--limit", "0.1"]
