@@ -21,6 +21,12 @@ def small_call_is_right():
     weights = np.exp(q @ k.T / 2)
     want = weights @ v / weights.sum(axis=1, keepdims=True)
     return bool(np.abs(lg.attention(q, k, v, engine=lg.Exact()) - want).max() <= {SAME_MODEL})
+
+def calls_are_right():
+    # A gradient of many entries, too.
+    x, dy = rng.standard_normal((2, 20, 300))
+    dx, grads = lg.Linear(w=np.eye(300)).vjp(x)[1](dy)
+    return small_call_is_right() and bool(np.abs(grads["w"] - x.T @ dy).max() <= {SAME_MODEL} * 300)
 """
 
 # Calls that take many seconds, each stopped from outside, and what comes before them.
@@ -73,19 +79,19 @@ def test_ctrl_c_stops_a_long_call_within_a_second_and_leaves_the_library_sound(b
 
 
 FORKED = """
-assert small_call_is_right()
+assert calls_are_right()
 child = os.fork()
 if child == 0:
-    os._exit(0 if small_call_is_right() and small_call_is_right() else 1)
+    os._exit(0 if calls_are_right() and calls_are_right() else 1)
 _, status = os.waitpid(child, 0)
-print(os.waitstatus_to_exitcode(status), small_call_is_right())
+print(os.waitstatus_to_exitcode(status), calls_are_right())
 """
 
 POOL = """
 import multiprocessing
-assert small_call_is_right()
+assert calls_are_right()
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    print(sum(pool.starmap(small_call_is_right, [()] * 8)), small_call_is_right())
+    print(sum(pool.starmap(calls_are_right, [()] * 8)), calls_are_right())
 """
 
 

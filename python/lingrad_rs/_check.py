@@ -24,8 +24,8 @@ __all__ = [
     "is_float",
     "is_integer",
     "is_text",
-    "no_overflow",
     "number",
+    "overflow",
     "positive",
     "real",
     "reals",
@@ -144,12 +144,11 @@ def _device(x: Any) -> object:
     return getattr(x, "device", "cpu")
 
 
-def no_overflow(name: str, finite: bool) -> None:
-    """Raise where a result is not finite: the arguments are, so something overflowed."""
-    if not finite:
-        raise NonFiniteError(
-            f"{name} overflows: the arguments are too large for their dtype; scale them down, or use float64"
-        )
+def overflow(name: str) -> NonFiniteError:
+    """The error where a result is not finite: the arguments are, so something overflowed."""
+    return NonFiniteError(
+        f"{name} overflows: the arguments are too large for their dtype; scale them down, or use float64"
+    )
 
 
 def shown(value: object) -> str:

@@ -76,7 +76,8 @@ def add(name: str, x: Array, y: Array) -> Array:
     """``x + y``, C-contiguous, which is called ``name``."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.add(x, y, order="C")
-    _check.no_overflow(name, bool(np.isfinite(total).all()))
+    if not np.isfinite(total).all():
+        raise _check.overflow(name)
     return total
 
 

@@ -90,7 +90,8 @@ def attention(
         The factor of the scores; ``1/sqrt(d)`` unless given.
     key_bias : ndarray, shape (..., h_kv, m), optional
         Added to the scores, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the numbers that
-        other libraries use for it, as ``finfo.min``, in rows that see another key. ``(m,)`` where k has two axes.
+        other libraries use for it, as ``finfo.min``, in rows that see another key; causal rows that see no other are
+        refused by `Landmark` and by a shifted `Polynomial`. ``(m,)`` where k has two axes.
 
     Returns
     -------
@@ -106,7 +107,8 @@ def attention(
     NonFiniteError
         An array holds NaN or infinity, or the result would.
     DenominatorError
-        A row sums to a number that is not positive, or not finite, or has no key to attend to.
+        A row sums to a number that is not positive, or not finite, or has no key to attend to; or, causal, it sees no
+        ``key_bias`` nearer to 0 than 4.5e9, beside which `Landmark` and a shifted `Polynomial` lose what keys add.
 
     Notes
     -----

@@ -38,7 +38,7 @@ class ErrorEstimate:
     Raises
     ------
     ArgumentError
-        A field is no number.
+        A field is no number, or ``rows`` is no integer of at least 0.
     """
 
     relative: float
@@ -68,8 +68,8 @@ class HeadPlan:
         The same, and those of "dq", "dk", "dv" and "dkey_bias" once gradients have been computed; those of keys are of
         all query heads that share them.
     error_bound : float or None
-        The a-priori bound of the relative error of out, before rounding, for a polynomial whose scores the norms keep
-        small enough.
+        The a-priori bound of the relative error of out, before rounding, for a polynomial up to degree 64 whose scores
+        the norms keep small enough.
     cost, exact_cost : float
         The expected time of the engine and of exact attention, in seconds of one thread, or of the GPU; for forward and
         backward where gradients are planned for. NaN where the engine was given.

@@ -19,7 +19,6 @@ from . import attention, layers, measure, transformer
 from .attention_block import WEIGHT_NAMES, SelfAttention
 from .device import Space, run
 from .finite import check_arguments, check_overflow
-from .heads import dots
 
 __all__ = [
     "activation_backward",
@@ -52,24 +51,34 @@ Array = Any
 _R = TypeVar("_R")
 
 
-def _run_checked(compute: Callable[[Space], _R], **arrays: Array | None) -> _R:
-    """``compute(space)``, once the arrays, the first of which is not None, are known to be finite; so is the result."""
+def _forward(compute: Callable[[Space], Array], **arrays: Array | None) -> Array:
+    """``y``, by ``compute(space)``, of arrays that are known to be finite, the first of which is not None."""
+    return _run_checked(compute, lambda y: {"y": y}, **arrays)
+
+
+def _backward(
+    compute: Callable[[Space], tuple[Array, dict[str, Array]]], **arrays: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``, likewise."""
+    return _run_checked(compute, _gradients, **arrays)
+
+
+def _gradients(result: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
+    """``dx`` and ``grads`` by the names that errors call them."""
+    dx, grads = result
+    return {"dx": dx} | {f"the gradient of {name}": grad for name, grad in grads.items()}
+
+
+def _run_checked(compute: Callable[[Space], _R], named: Callable[[_R], dict[str, Array]], **arrays: Array | None) -> _R:
+    """A result, once the arrays and what it holds by name are known to be finite; waits for the device, twice."""
 
     def checked(sp: Space) -> _R:
         check_arguments(sp, **arrays)
-        return _finite(sp, compute(sp))
+        result = compute(sp)
+        check_overflow(sp, named(result))
+        return result
 
     return run(next(iter(arrays.values())), checked)
-
-
-def _finite(sp: Space, result: Any) -> Any:
-    """``y``, or ``(dx, grads)``, once it is known to be finite; waits for the device, once."""
-    if isinstance(result, tuple):
-        dx, grads = result
-        check_overflow(sp, {"dx": dx} | {f"the gradient of {name}": grad for name, grad in grads.items()})
-    else:
-        check_overflow(sp, {"y": result})
-    return result
 
 
 def token_ids(name: str, x: Array, below: int) -> Array:
@@ -109,13 +118,19 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     """The root of the sum of all squares, in float64; waits for the device, once."""
 
     def norm(sp: Space) -> float:
-        rows = [sp.wide(sp.xp.reshape(x, (1, -1, x.shape[-1]))) for x in arrays]
-        largest = sp.xp.max(sp.xp.stack([sp.xp.max(sp.xp.abs(x)) for x in rows]))
+        xp = sp.xp
+        rows = [xp.reshape(x, (-1, x.shape[-1])) for x in arrays if math.prod(x.shape)]
+        largest = sp.zeros((), xp.float64)
+        for x in rows:
+            largest = xp.maximum(largest, sp.wide(xp.max(xp.abs(x))))
         # So that no square overflows, nor all of them become 0.
-        scale = sp.xp.where(largest > 0, largest, sp.full((), 1.0, largest.dtype))
-        scaled = [x / scale for x in rows]
-        total = sp.xp.sum(sp.xp.stack([sp.xp.sum(dots(sp, x, x)) for x in scaled]))
-        norm, largest = sp.host(sp.xp.stack([sp.xp.sqrt(total), largest]))
+        scale = xp.where(largest > 0, largest, xp.ones_like(largest))
+        total = sp.zeros((), xp.float64)
+        for x in rows:
+            for a, b in sp.tiles(x.shape[0], 2 * x.shape[1]):
+                part = sp.wide(x[a:b, :]) / scale
+                total = total + xp.sum(part * part)
+        norm, largest = sp.host(xp.stack([xp.sqrt(total), largest]))
         return float(norm) * float(largest)
 
     return run(arrays[0], norm)
@@ -175,60 +190,55 @@ def measure_error(
 
 def linear_forward(x: Array, w: Array, b: Array | None) -> Array:
     """``y``."""
-    return _run_checked(lambda sp: layers.linear_forward(sp, x, w, b), x=x, w=w, b=b)
+    return _forward(lambda sp: layers.linear_forward(sp, x, w, b), x=x, w=w, b=b)
 
 
 def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``."""
-    return _run_checked(lambda sp: layers.linear_backward(sp, x, w, has_bias, dy), x=x, dy=dy, w=w)
+    return _backward(lambda sp: layers.linear_backward(sp, x, w, has_bias, dy), x=x, dy=dy, w=w)
 
 
 def activation_forward(x: Array, kind: str) -> Array:
     """``y``."""
-    return _run_checked(lambda sp: layers.activation_forward(sp, x, kind), x=x)
+    return _forward(lambda sp: layers.activation_forward(sp, x, kind), x=x)
 
 
 def activation_backward(x: Array, kind: str, dy: Array) -> Array:
     """``dx``."""
-    return _run_checked(lambda sp: layers.activation_backward(sp, x, kind, dy), x=x, dy=dy)
+    return _run_checked(lambda sp: layers.activation_backward(sp, x, kind, dy), lambda dx: {"dx": dx}, x=x, dy=dy)
 
 
 def norm_forward(x: Array, gain: Array, bias: Array | None, eps: float) -> Array:
     """``y``."""
-    return _run_checked(lambda sp: layers.norm_forward(sp, x, gain, bias, eps), x=x, gain=gain, bias=bias)
+    return _forward(lambda sp: layers.norm_forward(sp, x, gain, bias, eps), x=x, gain=gain, bias=bias)
 
 
 def norm_backward(x: Array, gain: Array, has_bias: bool, eps: float, dy: Array) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``."""
-    return _run_checked(lambda sp: layers.norm_backward(sp, x, gain, has_bias, eps, dy), x=x, dy=dy, gain=gain)
+    return _backward(lambda sp: layers.norm_backward(sp, x, gain, has_bias, eps, dy), x=x, dy=dy, gain=gain)
 
 
 def feed_forward_forward(x: Array, w_in: Array, w_out: Array, kind: str) -> Array:
     """``y``."""
-    return _run_checked(lambda sp: layers.feed_forward_forward(sp, x, w_in, w_out, kind), x=x, w_in=w_in, w_out=w_out)
+    return _forward(lambda sp: layers.feed_forward_forward(sp, x, w_in, w_out, kind), x=x, w_in=w_in, w_out=w_out)
 
 
 def feed_forward_backward(x: Array, w_in: Array, w_out: Array, kind: str, dy: Array) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``."""
-    return _run_checked(
+    return _backward(
         lambda sp: layers.feed_forward_backward(sp, x, w_in, w_out, kind, dy), x=x, dy=dy, w_in=w_in, w_out=w_out
     )
 
 
 def embedding_forward(tokens: Array, embed: Array) -> Array:
     """``y``."""
-    return _run_checked(lambda sp: layers.embedding_forward(sp, tokens, embed), embed=embed)
+    return _forward(lambda sp: layers.embedding_forward(sp, tokens, embed), embed=embed)
 
 
 def embedding_backward(tokens: Array, vocab: int, dy: Array) -> Array:
     """``dembed``."""
-
-    def backward(sp: Space) -> Array:
-        dembed = layers.embedding_backward(sp, tokens, vocab, dy)
-        check_overflow(sp, {"the gradient of embed": dembed})
-        return dembed
-
-    return _run_checked(backward, dy=dy)
+    named = lambda dembed: {"the gradient of embed": dembed}  # noqa: E731
+    return _run_checked(lambda sp: layers.embedding_backward(sp, tokens, vocab, dy), named, dy=dy)
 
 
 def self_attention_forward(x: Array, weights: Sequence[Array], options: Any) -> Array:
@@ -238,7 +248,7 @@ def self_attention_forward(x: Array, weights: Sequence[Array], options: Any) -> 
         y = SelfAttention.of(sp, weights, options).forward(_batched(sp, x))
         return sp.xp.reshape(y, (*x.shape[:-1], y.shape[-1]))
 
-    return _run_checked(forward, x=x, **_named(weights))
+    return _forward(forward, x=x, **_named(weights))
 
 
 def self_attention_backward(
@@ -250,7 +260,7 @@ def self_attention_backward(
         dx, grads = SelfAttention.of(sp, weights, options).backward(_batched(sp, x), _batched(sp, dy))
         return sp.xp.reshape(dx, x.shape), grads
 
-    return _run_checked(backward, x=x, dy=dy, **_named(weights))
+    return _backward(backward, x=x, dy=dy, **_named(weights))
 
 
 def _named(weights: Sequence[Array]) -> dict[str, Array]:
@@ -267,7 +277,8 @@ def transformer_forward(config: Any, params: Sequence[tuple[str, Array]], x: Arr
 
     def forward(sp: Space) -> tuple[Array, transformer.Trace]:
         y, trace = transformer.forward(sp, config, params, x)
-        return _finite(sp, y), trace
+        check_overflow(sp, {"y": y})
+        return y, trace
 
     return run(x, forward)
 
@@ -276,7 +287,13 @@ def transformer_backward(
     config: Any, params: Sequence[tuple[str, Array]], x: Array, trace: transformer.Trace, dy: Array
 ) -> tuple[Array, dict[str, Array]]:
     """``(dx, grads)``, where ``dx (..., n, d_model)`` is the gradient with respect to the embedded input."""
-    return run(x, lambda sp: _finite(sp, transformer.backward(sp, config, params, x, trace, dy)))
+
+    def backward(sp: Space) -> tuple[Array, dict[str, Array]]:
+        result = transformer.backward(sp, config, params, x, trace, dy)
+        check_overflow(sp, _gradients(result))
+        return result
+
+    return run(x, backward)
 
 
 def transformer_value_and_grad(

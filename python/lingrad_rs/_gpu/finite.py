@@ -36,7 +36,7 @@ def check_overflow(sp: Space, results: Mapping[str, Array]) -> None:
     """Raise where a result by name is not finite: the arguments are, so something overflowed."""
     bad = first_bad(sp, {name: sp.xp.isfinite(x) for name, x in results.items()})
     if bad is not None:
-        _check.no_overflow(bad, False)
+        raise _check.overflow(bad)
 
 
 def check_heads(sp: Space, key_bias: Array | None = None, **arrays: Array) -> None:

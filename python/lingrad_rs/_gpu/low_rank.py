@@ -149,14 +149,19 @@ def make_pass(
 
 
 def _check_biases(sp: Space, heads: Heads) -> None:
-    for i, bias in enumerate(sp.host(heads.key_bias)):
-        live = bias[bias > -math.inf]
-        # The largest bias that a row sees lies between these two.
-        for x in (live[:1], live[np.argmax(live) :][:1]) if len(live) else ():
-            if abs(float(x[0])) > _LARGEST_BIAS:
+    xp, bias = sp.xp, sp.wide(heads.key_bias)
+    is_live = bias > -math.inf
+    # Whether a key is the first live one of its head.
+    is_first = is_live & (xp.cumulative_sum(xp.astype(is_live, xp.int64), axis=-1) == 1)
+    first = xp.max(xp.where(is_first, bias, xp.full_like(bias, -math.inf)), axis=-1)
+    for i, of_head in enumerate(sp.host(xp.stack([first, xp.max(bias, axis=-1)], axis=-1)).tolist()):
+        # The largest bias that a row sees lies between these two; both are -inf where none is live.
+        for largest in of_head:
+            if math.isfinite(largest) and abs(largest) > _LARGEST_BIAS:
                 raise DenominatorError(
-                    f"head {heads.first + i}: rows see no key_bias but such as {float(x[0]):e}, beside which this "
-                    "engine loses what keys add to scores; remove keys by -inf, or use engine=Exact()"
+                    f"head {heads.first + i}: the largest key_bias that some row sees is {largest:e}, beside which "
+                    "this engine loses what keys add to scores; remove keys by -inf, add a number to all of key_bias "
+                    "that brings it near 0, or use engine=Exact()"
                 )
 
 

@@ -28,7 +28,7 @@ from . import engines, measure
 from .device import Space
 from .engines import AnyEngine
 from .guides import Known
-from .heads import Grads, Heads, Saved, live_keys
+from .heads import Grads, Heads, Saved
 from .measure import Draw, Floats, Rows
 from .plan import longest, plan_heads, short
 
@@ -36,6 +36,9 @@ __all__ = ["Part", "backward_within", "forward_within", "measured", "of_nothing"
 
 Array = Any
 Report = dict[str, Any]
+
+# Drawn queries whose pairs with all drawn keys are on the host at a time.
+_PAIRED = 256
 
 
 def of_nothing(heads: int) -> list[Report]:
@@ -236,7 +239,8 @@ def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) ->
             [(each.key_shift, at) for each, at in constants.values()],
         )
     )
-    live = live_keys(sp, some)
+    # Also those of a bias like -1e9, which rows may see that see no others.
+    live = None if some.key_bias is None else some.key_bias > -math.inf
     v = some.v if live is None else xp.where(live[..., None], some.v, xp.zeros_like(some.v))
     own = measure.chosen(sp, out, list(constants))
     sizes = [
@@ -458,17 +462,21 @@ class _RowSums:
         if np.sum(mass) > 0:
             self.logs[place] += np.sum(mass * (logs - self.logs[place, draw.rows])) / np.sum(mass)
         q = sp.host(measure.take_rows(sp, heads.q[c : c + 1, ...], draw.rows[None, :]))[0]
-        scores = heads.scale * q @ keys.k[c, :count].T
-        if keys.bias is not None:
-            bias = keys.bias[c, :count]
-            scores = np.where(bias == -math.inf, bias, scores + bias)
-        if heads.causal:
-            scores[keys.rows[c, :count] > draw.rows[:, None]] = -math.inf
         before = np.stack([self.logs[place, draw.rows], self.deltas[place, draw.rows]])
         self.logs[place, draw.rows], self.deltas[place, draw.rows] = logs, deltas
-        sizes = np.stack([heads.scale**2 * np.sum(q**2, axis=1), squares])
-        upstream = up @ keys.v[c, :count].T
-        return core.unseen_row_sums(scores, upstream, draw.weights, np.stack([logs, deltas]), before, sizes)
+        sizes, exact = np.stack([heads.scale**2 * np.sum(q**2, axis=1), squares]), np.stack([logs, deltas])
+        added = np.zeros((count, 3))
+        for some in (slice(start, start + _PAIRED) for start in range(0, size, _PAIRED)):
+            scores = heads.scale * q[some] @ keys.k[c, :count].T
+            if keys.bias is not None:
+                bias = keys.bias[c, :count]
+                scores = np.where(bias == -math.inf, bias, scores + bias)
+            if heads.causal:
+                scores[keys.rows[c, :count] > draw.rows[some, None]] = -math.inf
+            upstream, weights = up[some] @ keys.v[c, :count].T, draw.weights[some]
+            each = (x[:, some] for x in (exact, before, sizes))
+            added += core.unseen_row_sums(scores, upstream, weights, *each)
+        return added
 
 
 @dataclass(frozen=True)

@@ -544,7 +544,7 @@ impl<'a, T: Real> Sample<'a, T> {
                 continue;
             }
             let p = x.row(pivot);
-            let mut column = collected((x * p.transpose()).iter().copied(), "pivoted columns of a kernel")?;
+            let mut column = collected(x.row_iter().map(|row| row * p.transpose()), "pivoted columns of a kernel")?;
             self.gaussian(&mut column, &squares, squares[pivot]);
             for before in &factor {
                 let by = before[pivot];

@@ -863,8 +863,8 @@ pub(crate) fn biases<T: Real>(
     // The largest bias that a row sees lies between these two.
     if let Some(bias) = [first, largest].into_iter().find(|b| causal && adds && b.abs() > LARGEST_BIAS) {
         return Err(Error::Denominator(format!(
-            "head {}: rows see no key_bias but such as {bias:e}, beside which this engine loses what keys add to scores; \
-             remove keys by -inf, or use engine=Exact()",
+            "head {}: the largest key_bias that some row sees is {bias:e}, beside which this engine loses what keys add to \
+             scores; remove keys by -inf, add a number to all of key_bias that brings it near 0, or use engine=Exact()",
             head.index
         )));
     }
@@ -906,9 +906,12 @@ pub(crate) fn mean<T: Real>(x: MatRef<'_, T>, rows: impl ExactSizeIterator<Item 
 /// Those of the first `count` keys whose bias leaves them a weight beside the others: also numbers like -1e9 stand for
 /// minus infinity.
 pub(crate) fn live_keys<T: Real>(head: &Head<'_, T>, count: usize) -> Result<Vec<usize>> {
-    let mut live = room(count, "the keys that have a weight")?;
-    let bias = |j: usize| head.key_bias.map_or(0.0, |b| b[j].to_f64());
+    const LIVE: &str = "the keys that have a weight";
+    let Some(biases) = head.key_bias else { return collected(0..count, LIVE) };
+    let bias = |j: usize| biases[j].to_f64();
     let largest = (0..count).map(bias).fold(f64::NEG_INFINITY, f64::max);
+    let mut live = room(count, LIVE)?;
+    // No key where all are -inf: their difference is NaN.
     live.extend((0..count).filter(|&j| (bias(j) - largest).exp() > 0.0));
     Ok(live)
 }

@@ -61,7 +61,8 @@ pub(crate) struct Draw {
 /// What errors call them.
 const DRAWN: &str = "drawn rows";
 
-/// One guide takes one of so many draws for its first rows: all guides together, fewer than ten, up to half of them.
+/// One guide takes one of so many draws for its first rows, of equal ones those that come first: all guides together, of
+/// which there are at most nine, little more than half of them.
 const FIRST_OF_GUIDE: usize = 16;
 
 impl Draw {
@@ -181,7 +182,7 @@ impl Draw {
     }
 
     /// The estimate for given rows, `width` numbers each, against exact ones in the order of [`rows`](Self::rows).
-    pub fn compare<T: Real>(&self, exact: &Mat<f64>, given: &[T], width: usize) -> ErrorEstimate {
+    pub fn compare<T: Real>(&self, exact: &Mat<f64>, given: &[T], width: usize) -> Result<ErrorEstimate> {
         self.compare_with(exact, given, width, |_| 0.0)
     }
 
@@ -192,17 +193,17 @@ impl Draw {
         given: &[T],
         width: usize,
         more: impl Fn(usize) -> f64,
-    ) -> ErrorEstimate {
+    ) -> Result<ErrorEstimate> {
         let all = given.par_chunks(RANGE).map(|x| x.iter().map(|x| x.to_f64().powi(2)).sum::<f64>());
         let all: Vec<f64> = all.collect();
-        let mut squares = squares(exact, |i, c| given[self.rows[i] * width + c].to_f64());
+        let mut squares = squares(exact, |i, c| given[self.rows[i] * width + c].to_f64())?;
         squares.iter_mut().enumerate().for_each(|(i, squares)| squares.more = more(i));
-        self.estimate(&squares, Some(all.iter().sum()))
+        Ok(self.estimate(&squares, Some(all.iter().sum())))
     }
 
     /// The same for rows that are both in the order of [`rows`](Self::rows), where the others are not known.
-    pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> ErrorEstimate {
-        self.estimate(&squares(exact, |i, c| got[(i, c)]), None)
+    pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> Result<ErrorEstimate> {
+        Ok(self.estimate(&squares(exact, |i, c| got[(i, c)])?, None))
     }
 }
 
@@ -230,16 +231,15 @@ pub struct Squares {
     pub more: f64,
 }
 
-fn squares(exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> Vec<Squares> {
+fn squares(exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> Result<Vec<Squares>> {
     let sum = |of: &dyn Fn(usize) -> f64| (0..exact.ncols()).map(of).sum();
-    (0..exact.nrows())
-        .map(|i| Squares {
-            error: sum(&|c| (exact[(i, c)] - given(i, c)).powi(2)),
-            exact: sum(&|c| exact[(i, c)] * exact[(i, c)]),
-            given: sum(&|c| given(i, c) * given(i, c)),
-            more: 0.0,
-        })
-        .collect()
+    let rows = (0..exact.nrows()).map(|i| Squares {
+        error: sum(&|c| (exact[(i, c)] - given(i, c)).powi(2)),
+        exact: sum(&|c| exact[(i, c)] * exact[(i, c)]),
+        given: sum(&|c| given(i, c) * given(i, c)),
+        more: 0.0,
+    });
+    collected(rows, DRAWN)
 }
 
 /// Exact attention of some queries of a head, row after row.
@@ -497,11 +497,11 @@ pub struct Pairs<'a> {
 /// ```
 ///
 /// and as parts of different queries have no common direction, their squares add up: `sum_i (w_i - 1) t_ij^2 |c q_i|^2`.
-pub fn unseen_row_sums(pairs: &Pairs<'_>) -> Vec<[f64; 3]> {
-    let count = pairs.weights.len();
-    let keys = pairs.scores.len().checked_div(count).unwrap_or(0);
-    let mut all = vec![[0.0; 3]; keys];
-    for i in 0..count {
+///
+/// Added to `all`, which has an entry a key.
+pub fn unseen_row_sums(pairs: &Pairs<'_>, all: &mut [[f64; 3]]) {
+    let keys = all.len();
+    for i in 0..pairs.weights.len() {
         let unseen = pairs.weights[i] - 1.0;
         let row = i * keys..(i + 1) * keys;
         let seen = |((_, s), _): &((&mut [f64; 3], &f64), &f64)| **s > f64::NEG_INFINITY; // what others hold may be anything
@@ -513,7 +513,6 @@ pub fn unseen_row_sums(pairs: &Pairs<'_>) -> Vec<[f64; 3]> {
             all[2] += unseen * t * t;
         }
     }
-    all
 }
 
 /// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random (see the top of
@@ -561,7 +560,7 @@ pub fn measure_error<T: Real>(
     for out in out {
         all += guides::squares(*out)?.iter().sum::<f64>();
     }
-    Ok(draw.estimate(&squares(&exact, given), Some(all)))
+    Ok(draw.estimate(&squares(&exact, given)?, Some(all)))
 }
 
 /// What rows of all heads together are drawn by.

@@ -1,5 +1,6 @@
-//! Allocations that may fail: whatever grows with the sizes of a call comes from here, so that a call that needs more
-//! memory than there is ends in [`Error::Memory`] and not in an abort, which is what `vec!` makes of it.
+//! Allocations that may fail: what grows with the tokens, heads, widths or samples of a call comes from here, so that a
+//! call that needs more memory than there is ends in [`Error::Memory`] and not in an abort, which is what `vec!` makes of
+//! it.
 //!
 //! What does not grow so, and cannot fail, may still be asked for when memory is gone: a thread's tile, a task of rayon's,
 //! the text of the error. A global allocator may keep a reserve for that. It asks [`may_fail`] which of the two it meets.

@@ -26,9 +26,9 @@ use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, 
 use crate::error::{Error, Result};
 use crate::guides::Known;
 use crate::landmark;
-use crate::low_rank::{LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
+use crate::low_rank::{Biases, LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
 use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened_keys};
-use crate::memory::zeroed;
+use crate::memory::{collected, zeroed};
 use crate::monomials;
 use crate::polynomial;
 use crate::real::{Real, vectorised};
@@ -411,9 +411,9 @@ fn best_polynomial<T: Real>(
         let mut candidate = Polynomial { shift: given.clone(), ..engine(degree) };
         let Ok(coefficients) = sample.fit(degree) else { continue };
         let Some((got, got_dq)) = moments.polynomial(&coefficients, false) else { continue };
-        let mut error = expected(draw.compare_drawn(&out, &got));
+        let mut error = expected(draw.compare_drawn(&out, &got)?);
         if let (Some(dq), Some(got)) = (&dq, &got_dq) {
-            error = error.max(expected(draw.compare_drawn(dq, got)));
+            error = error.max(expected(draw.compare_drawn(dq, got)?));
         }
         tried.push(format!("{degree}: {error:.1e}"));
         // The gradients of keys are not known yet: they are given some room, and more where that costs little.
@@ -507,8 +507,15 @@ impl<'a> Moments<'a> {
         dout: Option<&'a Mat<f64>>,
     ) -> Result<Option<Self>> {
         let (d, dv, count) = (head.q.ncols(), head.v.ncols(), rows.len());
-        let biases = biases(head, (causal, scale), shifts, 0.0)?;
-        let level = biases.as_ref().map_or(0.0, |b| b.of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+        // Less the largest, whatever the mask: rows that see only much smaller ones have sums of 0, which no polynomial fits.
+        let weights = match biases(head, (false, scale), shifts, 0.0)? {
+            None => None,
+            Some(Biases { of_keys, .. }) => {
+                let level = of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                Some(collected(of_keys.iter().map(|b| (b - level).exp()), "weights of keys")?)
+            }
+        };
+        let weight = |j: usize| weights.as_ref().map_or(1.0, |w| w[j]);
         let mut q = gather(head.q, rows)?;
         for i in 0..count {
             q.row_mut(i).iter_mut().zip(&shifts.query).for_each(|(q, by)| *q -= by.to_f64());
@@ -516,7 +523,7 @@ impl<'a> Moments<'a> {
         let norm = |x: faer::RowRef<'_, f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let longest = (0..count).map(|i| norm(q.row(i))).fold(0.0, f64::max);
         let by = |c: usize| shifts.key.get(c).map_or(0.0, |b| b.to_f64());
-        let longest_key = longest_of(head.k, live_keys(head, head.k.nrows())?.into_iter(), by);
+        let longest_key = longest_of(head.k, (0..head.k.nrows()).filter(|&j| weight(j) > 0.0), by);
         let bound = scale.abs() * longest * longest_key;
         if bound > LARGEST_BOUND || bound.is_nan() {
             return Ok(None);
@@ -555,12 +562,11 @@ impl<'a> Moments<'a> {
                         let v = values.subcols(1, dv);
                         product(view_mut(&mut upstream, bk, count), v, dout.transpose(), 1.0);
                     }
-                    let weights: Vec<f64> =
-                        (j0..j0 + bk).map(|j| biases.as_ref().map_or(1.0, |b| (b.of_keys[j] - level).exp())).collect();
                     vectorised(
                         #[inline(always)]
                         || {
-                            for (j, &w) in weights.iter().enumerate() {
+                            for j in 0..bk {
+                                let w = weight(j0 + j);
                                 if w == 0.0 {
                                     // Whatever a removed key holds.
                                     s[j * count..(j + 1) * count].fill(0.0);
@@ -791,6 +797,7 @@ pub(crate) fn error_bound<T: Real>(
 ) -> Option<f64> {
     let by = |shift: &[T], c: usize| shift.get(c).map_or(0.0, |b| b.to_f64());
     let longest_query = longest_of(head.q, 0..head.q.nrows(), |c| by(&constants.shifts.query, c));
+    // Also those of a bias like -1e9, which rows may see that see no others.
     let keys = || (0..head.k.nrows()).filter(|&j| !head.removed(j));
     let longest_key = longest_of(head.k, keys(), |c| by(&constants.shifts.key, c));
     let eps = largest_relative_error(&constants.coefficients, scale.abs() * longest_query * longest_key);

@@ -189,6 +189,7 @@ pub(crate) fn fit_sample<T: Real>(
     sees: impl Fn(usize, usize) -> bool,
 ) -> Result<fit::Sample> {
     let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
+    // A prefix is of causal heads, whose engines refuse the biases that this refuses.
     let biases = biases(head, (prefix, scale), shifts, 0.0)?;
     let keys = live_keys(head, seen(head.k.nrows()))?;
     let bias = |j: usize| biases.as_ref().map_or(0.0, |b| b.of_keys[j]);

@@ -11,7 +11,7 @@ use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
 use crate::error::{Error, Result, expect_len};
 use crate::fit;
 use crate::measure::{self, Draw, ErrorEstimate, Pairs, Squares};
-use crate::memory::copied;
+use crate::memory::{copied, filled};
 use crate::plan;
 use crate::polynomial;
 use crate::real::Real;
@@ -98,7 +98,9 @@ pub fn unseen_row_sums(
         return Err(Error::Shape(format!("scores holds {} numbers; expected a multiple of {count}", scores.len())));
     }
     let [exact, own, squares] = [exact, own, squares].map(|x| <[_; 2]>::from(x.split_at(count)));
-    Ok(measure::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }))
+    let mut all = filled(scores.len() / count, [0.0; 3], "drawn keys")?;
+    measure::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }, &mut all);
+    Ok(all)
 }
 
 /// Rows, or keys, out of `n` that results within a tolerance are held against.

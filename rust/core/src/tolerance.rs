@@ -11,14 +11,14 @@ use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors,
 use crate::context::Context;
 use crate::engine::{Auto, Engine};
 use crate::error::{Error, Result};
-use crate::exact;
+use crate::exact::{self, TILE};
 use crate::guides::{self, Known};
-use crate::low_rank;
+use crate::low_rank::{self, tiles};
 use crate::measure::{
     Draw, ErrorEstimate, ExactRows, KeyGradients, Pairs, Queries, Weights, exact_rows, gather, key_gradients,
     unseen_row_sums,
 };
-use crate::memory::{copied, zeroed};
+use crate::memory::{collected, copied, filled, zeroed};
 use crate::monomials::Monomials;
 use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
 use crate::polynomial;
@@ -140,7 +140,7 @@ pub(crate) fn forward<T: Real>(
                 guides.push(guides::squares_of(out, dv)?);
                 let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides)?;
                 let exact = exact_rows(ctx, head, options, &draw.rows, None)?.out;
-                let error = draw.compare(&exact, out, dv);
+                let error = draw.compare(&exact, out, dv)?;
                 if error.high <= auto.tol && all_finite(out) {
                     report.errors.out = Some(error);
                     if let Constants::Polynomial(constants) = &constants {
@@ -253,7 +253,7 @@ impl<T: Real> Group<'_, '_, T> {
             // Before anything dear is computed for all tokens: what the polynomials' own gradients are.
             let sift =
                 Check::new(ctx, self, samples / 2, auto.seed ^ 0x51, Wanted { exact_heads: false, sift: true }, None)?;
-            missed = sift.own_errors().and_then(|errors| too_large(&errors, biased, auto.tol, |e| e.relative));
+            missed = sift.own_errors()?.and_then(|errors| too_large(&errors, biased, auto.tol, |e| e.relative));
         }
         if missed.is_none() {
             match of_the_engine(self.backward(ctx, dq, &mut grads))? {
@@ -261,7 +261,7 @@ impl<T: Real> Group<'_, '_, T> {
                     let results = Some((&*dq, &grads));
                     let wanted = Wanted { exact_heads: false, sift: false };
                     let check = Check::new(ctx, self, samples, auto.seed ^ 0xB0, wanted, results)?;
-                    let errors = check.errors(self, dq, &grads);
+                    let errors = check.errors(self, dq, &grads)?;
                     missed = too_large(&errors, biased, auto.tol, |e| e.high);
                     if !(all_finite(dq) && all_finite(grads.dk) && all_finite(grads.dv)) {
                         missed = Some("overflow".into());
@@ -298,21 +298,21 @@ impl<T: Real> Group<'_, '_, T> {
         self.backward(ctx, dq, &mut grads)?;
         let wanted = Wanted { exact_heads: true, sift: false };
         let check = Check::new(ctx, self, samples, 0, wanted, Some((&*dq, &grads)))?;
-        let errors = check.errors(self, dq, &grads);
+        let errors = check.errors(self, dq, &grads)?;
         let biased = grads.dkey_bias.is_some();
         let dv = self.heads.v[0].ncols();
         let reports = self.indices().zip(&errors.dq).zip(&check.queries).map(|((i, dq), query)| {
             let out = self.out_of(i);
             let mut report = HeadReport::of(self.attention.engine.clone());
             let of_out = |query: &QueryCheck| query.draw.compare(&query.out, out, dv);
-            report.errors.out = query.as_ref().map(of_out);
+            report.errors.out = query.as_ref().map(of_out).transpose()?;
             if let Constants::Polynomial(constants) = &self.saved.constants[i] {
                 report.error_bound = error_bound(&self.heads.head(i), self.attention.scale, constants, out);
             }
             report.set(&errors, *dq, biased);
-            report
+            Ok(report)
         });
-        Ok(reports.collect())
+        reports.collect()
     }
 
     /// Adds the gradients by the engines of the forward pass.
@@ -442,27 +442,35 @@ impl<'a> RowSums<'a> {
         dout: &Mat<f64>,
         own_delta: &[T],
     ) -> Result<Vec<[f64; 3]>> {
-        let (count, width) = (self.draw.rows.len(), keys.len());
-        let (q, k, v) = (gather(head.q, &self.draw.rows)?, gather(head.k, keys)?, gather(head.v, keys)?);
-        let (mut scores, mut upstream) = (zeroed(count * width, PAIRS)?, zeroed(count * width, PAIRS)?);
-        product(view_mut(&mut scores, count, width), q.as_ref(), k.transpose(), scale);
-        product(view_mut(&mut upstream, count, width), dout.as_ref(), v.transpose(), 1.0);
-        for (&row, scores) in self.draw.rows.iter().zip(scores.chunks_exact_mut(width)) {
-            for (&j, s) in keys.iter().zip(scores) {
-                let bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
-                *s = if bias == f64::NEG_INFINITY || (causal && j > row) { f64::NEG_INFINITY } else { *s + bias };
+        let (rows, width) = (&self.draw.rows, keys.len());
+        let (q, k, v) = (gather(head.q, rows)?, gather(head.k, keys)?, gather(head.v, keys)?);
+        let own_delta = collected(rows.iter().map(|&row| own_delta[row].to_f64()), PAIRS)?;
+        let squares = |x: &Mat<f64>, by: f64| collected(x.row_iter().map(|row| by * row.squared_norm_l2()), PAIRS);
+        let squares = [squares(&q, scale * scale)?, squares(dout, 1.0)?];
+        let (mut scores, mut upstream) = (zeroed(TILE * width, PAIRS)?, zeroed(TILE * width, PAIRS)?);
+        let mut all = filled(width, [0.0; 3], PAIRS)?;
+        for (first, count) in tiles(0..rows.len(), TILE) {
+            let some = first..first + count;
+            let (scores, upstream) = (&mut scores[..count * width], &mut upstream[..count * width]);
+            product(view_mut(scores, count, width), q.subrows(first, count), k.transpose(), scale);
+            product(view_mut(upstream, count, width), dout.subrows(first, count), v.transpose(), 1.0);
+            for (&row, scores) in rows[some.clone()].iter().zip(scores.chunks_exact_mut(width)) {
+                for (&j, s) in keys.iter().zip(scores) {
+                    let bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
+                    *s = if bias == f64::NEG_INFINITY || (causal && j > row) { f64::NEG_INFINITY } else { *s + bias };
+                }
             }
+            let pairs = Pairs {
+                scores,
+                upstream,
+                weights: &self.draw.weights[some.clone()],
+                exact: [&self.exact[some.clone()], &self.delta[some.clone()]],
+                own: [&self.own[some.clone()], &own_delta[some.clone()]],
+                squares: [&squares[0][some.clone()], &squares[1][some]],
+            };
+            unseen_row_sums(&pairs, &mut all);
         }
-        let own_delta: Vec<f64> = self.draw.rows.iter().map(|&row| own_delta[row].to_f64()).collect();
-        let squares = |x: &Mat<f64>, by: f64| x.row_iter().map(|row| by * row.squared_norm_l2()).collect::<Vec<_>>();
-        Ok(unseen_row_sums(&Pairs {
-            scores: &scores,
-            upstream: &upstream,
-            weights: &self.draw.weights,
-            exact: [self.exact, &self.delta],
-            own: [&self.own, &own_delta],
-            squares: [&squares(&q, scale * scale), &squares(dout, 1.0)],
-        }))
+        Ok(all)
     }
 }
 
@@ -558,37 +566,38 @@ impl Check {
     }
 
     /// Those of the polynomials by their definition, where every head is one or exact.
-    fn own_errors(&self) -> Option<GroupErrors> {
-        let own = self.own.as_ref()?;
-        let dq = (self.queries.iter())
-            .map(|query| query.as_ref().and_then(|q| Some(q.draw.compare_drawn(&q.dq, q.own.as_ref()?))))
-            .collect();
+    fn own_errors(&self) -> Result<Option<GroupErrors>> {
+        let Some(own) = &self.own else { return Ok(None) };
+        let dq = self.queries.iter().map(|query| {
+            let of_dq = query.as_ref().and_then(|q| Some(q.draw.compare_drawn(&q.dq, q.own.as_ref()?)));
+            of_dq.transpose()
+        });
         let keys = |exact: &Mat<f64>, got: &Mat<f64>| self.keys.compare_drawn(exact, got);
-        Some(GroupErrors {
-            dq,
-            dk: keys(&self.exact.dk, &own.dk),
-            dv: keys(&self.exact.dv, &own.dv),
-            db: keys(&self.exact.db, &own.db),
-        })
+        Ok(Some(GroupErrors {
+            dq: dq.collect::<Result<_>>()?,
+            dk: keys(&self.exact.dk, &own.dk)?,
+            dv: keys(&self.exact.dv, &own.dv)?,
+            db: keys(&self.exact.db, &own.db)?,
+        }))
     }
 
     /// Those of results.
-    fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> GroupErrors {
+    fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> Result<GroupErrors> {
         let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
         let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
-            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, dq, d)))
-            .collect();
+            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, dq, d)).transpose())
+            .collect::<Result<_>>()?;
         let keys = |exact: &Mat<f64>, got: &[T], width: usize, kind: usize| {
             self.keys.compare_with(exact, got, width, |j| self.unseen[j][kind])
         };
-        GroupErrors {
+        Ok(GroupErrors {
             dq,
-            dk: keys(&self.exact.dk, grads.dk, d, 0),
-            dv: keys(&self.exact.dv, grads.dv, dv, 1),
+            dk: keys(&self.exact.dk, grads.dk, d, 0)?,
+            dv: keys(&self.exact.dv, grads.dv, dv, 1)?,
             db: match &grads.dkey_bias {
-                Some(db) => keys(&self.exact.db, db, 1, 2),
+                Some(db) => keys(&self.exact.db, db, 1, 2)?,
                 None => ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 },
             },
-        }
+        })
     }
 }

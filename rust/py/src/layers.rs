@@ -42,16 +42,10 @@ pub fn check_result<T: Scalar>(name: &str, result: &[T]) -> lingrad_core::Result
 const NUMBERS_A_CHECK: usize = 1 << 16;
 
 /// Of gradients by the names of their parameters.
-pub fn check_grads<'a, T: Scalar>(
-    grads: impl IntoIterator<Item = (impl Display, &'a Vec<T>)>,
+pub fn check_grads<T: Scalar>(
+    grads: impl IntoIterator<Item = (impl Display, impl AsRef<[T]>)>,
 ) -> lingrad_core::Result<()> {
-    grads.into_iter().try_for_each(|(name, grad)| check_result(&format!("the gradient of {name}"), grad))
-}
-
-/// A new array of gradients, for Python.
-fn grad<'py, T: Scalar>(name: &str, mut entries: Output<'py, T>) -> Result<Array<'py>> {
-    check_result(&format!("the gradient of {name}"), entries.entries())?;
-    Ok(entries.into_array())
+    grads.into_iter().try_for_each(|(name, grad)| check_result(&format!("the gradient of {name}"), grad.as_ref()))
 }
 
 fn check_params<T: Scalar>(params: &[(&str, MatRef<'_, T>)]) -> lingrad_core::Result<()> {
@@ -139,11 +133,12 @@ pub fn linear_backward<'py>(
             let w = w_view.matrix()?;
             let mut dw = Output::new(py, w_view.shape())?;
             let mut db = has_bias.then(|| Output::new(py, &[w.ncols()])).transpose()?;
-            let (dw_out, db_out) = (dw.entries(), db.as_mut().map(Output::entries));
+            let (dw_out, mut db_out) = (dw.entries(), db.as_mut().map(Output::entries));
             let (dx, ()) = backward(py, &x, dy, &[("w", w)], |ctx, x, dy, dx| {
-                linear::backward(ctx, x, w, dy, dx, dw_out, db_out)
+                linear::backward(ctx, x, w, dy, dx, dw_out, db_out.as_deref_mut())?;
+                check_grads([("w", &*dw_out), ("b", db_out.as_deref().unwrap_or_default())])
             })?;
-            Ok((dx, grad("w", dw)?, db.map(|db| grad("b", db)).transpose()?))
+            Ok((dx, dw.into_array(), db.map(Output::into_array)))
         })
     })
 }
@@ -209,12 +204,15 @@ pub fn norm_backward<'py>(
             let (x, gain) = (View::<T>::new("x", x)?, View::new("gain", gain)?.vector()?);
             let mut dgain = Output::new(py, &[gain.len()])?;
             let mut dbias = has_bias.then(|| Output::new(py, &[gain.len()])).transpose()?;
-            let (dgain_out, dbias_out) = (dgain.entries(), dbias.as_mut().map(Output::entries));
-            let (dx, ()) = backward(py, &x, dy, &[("gain", row(&gain))], |ctx, x, dy, dx| match dbias_out {
-                None => norm::rms_backward(ctx, x, &gain, eps, dy, dx, dgain_out),
-                Some(dbias) => norm::layer_backward(ctx, x, &gain, eps, dy, dx, dgain_out, dbias),
+            let (dgain_out, mut dbias_out) = (dgain.entries(), dbias.as_mut().map(Output::entries));
+            let (dx, ()) = backward(py, &x, dy, &[("gain", row(&gain))], |ctx, x, dy, dx| {
+                match &mut dbias_out {
+                    None => norm::rms_backward(ctx, x, &gain, eps, dy, dx, dgain_out)?,
+                    Some(dbias) => norm::layer_backward(ctx, x, &gain, eps, dy, dx, dgain_out, dbias)?,
+                }
+                check_grads([("gain", &*dgain_out), ("bias", dbias_out.as_deref().unwrap_or_default())])
             })?;
-            Ok((dx, grad("gain", dgain)?, dbias.map(|dbias| grad("bias", dbias)).transpose()?))
+            Ok((dx, dgain.into_array(), dbias.map(Output::into_array)))
         })
     })
 }
@@ -259,9 +257,10 @@ pub fn feed_forward_backward<'py>(
             let mut dw_out = Output::new(py, out_view.shape())?;
             let (din, dout) = (dw_in.entries(), dw_out.entries());
             let (dx, ()) = backward(py, &x, dy, &[("w_in", w_in), ("w_out", w_out)], |ctx, x, dy, dx| {
-                feed_forward::backward(ctx, x, w_in, w_out, kind, dy, dx, din, dout)
+                feed_forward::backward(ctx, x, w_in, w_out, kind, dy, dx, din, dout)?;
+                check_grads([("w_in", &*din), ("w_out", &*dout)])
             })?;
-            Ok((dx, grad("w_in", dw_in)?, grad("w_out", dw_out)?))
+            Ok((dx, dw_in.into_array(), dw_out.into_array()))
         })
     })
 }
@@ -300,9 +299,10 @@ pub fn embedding_backward<'py>(
             let (tokens, entries) = (slice(&tokens)?, dembed.entries());
             run(py, None, |ctx| {
                 check_finite("dy", dy.blocks())?;
-                embedding::backward(ctx, tokens, &dy, vocab, entries)
+                embedding::backward(ctx, tokens, &dy, vocab, entries)?;
+                check_grads([("embed", &*entries)])
             })?;
-            grad("embed", dembed)
+            Ok(dembed.into_array())
         })
     })
 }

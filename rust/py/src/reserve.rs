@@ -21,7 +21,7 @@ const LEAST: usize = 4;
 const OBJECTS: usize = 1 << 21;
 
 static RESERVE: [AtomicPtr<u8>; BLOCKS] = [const { AtomicPtr::new(null_mut()) }; BLOCKS];
-/// Whether a block was given back since the last call began.
+/// Whether a block was given back, since the last call began, for what may not fail.
 static SHORT: AtomicBool = AtomicBool::new(false);
 
 /// Asks for `size` bytes, until they are there or nothing is left to give back.
@@ -37,6 +37,7 @@ pub(crate) fn allocate(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
 #[cold]
 fn allocate_from_reserve(size: usize, ask: impl Fn() -> *mut u8) -> *mut u8 {
     while !may_fail() && give_back(size) {
+        SHORT.store(true, Ordering::Relaxed);
         let at = ask();
         if !at.is_null() {
             return at;
@@ -75,7 +76,6 @@ fn lay_blocks() -> usize {
 
 /// Gives back at least so many bytes, or all that there is; whether that was anything.
 fn give_back(size: usize) -> bool {
-    SHORT.store(true, Ordering::Relaxed);
     let mut given = 0;
     for slot in &RESERVE {
         let block = slot.swap(null_mut(), Ordering::Relaxed);
@@ -124,8 +124,7 @@ mod system {
     use std::alloc::{GlobalAlloc, Layout, System};
 
     fn layout(size: usize) -> Layout {
-        // SAFETY: 1 is a power of two, and sizes are a few MiB.
-        unsafe { Layout::from_size_align_unchecked(size, 1) }
+        Layout::array::<u8>(size).expect("a few MiB have a layout")
     }
 
     /// Memory that nobody has written to, or null.

@@ -94,8 +94,8 @@ fn pool(py: Python<'_>) -> Result<Arc<ThreadPool>> {
         .thread_name(|i| format!("lingrad-{i}"))
         .build()
         .map_err(|e| LingradError::new_err(format!("cannot start {n} threads: {e}; use set_num_threads")))?;
+    // Where there is no memory for them, each thread makes its own with its first large product, as far as the reserve goes.
     if room::<u8>(n.saturating_mul(product_buffers()), "buffers of products").is_ok() {
-        // Where there is none, threads that meet no such product do without.
         pool.broadcast(|_| make_product_buffers());
     }
     let pool = Arc::new(pool);

@@ -97,7 +97,8 @@ pub fn estimate_error(
         }
         let rows =
             squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2], more: row[3] });
-        Ok(estimate(sampled::estimate_error(&rows.collect::<Vec<_>>(), &numbers(&weights)?, total, given)?))
+        let rows = collected(rows, "drawn rows")?;
+        Ok(estimate(sampled::estimate_error(&rows, &numbers(&weights)?, total, given)?))
     })
 }
 
@@ -114,12 +115,12 @@ pub fn unseen_row_sums<'py>(
     squares: PyReadonlyArray2<'py, f64>,
 ) -> Outcome<Bound<'py, PyArray2<f64>>> {
     entry(|| {
-        let [scores, upstream, exact, own, squares] =
-            [scores, upstream, exact, own, squares].map(|x| x.as_array().iter().copied().collect::<Vec<f64>>());
-        let weights = numbers(&weights)?;
-        let added = sampled::unseen_row_sums(&scores, &upstream, &weights, [&exact, &own, &squares])?;
-        let flat: Vec<f64> = added.iter().flatten().copied().collect();
-        Ok(PyArray1::from_vec(py, flat).reshape([added.len(), 3])?)
+        let copy = |x: PyReadonlyArray2<'py, f64>| collected(x.as_array().iter().copied(), "pairs of queries and keys");
+        let (scores, upstream) = (copy(scores)?, copy(upstream)?);
+        let (exact, own, squares) = (copy(exact)?, copy(own)?, copy(squares)?);
+        let added = sampled::unseen_row_sums(&scores, &upstream, &numbers(&weights)?, [&exact, &own, &squares])?;
+        let keys = added.len();
+        Ok(PyArray1::from_vec(py, added.into_flattened()).reshape([keys, 3])?)
     })
 }
 
@@ -262,7 +263,7 @@ pub fn landmark_candidates<'py>(
     })
 }
 
-/// The largest relative error of the polynomial with these coefficients over `|s| <= r`.
+/// The largest relative error of the polynomial with these coefficients over `|s| <= r`; infinite beyond degree 64.
 #[pyfunction]
 pub fn largest_relative_error(py: Python<'_>, coefficients: Later<'_, Vec<f64>>, r: f64) -> Outcome<f64> {
     entry(|| {
