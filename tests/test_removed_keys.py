@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import FAST_BACKENDS, NUMERIC_BACKENDS
+from conftest import FAST_BACKENDS, GPU_NUMPY, NUMERIC_BACKENDS
 from helpers import assert_close, cast, difference_error, draw, relative_error, run_attention
 from limits import DIFFERENCE, ORACLE
 
@@ -206,7 +206,7 @@ def test_landmarks_refuse_rows_that_see_nothing_but_padding(backend, dtype, rng)
 
 @pytest.mark.parametrize("where", ["left", "right", "scattered"])
 @pytest.mark.parametrize("padding", PADDING.values(), ids=PADDING.keys())
-@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [*FAST_BACKENDS, GPU_NUMPY], indirect=True, ids=lambda backend: backend.name)
 def test_a_tolerance_serves_padded_sequences_by_low_rank(padding, where, backend, rng):
     """Causal, keys with a mean: the plan looks at shifted polynomials, which are not to be refused for such biases."""
     n = 8192
