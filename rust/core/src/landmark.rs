@@ -22,8 +22,9 @@
 
 use std::sync::Arc;
 
+use faer::linalg::matmul::matmul;
 use faer::prelude::Solve;
-use faer::{Mat, MatRef, Side as Half};
+use faer::{Accum, Mat, MatMut, MatRef, Par, Side as Half};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
@@ -544,7 +545,9 @@ impl<'a, T: Real> Sample<'a, T> {
                 continue;
             }
             let p = x.row(pivot);
-            let mut column = collected(x.row_iter().map(|row| row * p.transpose()), "pivoted columns of a kernel")?;
+            let mut column = zeroed(n, "pivoted columns of a kernel")?;
+            let product = MatMut::from_column_major_slice_mut(&mut column, n, 1);
+            matmul(product, Accum::Replace, x, p.transpose().as_mat(), 1.0, Par::Seq);
             self.gaussian(&mut column, &squares, squares[pivot]);
             for before in &factor {
                 let by = before[pivot];
