@@ -621,3 +621,11 @@ def test_a_failed_call_leaves_the_library_sound():
     with pytest.raises(lg.NonFiniteError):
         attend(q=spoiled(Q))
     assert np.isfinite(lg.attention(Q, K, V)).all()
+
+
+def test_errors_are_measured_whatever_the_scale(backend):
+    """Its square is beyond any float."""
+    q, dout = backend.array(np.zeros((40, 4))), backend.array(np.ones((40, 4)))
+    _, vjp = lg.attention_vjp(q, q, dout, scale=1e200, causal=True, engine=Polynomial(degree=2))
+    dq, *_ = vjp(dout, samples=20)
+    assert not backend.numpy(dq).any()

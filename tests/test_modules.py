@@ -343,3 +343,12 @@ def test_score_bound_bounds_the_scores(backend, rng):
     one_hot = {"w_q": w_qk, "w_k": w_qk, "w_v": w_v, "w_o": np.eye(n)}
     weights, _ = vjp(backend, attention(n_heads=1, score_bound=bound, engine=lg.Exact()), one_hot, x)
     assert (weights.max(axis=1) / weights.min(axis=1)).max() <= np.exp(2 * bound)
+
+
+@pytest.mark.parametrize("module", [lg.Activation("relu"), lg.Linear(w=np.zeros((0, 0)))])
+def test_however_many_rows_of_no_columns_are_nothing_to_compute(module):
+    x = np.zeros((1 << 40, 0))
+    y, pullback = module.vjp(x)
+    dx, grads = pullback(x)
+    assert y.shape == dx.shape == x.shape
+    assert all(grad.size == 0 for grad in grads.values())

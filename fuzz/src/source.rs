@@ -148,7 +148,11 @@ impl<'a> Source<'a> {
 
     /// A length that is near this one, mostly the same.
     pub fn near(&mut self, length: usize) -> usize {
-        if self.oddly() { self.pick(&[0, length.saturating_sub(1), length + 1, 2 * length]) } else { length }
+        if self.oddly() {
+            self.pick(&[0, length.saturating_sub(1), length.saturating_add(1), length.saturating_mul(2)])
+        } else {
+            length
+        }
     }
 
     /// So many numbers.

@@ -328,6 +328,8 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     Ok(())
 }
 
+/// A larger one takes long by its size alone.
+const LARGEST_D_FF: usize = 1 << 20;
 const KINDS: [ActivationKind; 3] = [ActivationKind::Relu, ActivationKind::Silu, ActivationKind::GeluTanh];
 
 /// Sequences of `d` numbers a token.
@@ -463,7 +465,7 @@ fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         d_model: s.size(&[h_kv * group * width]),
         n_heads: s.size(&[h_kv * group]),
         n_kv_heads: s.size(&[h_kv]),
-        d_ff: s.size(&[1, 3, 8]),
+        d_ff: s.size(&[1, 3, 8]).min(LARGEST_D_FF),
         vocab_size: s.size(&[1, 2, 5]),
         causal: s.flag(),
         norm: s.pick(&[Norm::Rms, Norm::Layer]),

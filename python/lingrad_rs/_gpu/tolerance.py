@@ -464,7 +464,7 @@ class _RowSums:
         q = sp.host(measure.take_rows(sp, heads.q[c : c + 1, ...], draw.rows[None, :]))[0]
         before = np.stack([self.logs[place, draw.rows], self.deltas[place, draw.rows]])
         self.logs[place, draw.rows], self.deltas[place, draw.rows] = logs, deltas
-        sizes, exact = np.stack([heads.scale**2 * np.sum(q**2, axis=1), squares]), np.stack([logs, deltas])
+        sizes, exact = np.stack([np.sum((heads.scale * q) ** 2, axis=1), squares]), np.stack([logs, deltas])
         added = np.zeros((count, 3))
         for some in (slice(start, start + _PAIRED) for start in range(0, size, _PAIRED)):
             scores = heads.scale * q[some] @ keys.k[c, :count].T

@@ -198,7 +198,9 @@ impl<'a, T: Real> Heads<'a, T> {
 pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> {
     views.par_iter().enumerate().try_for_each(|(h, x)| {
         let x = if x.row_stride() == 1 { x.transpose() } else { *x };
-        // Of entries that are all the same one, one is looked at: there may be more of them than any memory holds.
+        // Of entries that are all the same one, one is looked at: there may be more of them than any memory holds; and of
+        // rows without entries, none.
+        let x = if x.ncols() == 0 { x.subrows(0, 0) } else { x };
         let x = if x.row_stride() == 0 { x.subrows(0, x.nrows().min(1)) } else { x };
         let x = if x.col_stride() == 0 { x.subcols(0, x.ncols().min(1)) } else { x };
         (0..x.nrows().div_ceil(ROWS_A_CHECK)).into_par_iter().try_for_each(|tile| {

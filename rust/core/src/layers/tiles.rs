@@ -32,6 +32,8 @@ pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const S
     sums: [usize; SUM],
     body: impl Fn(Range<usize>, [&mut [T]; OUT], &mut [Vec<f64>; SUM], &mut [Vec<T>; SCRATCH]) -> Result<()> + Sync,
 ) -> Result<[Vec<f64>; SUM]> {
+    // Nothing is written, however many rows of no columns there are.
+    let rows = if outputs.iter().all(|(_, width)| *width == 0) && sums == [0; SUM] { 0 } else { rows };
     let partitions = (PARTIAL_SUMS / sums.iter().sum::<usize>().max(1)).clamp(4, PARTITIONS);
     let partition = rows.div_ceil(TILE).div_ceil(partitions).max(1) * TILE;
     let partials = split(0..rows, partition, outputs)
