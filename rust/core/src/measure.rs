@@ -1,6 +1,6 @@
 //! Measured errors: rows drawn at random, computed exactly in float64, and compared with given ones.
 //!
-//! An error that sits in a few rows is invisible to even draws, so rows are drawn by a mixture of [`guides`](crate::guides):
+//! An error that sits in a few rows is invisible to even draws, so rows are drawn by a mixture of `guides`:
 //! row i with a chance `pi_i` that is the mean of every guide's share in it, times the draws. The first rows of each guide,
 //! and those whose chance would be 1 or more, are taken for certain; the others are drawn one in each of equal parts of
 //! the mixture. With `e_i` the squared error, `x_i` the squared size of the exact row and `y_i` that of the given one,
