@@ -454,8 +454,8 @@ fn self_attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let dy = Batch::<T>::new(s, batch, n, e);
     let Some(dy) = dy.rows() else { return Ok(()) };
     let Ok(grads) = layer.backward(&ctx, &x, &dy, &mut dx) else { return Ok(()) };
-    let grads = grads.iter().map(|(name, grad)| (*name, grad)).chain([("x", &dx)]);
-    grads.map(|(name, grad)| written(s, &format!("the gradient of {name}"), Ok(()), &[grad])).collect()
+    let mut grads = grads.iter().map(|(name, grad)| (*name, grad)).chain([("x", &dx)]);
+    grads.try_for_each(|(name, grad)| written(s, &format!("the gradient of {name}"), Ok(()), &[grad]))
 }
 
 fn whole<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {

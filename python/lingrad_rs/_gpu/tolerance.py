@@ -464,7 +464,7 @@ class _RowSums:
         q = sp.host(measure.take_rows(sp, heads.q[c : c + 1, ...], draw.rows[None, :]))[0]
         before = np.stack([self.logs[place, draw.rows], self.deltas[place, draw.rows]])
         self.logs[place, draw.rows], self.deltas[place, draw.rows] = logs, deltas
-        sizes, exact = np.stack([np.sum((heads.scale * q) ** 2, axis=1), squares]), np.stack([logs, deltas])
+        sizes, after = np.stack([np.sum((heads.scale * q) ** 2, axis=1), squares]), np.stack([logs, deltas])
         added = np.zeros((count, 3))
         for some in (slice(start, start + _PAIRED) for start in range(0, size, _PAIRED)):
             scores = heads.scale * q[some] @ keys.k[c, :count].T
@@ -474,7 +474,7 @@ class _RowSums:
             if heads.causal:
                 scores[keys.rows[c, :count] > draw.rows[some, None]] = -math.inf
             upstream, weights = up[some] @ keys.v[c, :count].T, draw.weights[some]
-            each = (x[:, some] for x in (exact, before, sizes))
+            each = (x[:, some] for x in (after, before, sizes))
             added += core.unseen_row_sums(scores, upstream, weights, *each)
         return added
 

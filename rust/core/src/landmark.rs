@@ -33,7 +33,7 @@ use crate::context::Context;
 use crate::engine::{self, Diagonal, LandmarkConstants};
 use crate::error::{Error, Result};
 use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys, sums_and_square};
-use crate::memory::{collected, copied, matrix, multiplied, room, zeroed};
+use crate::memory::{copied, matrix, multiplied, room, zeroed};
 use crate::real::{Real, vectorised};
 use crate::sample::{stratified, uniform};
 use crate::state::Weighting;
