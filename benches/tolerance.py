@@ -1,7 +1,8 @@
 """What a tolerance costs and keeps, beside exact attention, over the distributions of the tests.
 
 Two cases where low rank pays, with planning and with a plan that is used again; then every distribution: the engine
-that was chosen, the largest error, and the time over that of the exact engine. Calls take turns within every round, and
+that was chosen, the largest error, and the time over that of the exact engine, with the median and the most of those
+that came out as exact. Calls take turns within every round, and
 medians are printed. Errors are relative to exact attention in float64.
 
 ``--rare-tokens N`` counts, over N cases of each family of heads of which a few tokens carry much, how many results of
@@ -85,11 +86,11 @@ def pays(n: int, tol: float, rounds: int) -> None:
 
 
 def sweep(n: int, tol: float, rounds: int) -> None:
-    """Prints every distribution, and the worst time over that of the exact engine."""
+    """Prints every distribution, and the time over that of the exact engine where that came out."""
     print(f"n = {n:,}, tolerance {tol:g} for out, dq, dk and dv:\n")
     print("| distribution | mask | engine | time over exact | largest error |")
     print("|---|---|---|---|---|")
-    slowest = (0.0, "")
+    exact_chosen: list[tuple[float, str]] = []
     for name in DISTRIBUTIONS:
         arrays = drawn(name, n)
         for causal in (False, True):
@@ -106,8 +107,12 @@ def sweep(n: int, tol: float, rounds: int) -> None:
             head = vjp.heads[0]
             mask = "causal" if causal else "full"
             print(f"| {name} | {mask} | {head.engine_name} | {ratio:.2f} | {error:.1e} |", flush=True)
-            slowest = max(slowest, (ratio, f"{name}, {mask}"))
-    print(f"\nThe most time over exact: {slowest[0]:.2f} ({slowest[1]}).")
+            if head.engine == lg.Exact():
+                exact_chosen.append((ratio, f"{name}, {mask}"))
+    most, where = max(exact_chosen)
+    median, count = np.median([ratio for ratio, _ in exact_chosen]), len(exact_chosen)
+    print(f"\nTime over exact in the {count} cases that came out as exact: {median:.2f} in the median,")
+    print(f"at most {most:.2f} ({where}).")
 
 
 def rare_tokens(cases: int, seed: int, n: int, array_path: bool) -> None:
@@ -138,7 +143,7 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-2)
     parser.add_argument("--n", type=int, default=65536, help="tokens where low rank pays")
     parser.add_argument("--sweep", type=int, default=8192, help="tokens of the sweep")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--rare-tokens", type=int, metavar="CASES", help="count, instead, where a few tokens carry much"
     )

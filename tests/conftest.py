@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config, items):
         return
     try:
         _backend.cupy()
-    except lg.DeviceError as error:
+    except lg.DeviceError as error:  # which says what this machine lacks: most have no GPU, and the tests ask for none
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=str(error)))
 

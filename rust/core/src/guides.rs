@@ -192,8 +192,9 @@ impl Known {
     ) -> Result<Vec<Vec<f64>>> {
         let side = &self.keys;
         let keys = union([&self.values, &side.spread, &side.leverage])?;
+        let sizes = collected(keys.iter().map(|&j| square_of(head.v, j)), GUIDES)?;
         let heavy = heavy(head.q.nrows(), |rows, heavy| {
-            self.pairs(head, options, rows, &keys, |i, j, f2| heavy[i] += f2 * square_of(head.v, keys[j]))
+            self.pairs(head, options, rows, &keys, |i, j, f2| heavy[i] += f2 * sizes[j])
         })?;
         let spread = powers(&self.queries.spread)?;
         let mut guides = vec![filled(head.q.nrows(), 1.0, GUIDES)?];
@@ -237,15 +238,16 @@ impl Known {
         let (q, k) = (gather(head.q, queries)?, gather(head.k, keys)?);
         let mut scores = zeroed(queries.len() * keys.len(), "scores of heavy rows")?;
         product(view_mut(&mut scores, queries.len(), keys.len()), q.as_ref(), k.transpose(), scale);
+        let log_weight = |&j: &usize| self.weights.as_ref().map_or(0.0, |w| w[j].ln());
+        let log_weights = collected(keys.iter().map(log_weight), GUIDES)?;
         for (i, scores) in scores.chunks_exact(keys.len().max(1)).enumerate() {
             let mean: f64 = scale * (0..d).map(|c| q[(i, c)] * self.keys.mean[c]).sum::<f64>();
             let above = (0.5 * self.queries.spread[queries[i]]).min(ABOVE_JENSEN);
-            for (j, &s) in scores.iter().enumerate() {
-                let weight = self.weights.as_ref().map_or(1.0, |w| w[keys[j]]);
-                if weight == 0.0 || (causal && keys[j] > queries[i]) {
+            for (j, (&s, &log_weight)) in scores.iter().zip(&log_weights).enumerate() {
+                if log_weight == f64::NEG_INFINITY || (causal && keys[j] > queries[i]) {
                     continue;
                 }
-                let f = (weight.ln() + s - mean - self.log_weights - above).exp().min(1.0);
+                let f = (log_weight + s - mean - self.log_weights - above).exp().min(1.0);
                 let left_out = ((s - mean).powi(2).powi(POWER) / 36.0).min(1.0);
                 add(i, j, f * f * left_out);
             }
