@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lingrad_benches::Head;
-use lingrad_core::engine::{Engine, Gradient, Polynomial};
+use lingrad_core::spec::{Engine, Gradient, Polynomial};
 use lingrad_core::{Attention, AttentionGrads, Context};
 
 struct Case {

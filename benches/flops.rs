@@ -17,7 +17,7 @@ use std::time::Instant;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, Par};
 use lingrad_benches::{Head, numbers};
-use lingrad_core::engine::{Engine, Gradient, Polynomial};
+use lingrad_core::spec::{Engine, Gradient, Polynomial};
 use lingrad_core::{Attention, AttentionGrads, Context, MatRef};
 use rayon::prelude::*;
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lingrad_benches::numbers;
-use lingrad_core::engine::{Engine, Polynomial};
 use lingrad_core::layers::activation::ActivationKind;
-use lingrad_core::transformer::{Config, Norm, Params, value_and_grad};
+use lingrad_core::model::{Config, Norm, Params, value_and_grad};
+use lingrad_core::spec::{Engine, Polynomial};
 use lingrad_core::{Context, MatRef};
 
 fn model_step(criterion: &mut Criterion) {

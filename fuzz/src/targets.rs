@@ -3,16 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use lingrad_core::engine::{
-    Auto, Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Planned, Polynomial, Shift,
-};
 use lingrad_core::layers::activation::{self, ActivationKind};
 use lingrad_core::layers::attention_block::{SelfAttention, Weights};
 use lingrad_core::layers::{cross_entropy, embedding, feed_forward, linear, norm};
 use lingrad_core::measure::{ErrorEstimate, Squares, measure_error};
+use lingrad_core::model::{self as transformer, Config, Input, Norm, Params};
 use lingrad_core::plan::HeadPlan;
-use lingrad_core::sampled::{self, Tokens};
-use lingrad_core::transformer::{self, Config, Input, Norm, Params};
+use lingrad_core::plan::sampled::{self, Tokens};
+use lingrad_core::spec::{
+    Auto, Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Planned, Polynomial, Shift,
+};
 use lingrad_core::{Attention, AttentionGrads, Context, HeadReport, Heads, Real, Rows};
 
 use crate::Find;

@@ -7,13 +7,13 @@ use faer::{ColRef, MatRef};
 use rayon::prelude::*;
 
 use crate::context::Context;
-use crate::engine::{Engine, Planned};
+use crate::engines::{exact, landmark, polynomial};
 use crate::error::{Error, Result, expect_len};
+use crate::linear::monomials::Monomials;
 use crate::memory::{collected, collected_in_parallel, zeroed};
-use crate::monomials::Monomials;
-use crate::real::{Real, vectorised};
+use crate::numerics::real::{Real, vectorised};
+use crate::spec::{Engine, Planned};
 use crate::tolerance::{self, Group, HeadReport};
-use crate::{exact, landmark, polynomial};
 
 /// The inputs of attention, head by head (batch entries are heads too).
 ///

@@ -2,7 +2,7 @@
 
 use faer::{Mat, MatRef};
 
-use crate::engine::Gradient;
+use crate::spec::Gradient;
 
 /// One head, and how its scores become weights.
 #[derive(Debug, Clone)]

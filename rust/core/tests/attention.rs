@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use faer::prelude::Solve;
 use faer::{ColRef, Mat};
-use lingrad_core::engine::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
 use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
-use lingrad_core::sampled::largest_relative_error;
+use lingrad_core::plan::sampled::largest_relative_error;
+use lingrad_core::spec::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
 use proptest::prelude::*;
 

@@ -4,10 +4,10 @@ mod support;
 
 use std::collections::BTreeMap;
 
-use lingrad_core::engine::{Gradient, Polynomial};
 use lingrad_core::layers::activation::ActivationKind;
 use lingrad_core::layers::{cross_entropy, linear, norm};
-use lingrad_core::transformer::{Config, Input, Norm, Params, backward, forward, value_and_grad};
+use lingrad_core::model::{Config, Input, Norm, Params, backward, forward, value_and_grad};
+use lingrad_core::spec::{Gradient, Polynomial};
 use lingrad_core::{Context, Engine, Error, MatRef, Real};
 use support::*;
 

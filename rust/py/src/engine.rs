@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lingrad_core::memory::collected;
-use lingrad_core::{Engine, Error, engine};
+use lingrad_core::{Engine, Error, spec as engine};
 use numpy::PyReadonlyArrayDyn;
 use pyo3::prelude::*;
 

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use lingrad_core::engine::{self, Auto, Coefficients, Engine, LandmarkConstants, Planned, Shift};
 use lingrad_core::plan::HeadPlan;
+use lingrad_core::spec::{self as engine, Auto, Coefficients, Engine, LandmarkConstants, Planned, Shift};
 use lingrad_core::tolerance::HeadReport;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

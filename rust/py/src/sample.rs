@@ -1,10 +1,10 @@
 //! What is decided by samples of a head's tokens, for the backend whose arrays the core cannot read.
 
 use lingrad_core::Error;
-use lingrad_core::engine::{Auto, LandmarkConstants};
 use lingrad_core::measure::Squares;
 use lingrad_core::memory::collected;
-use lingrad_core::sampled::{self, Fits, Tokens};
+use lingrad_core::plan::sampled::{self, Fits, Tokens};
+use lingrad_core::spec::{Auto, LandmarkConstants};
 use numpy::ndarray::ArrayView1;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lingrad_core::transformer::{self, Backward, Config, Input, Params, Trace};
+use lingrad_core::model::{self as transformer, Backward, Config, Input, Params, Trace};
 use lingrad_core::{Error, Rows};
 use numpy::prelude::*;
 use numpy::{PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray};

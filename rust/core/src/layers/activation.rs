@@ -12,8 +12,8 @@ use super::expect_rows;
 use super::tiles::{for_each_tile, load};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
-use crate::real::{Real, vectorised};
-use crate::rows::Rows;
+use crate::numerics::real::{Real, vectorised};
+use crate::problem::rows::Rows;
 
 /// Which nonlinearity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

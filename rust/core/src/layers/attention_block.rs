@@ -27,12 +27,12 @@ use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded}
 use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, AttentionGrads, Heads, Saved};
 use crate::context::Context;
-use crate::engine::Planned;
 use crate::error::{Error, Result, expect_len};
 use crate::memory::{copied, zeroed};
-use crate::real::Real;
-use crate::rows::Rows;
-use crate::tile::view;
+use crate::numerics::real::Real;
+use crate::numerics::tile::view;
+use crate::problem::rows::Rows;
+use crate::spec::Planned;
 use crate::tolerance::HeadReport;
 
 /// The projections around attention.

@@ -9,9 +9,9 @@ use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, r
 use super::{expect_below, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
-use crate::real::{Real, vectorised};
-use crate::rows::Rows;
-use crate::tile::view;
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::view;
+use crate::problem::rows::Rows;
 
 /// The mean over the tokens of `-log softmax(logits)[target]`, and its gradient.
 ///

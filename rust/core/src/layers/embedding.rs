@@ -10,8 +10,8 @@ use super::tiles::{TILE, for_each_tile, round};
 use crate::context::Context;
 use crate::error::{Result, expect_len};
 use crate::memory::{made, zeroed};
-use crate::real::Real;
-use crate::rows::Rows;
+use crate::numerics::real::Real;
+use crate::problem::rows::Rows;
 
 /// `y_i = embed[tokens_i]`: `embed (vocab, d)`, `y (tokens, d)`. Time `O(n d)`.
 pub fn forward<T: Real>(ctx: &Context, tokens: &[u32], embed: MatRef<'_, T>, y: &mut [T]) -> Result<()> {

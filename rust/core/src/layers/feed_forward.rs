@@ -10,9 +10,9 @@ use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, s
 use super::{expect_rows, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
-use crate::real::Real;
-use crate::rows::Rows;
-use crate::tile::view;
+use crate::numerics::real::Real;
+use crate::numerics::tile::view;
+use crate::problem::rows::Rows;
 
 /// `y = act(x w_in) w_out`: `x (.., d)`, `w_in (d, f)`, `w_out (f, e)`, `y (.., e)`.
 ///

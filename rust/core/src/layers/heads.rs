@@ -10,9 +10,9 @@ use super::tiles::{TILE, accumulate_transposed, for_each_tile, load, product, ro
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::memory::{collected, room, zeroed};
-use crate::real::{Real, vectorised};
-use crate::rows::Rows;
-use crate::tile::view;
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::view;
+use crate::problem::rows::Rows;
 
 /// Rows of heads, head by head.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use super::tiles::{accumulate_transposed, for_each_tile, load, product, round};
 use super::{expect_rows, expect_shape};
 use crate::context::Context;
 use crate::error::{Result, expect_len};
-use crate::real::Real;
-use crate::rows::Rows;
-use crate::tile::view;
+use crate::numerics::real::Real;
+use crate::numerics::tile::view;
+use crate::problem::rows::Rows;
 
 /// `y = x w + b`: `x (.., d)`, `w (d, e)`, `b (e,)`, `y (.., e)`.
 ///

@@ -6,7 +6,7 @@
 //! weight's gradient does not grow with the number of tokens: it is summed in float64.
 
 use crate::error::{Error, Result};
-use crate::rows::Rows;
+use crate::problem::rows::Rows;
 
 pub mod activation;
 pub mod attention_block;

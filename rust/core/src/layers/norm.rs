@@ -18,8 +18,8 @@ use super::expect_rows;
 use super::tiles::{for_each_tile, load, round, row_dot, row_sum};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
-use crate::real::{Real, vectorised};
-use crate::rows::Rows;
+use crate::numerics::real::{Real, vectorised};
+use crate::problem::rows::Rows;
 
 /// RMSNorm of `x (.., d)` with `gain (d,)`. Time `O(n d)`.
 pub fn rms_forward<T: Real>(ctx: &Context, x: &Rows<'_, T>, gain: &[T], eps: f64, y: &mut [T]) -> Result<()> {

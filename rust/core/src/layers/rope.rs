@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::memory::zeroed;
-use crate::real::Real;
+use crate::numerics::real::Real;
 
 const BASE: f64 = 10000.0;
 /// Positions that share a computed angle.

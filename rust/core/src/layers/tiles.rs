@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use crate::context::Context;
 use crate::error::Result;
 use crate::memory::{collected, lengthen, zeroed};
-use crate::real::Real;
-use crate::rows::Rows;
-use crate::tile::widen;
+use crate::numerics::real::Real;
+use crate::numerics::tile::widen;
+use crate::problem::rows::Rows;
 
 /// Tokens a tile: enough for a fast product, few enough that a tile of hidden units stays in the cache.
 pub(crate) const TILE: usize = 256;

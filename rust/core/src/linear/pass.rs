@@ -41,16 +41,16 @@ use rayon::prelude::*;
 
 use crate::attention::{Constants, Head, HeadGrads, Upstream};
 use crate::context::Context;
-use crate::engine::Diagonal;
+use crate::engines::exact::NO_KEY_REMEDY;
+use crate::engines::landmark::Landmarks;
+use crate::engines::polynomial;
 use crate::error::{Error, Result};
-use crate::exact::NO_KEY_REMEDY;
-use crate::landmark::Landmarks;
+use crate::linear::monomials::{Monomials, PIECE};
+use crate::linear::state::{STATE, State, Tokens, Weighting};
 use crate::memory::{collected, collected_in_parallel, made, room, zeroed};
-use crate::monomials::{Monomials, PIECE};
-use crate::polynomial;
-use crate::real::Real;
-use crate::state::{STATE, State, Tokens, Weighting};
-use crate::tile::{load_rows, load_transposed, multiply, product, store_transposed, view, view_mut, widen};
+use crate::numerics::real::Real;
+use crate::numerics::tile::{load_rows, load_transposed, multiply, product, store_transposed, view, view_mut, widen};
+use crate::spec::Diagonal;
 
 /// What is subtracted from queries and keys: `α` and `β`, each empty for none.
 #[derive(Debug, Clone)]

@@ -28,14 +28,14 @@ use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use crate::attention::{HeadGrads, Upstream};
-use crate::engine::Diagonal;
+use crate::engines::exact::{add_bias, mask};
 use crate::error::Result;
-use crate::exact::{add_bias, mask};
-use crate::low_rank::{Far, LARGEST_STATE, PREFIX, Pass, Settings, Side, Weightings, tiles};
+use crate::linear::pass::{Far, LARGEST_STATE, PREFIX, Pass, Settings, Side, Weightings, tiles};
+use crate::linear::state::{STATE, Tokens, Weighting};
 use crate::memory::{made, room, zeroed};
-use crate::real::{Real, vectorised};
-use crate::state::{STATE, Tokens, Weighting};
-use crate::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{add_product, exponentials, load_transposed, product, store_transposed, view, view_mut};
+use crate::spec::Diagonal;
 
 /// Numbers in the states of a segment that stay in a shared cache.
 const SEGMENT_NUMBERS: usize = 1 << 20;

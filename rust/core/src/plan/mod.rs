@@ -12,6 +12,8 @@
 //! degrees are measured, not guessed, before any of them is run. Landmarks are judged on a sample. The cheapest engine
 //! within the tolerance is taken, or the exact one; `tolerance.rs` runs it and verifies what comes out.
 
+pub mod sampled;
+
 use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -20,20 +22,20 @@ use faer::Mat;
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head};
-use crate::causal::near_start;
 use crate::context::Context;
-use crate::engine::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
+use crate::engines::landmark;
+use crate::engines::polynomial;
 use crate::error::{Error, Result};
-use crate::guides::Known;
-use crate::landmark;
-use crate::low_rank::{Biases, LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
+use crate::linear::monomials;
+use crate::linear::pass::{Biases, LARGEST_STATE, Settings, Shifts, biases, live_keys, sums_and_square};
+use crate::linear::scan::near_start;
+use crate::measure::guides::Known;
 use crate::measure::{Draw, ErrorEstimate, Weights, gather, widened_keys};
 use crate::memory::{collected, zeroed};
-use crate::monomials;
-use crate::polynomial;
-use crate::real::{Real, vectorised};
-use crate::sample::uniform;
-use crate::tile::{add_product, product, view, view_mut};
+use crate::numerics::draws::uniform;
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{add_product, product, view, view_mut};
+use crate::spec::{Auto, Coefficients, Engine, Gradient, Landmark, Polynomial, Shift};
 
 /// Rows that a plan is made from: one of so many, within limits.
 const ONE_ROW_OF: usize = 256;

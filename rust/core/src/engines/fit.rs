@@ -15,8 +15,8 @@ use faer::prelude::Solve;
 use faer::{Mat, MatRef};
 
 use crate::error::{Error, Result};
-use crate::real::{Real, vectorised};
-use crate::sample::stratified;
+use crate::numerics::draws::stratified;
+use crate::numerics::real::{Real, vectorised};
 
 /// Rows, and columns, of the sample at the most.
 const SAMPLE: usize = 256;

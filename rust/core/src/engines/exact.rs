@@ -21,8 +21,8 @@ use crate::attention::{Attention, Head, HeadGrads, Upstream};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::memory::{made, zeroed};
-use crate::real::{Real, vectorised};
-use crate::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut, widen};
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{add_product, exponentials, load_rows, load_transposed, product, view, view_mut, widen};
 
 /// Queries, and keys, of one tile of scores.
 pub(crate) const TILE: usize = 112;

@@ -7,15 +7,15 @@ use faer::{ColRef, MatRef};
 
 use crate::attention::Head;
 use crate::context::Context;
-use crate::engine::{Auto, Engine, Landmark, LandmarkConstants, Shift};
+use crate::engines::fit;
+use crate::engines::polynomial;
 use crate::error::{Error, Result, expect_len};
-use crate::fit;
 use crate::measure::{self, Draw, ErrorEstimate, Pairs, Squares};
 use crate::memory::{copied, filled};
+use crate::numerics::draws;
+use crate::numerics::real::Real;
 use crate::plan;
-use crate::polynomial;
-use crate::real::Real;
-use crate::sample;
+use crate::spec::{Auto, Engine, Landmark, LandmarkConstants, Shift};
 use crate::tolerance;
 
 /// Sampled tokens of a head, or all of them.
@@ -110,7 +110,7 @@ pub fn rows_to_verify(n: usize) -> usize {
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.
 pub fn stratified(n: usize, count: usize, seed: u64) -> Vec<usize> {
-    sample::stratified(n, count, seed)
+    draws::stratified(n, count, seed)
 }
 
 /// Polynomials fitted to a sample of scores.
@@ -142,7 +142,7 @@ fn fit_sample<T: Real>(
 }
 
 /// Coefficients `a_0 .. a_degree` fitted to the scores of these tokens less their shifts, which may be empty: those of
-/// [`Coefficients::Fitted`](crate::engine::Coefficients::Fitted).
+/// [`Coefficients::Fitted`](crate::spec::Coefficients::Fitted).
 pub fn fitted_coefficients<T: Real>(tokens: &Tokens<'_, T>, degree: usize, shift: [Vec<f64>; 2]) -> Result<Vec<f64>> {
     fit_sample(tokens, shift, None)?.fit(degree)
 }
@@ -171,7 +171,7 @@ pub fn landmark_constants<T: Real>(
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
     Engine::Landmark(engine.clone()).validate(tokens.causal)?;
-    crate::landmark::draw(ctx, &tokens.as_head()?, tokens.scale, tokens.causal, &engine)
+    crate::engines::landmark::draw(ctx, &tokens.as_head()?, tokens.scale, tokens.causal, &engine)
 }
 
 /// Landmarks that a plan has found.

@@ -28,16 +28,16 @@ use faer::{Accum, Mat, MatMut, MatRef, Par, Side as Half};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
-use crate::causal;
 use crate::context::Context;
-use crate::engine::{self, Diagonal, LandmarkConstants};
 use crate::error::{Error, Result};
-use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys, sums_and_square};
+use crate::linear::pass::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, Side, live_keys, sums_and_square};
+use crate::linear::scan;
+use crate::linear::state::Weighting;
 use crate::memory::{copied, matrix, multiplied, room, zeroed};
-use crate::real::{Real, vectorised};
-use crate::sample::{stratified, uniform};
-use crate::state::Weighting;
-use crate::tile::{product, view, view_mut};
+use crate::numerics::draws::{stratified, uniform};
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{product, view, view_mut};
+use crate::spec::{self, Diagonal, LandmarkConstants};
 
 /// Tokens before each query that are exact under a causal mask.
 const WINDOW: usize = 64;
@@ -205,7 +205,7 @@ pub(crate) fn forward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
-    engine: &engine::Landmark,
+    engine: &spec::Landmark,
     out: &mut [T],
     row_max: &mut [T],
     row_scale: &mut [T],
@@ -217,7 +217,7 @@ pub(crate) fn forward<T: Real>(
     let constants = Constants::new(&given, head, attention.scale)?;
     let pass = constants.pass(ctx, head, attention, engine)?;
     if attention.causal {
-        causal::forward(&pass, out, row_max, row_scale)?;
+        scan::forward(&pass, out, row_max, row_scale)?;
     } else {
         pass.forward(out, row_max, row_scale)?;
     }
@@ -230,7 +230,7 @@ pub(crate) fn draw<T: Real>(
     head: &Head<'_, T>,
     scale: f64,
     causal: bool,
-    engine: &engine::Landmark,
+    engine: &spec::Landmark,
 ) -> Result<LandmarkConstants> {
     let sample = Sample::new(head, scale, causal, engine.rank, engine.seed)?;
     let best = sample.candidates(ctx, &[engine.rank], false, Hopes::ALL)?.into_iter().next();
@@ -242,13 +242,13 @@ pub(crate) fn backward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
-    engine: &engine::Landmark,
+    engine: &spec::Landmark,
     constants: &Constants<T>,
     up: Upstream<'_, T>,
     grads: HeadGrads<'_, T>,
 ) -> Result<()> {
     let pass = constants.pass(ctx, head, attention, engine)?;
-    if attention.causal { causal::backward(&pass, up, grads) } else { pass.backward(None, up, grads) }
+    if attention.causal { scan::backward(&pass, up, grads) } else { pass.backward(None, up, grads) }
 }
 
 impl<T: Real> Constants<T> {
@@ -275,7 +275,7 @@ impl<T: Real> Constants<T> {
         ctx: &'a Context,
         head: &'a Head<'a, T>,
         attention: &Attention,
-        engine: &engine::Landmark,
+        engine: &spec::Landmark,
     ) -> Result<Pass<'a, T>> {
         let settings = settings(attention.causal && engine.constants.is_none());
         Pass::new(

@@ -9,11 +9,11 @@ use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, MatRef};
 
 use crate::error::Result;
-use crate::low_rank::{Features, Side};
+use crate::linear::monomials::{Monomials, PIECE_WIDTH, Run};
+use crate::linear::pass::{Features, Side};
 use crate::memory::{collected, room, zeroed};
-use crate::monomials::{Monomials, PIECE_WIDTH, Run};
-use crate::real::{Real, vectorised};
-use crate::tile::{multiply, product, view, view_mut, widen};
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{multiply, product, view, view_mut, widen};
 
 /// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;

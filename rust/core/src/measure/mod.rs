@@ -12,20 +12,22 @@
 //! found what the worst of the drawn rows stands for: squared errors have heavy tails, and what a few draws have seen of
 //! such a tail is too little more often than too much.
 
+pub(crate) mod guides;
+
 use std::ops::Range;
 
 use faer::{Mat, MatRef};
 use rayon::prelude::*;
 
+use self::guides::Known;
 use crate::attention::{Head, Heads, Sizes, check_finite, expect_views};
 use crate::context::Context;
+use crate::engines::exact::{Softmax, TILE, add_bias};
 use crate::error::{Error, Result};
-use crate::exact::{Softmax, TILE, add_bias};
-use crate::guides::{self, Known};
 use crate::memory::{collected, copied, filled, matrix, room, zeroed};
-use crate::real::{Real, vectorised};
-use crate::sample::uniform;
-use crate::tile::{add_product, product, view, view_mut};
+use crate::numerics::draws::uniform;
+use crate::numerics::real::{Real, vectorised};
+use crate::numerics::tile::{add_product, product, view, view_mut};
 
 /// An estimate of a relative Frobenius error, with its 95% confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq)]

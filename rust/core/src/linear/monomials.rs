@@ -17,7 +17,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::error::Result;
 use crate::memory::room;
-use crate::real::{Real, vectorised};
+use crate::numerics::real::{Real, vectorised};
 
 /// The tree of the monomials of `d` variables up to some degree, in order of degree.
 #[derive(Debug, Clone)]

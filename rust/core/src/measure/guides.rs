@@ -23,8 +23,8 @@ use crate::attention::Head;
 use crate::error::Result;
 use crate::measure::{first_rows, gather};
 use crate::memory::{collected, collected_in_parallel, copied, filled, matrix, room, zeroed};
-use crate::real::Real;
-use crate::tile::{add_product, product, view, view_mut};
+use crate::numerics::real::Real;
+use crate::numerics::tile::{add_product, product, view, view_mut};
 
 /// The power of spread and leverage that rows are drawn by.
 const POWER: i32 = 3;

@@ -4,8 +4,8 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use crate::kernel;
-use crate::real::{Real, vectorised};
+use crate::numerics::product;
+use crate::numerics::real::{Real, vectorised};
 
 /// The first `rows * cols` numbers of a buffer as a `(rows, cols)` matrix.
 pub(crate) fn view<T>(buffer: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
@@ -31,7 +31,7 @@ pub(crate) fn add_product<T: Real>(dst: MatMut<'_, T>, lhs: MatRef<'_, T>, rhs: 
 /// more columns than `dst`.
 pub(crate) fn multiply<T: Real>(dst: MatMut<'_, T>, accum: Accum, lhs: MatRef<'_, T>, rhs: MatRef<'_, T>, alpha: T) {
     if dst.col_stride() == 1 && rhs.col_stride() == 1 {
-        kernel::multiply(dst, accum, lhs, rhs, alpha);
+        product::multiply(dst, accum, lhs, rhs, alpha);
     } else {
         let rhs = rhs.subcols(0, dst.ncols());
         matmul(dst, accum, lhs, rhs, alpha, Par::Seq);

@@ -19,14 +19,14 @@
 //! differentiated is called the *potential*.
 
 use crate::attention::{Attention, Head, HeadGrads, Upstream};
-use crate::causal;
 use crate::context::Context;
-use crate::engine::{self, Coefficients, Gradient, Shift};
+use crate::engines::fit;
 use crate::error::{Error, Result};
-use crate::fit;
-use crate::low_rank::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, biases, live_keys, mean};
-use crate::monomials::{self, Monomials};
-use crate::real::Real;
+use crate::linear::monomials::{self, Monomials};
+use crate::linear::pass::{Features, LARGEST_STATE, PREFIX, Pass, Settings, Shifts, biases, live_keys, mean};
+use crate::linear::scan;
+use crate::numerics::real::Real;
+use crate::spec::{self, Coefficients, Gradient, Shift};
 
 /// What a head's data decide before its pass: kept for the backward pass, which takes it as given.
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ pub(crate) struct Constants<T> {
 }
 
 /// The degree of the potential: see the top of this file.
-fn potential_degree(engine: &engine::Polynomial) -> usize {
+fn potential_degree(engine: &spec::Polynomial) -> usize {
     engine.degree.saturating_add(usize::from(engine.gradient == Gradient::ClosedForm))
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn potential(a: &[f64], consistent: bool) -> Vec<f64> {
 
 /// The monomials that every head's pass needs: up to the degree of p, and of the potential where there is a `backward`
 /// pass. An error where that one is out of reach, before a forward pass that could have no backward one.
-pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bool) -> Result<Monomials> {
+pub(crate) fn tree(engine: &spec::Polynomial, d: usize, e: usize, backward: bool) -> Result<Monomials> {
     let potential_degree = potential_degree(engine);
     match monomials::rank(d, potential_degree) {
         Some(r) if r.saturating_mul(e) <= LARGEST_STATE => {
@@ -71,7 +71,7 @@ pub(crate) fn tree(engine: &engine::Polynomial, d: usize, e: usize, backward: bo
     }
 }
 
-pub(crate) fn settings(engine: &engine::Polynomial) -> Settings {
+pub(crate) fn settings(engine: &spec::Polynomial) -> Settings {
     Settings {
         degree: engine.degree,
         potential_degree: potential_degree(engine),
@@ -87,7 +87,7 @@ pub(crate) fn forward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
-    engine: &engine::Polynomial,
+    engine: &spec::Polynomial,
     tree: &Monomials,
     out: &mut [T],
     row_max: &mut [T],
@@ -100,7 +100,7 @@ pub(crate) fn forward<T: Real>(
         Pass::new(ctx, head, settings(engine), (attention.causal, attention.scale), features, &coefficients, &shifts)?;
     let mut key_state = None;
     if attention.causal {
-        causal::forward(&pass, out, row_max, row_scale)?;
+        scan::forward(&pass, out, row_max, row_scale)?;
     } else {
         let state = pass.forward(out, row_max, row_scale)?;
         // Only where it is smaller than the keys and values that it stands for.
@@ -115,7 +115,7 @@ pub(crate) fn backward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
     attention: &Attention,
-    engine: &engine::Polynomial,
+    engine: &spec::Polynomial,
     tree: &Monomials,
     constants: &Constants<T>,
     up: Upstream<'_, T>,
@@ -129,7 +129,7 @@ pub(crate) fn backward<T: Real>(
     let pass =
         Pass::new(ctx, head, settings(engine), (attention.causal, attention.scale), features, coefficients, shifts)?;
     if attention.causal {
-        causal::backward(&pass, up, grads)
+        scan::backward(&pass, up, grads)
     } else if engine.shift == Shift::Mean && engine.gradient == Gradient::Consistent {
         pass.backward_through_means(key_state.as_deref(), up, grads)
     } else {
@@ -165,7 +165,7 @@ pub(crate) fn shifts<T: Real>(head: &Head<'_, T>, shift: &Shift) -> Result<Shift
 fn coefficients<T: Real>(
     head: &Head<'_, T>,
     attention: &Attention,
-    engine: &engine::Polynomial,
+    engine: &spec::Polynomial,
     shifts: &Shifts<T>,
 ) -> Result<Vec<f64>> {
     match &engine.coefficients {

@@ -9,21 +9,21 @@ use faer::{Mat, MatRef};
 
 use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors, Saved, Upstream, all_finite, delta};
 use crate::context::Context;
-use crate::engine::{Auto, Engine};
+use crate::engines::exact::{self, TILE};
+use crate::engines::polynomial;
 use crate::error::{Error, Result};
-use crate::exact::{self, TILE};
-use crate::guides::{self, Known};
-use crate::low_rank::{self, tiles};
+use crate::linear::monomials::Monomials;
+use crate::linear::pass::{self, tiles};
+use crate::measure::guides::{self, Known};
 use crate::measure::{
     Draw, ErrorEstimate, ExactRows, KeyGradients, Pairs, Queries, Weights, exact_rows, gather, key_gradients,
     unseen_row_sums,
 };
 use crate::memory::{collected, copied, filled, zeroed};
-use crate::monomials::Monomials;
+use crate::numerics::real::Real;
+use crate::numerics::tile::{product, view_mut};
 use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
-use crate::polynomial;
-use crate::real::Real;
-use crate::tile::{product, view_mut};
+use crate::spec::{Auto, Engine};
 
 /// Rows, and keys, of each head that results are held against: one of so many, within limits. Exact ones in float64 cost
 /// about three times their share of exact attention.
@@ -495,7 +495,7 @@ impl Check {
         for i in of.indices() {
             let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
             let (max, scale) = of.saved.rows(i);
-            let log_sums = low_rank::log_sums(&head, options, constants, max, scale)?;
+            let log_sums = pass::log_sums(&head, options, constants, max, scale)?;
             let mut guides = known[i - of.first].of_queries(&head, options, Some(&sizes[i - of.first]))?;
             if let Some((dq, _)) = results {
                 let rows = of.rows() * d;

@@ -18,7 +18,6 @@ use faer::{MatMut, MatRef};
 
 use crate::attention::{Attention, check_finite};
 use crate::context::Context;
-use crate::engine::{Engine, Planned};
 use crate::error::{Error, Result, expect_len};
 use crate::layers::activation::ActivationKind;
 use crate::layers::attention_block::{self, Inside, SelfAttention, Weights};
@@ -26,8 +25,9 @@ use crate::layers::tiles::add_into;
 use crate::layers::{cross_entropy, embedding, expect_rows, feed_forward, linear, norm};
 use crate::measure::{ErrorEstimate, measure_error};
 use crate::memory::{room, zeroed};
-use crate::real::Real;
-use crate::rows::Rows;
+use crate::numerics::real::Real;
+use crate::problem::rows::Rows;
+use crate::spec::{Engine, Planned};
 use crate::tolerance::{HeadReport, SAMPLES};
 
 /// The eps of every norm.

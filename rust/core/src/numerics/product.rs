@@ -7,7 +7,7 @@
 use faer::{Accum, MatMut, MatRef};
 use pulp::{Arch, Simd, WithSimd};
 
-use crate::real::Real;
+use crate::numerics::real::Real;
 
 /// Rows of `rhs` that are multiplied at a time: so many of a panel stay in the first-level cache.
 const DEPTH: usize = 256;

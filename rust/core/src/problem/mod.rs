@@ -1,0 +1,3 @@
+//! What is computed: its arrays.
+
+pub mod rows;
