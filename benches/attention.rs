@@ -9,7 +9,7 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lingrad_benches::Head;
 use lingrad_core::spec::{Engine, Gradient, Polynomial};
-use lingrad_core::{Attention, AttentionGrads, Context};
+use lingrad_core::{Attention, AttentionGrads, Context, Mask};
 
 struct Case {
     name: String,
@@ -45,7 +45,7 @@ fn attention(criterion: &mut Criterion) {
         let ctx = Context::new();
         group.throughput(Throughput::Elements(n as u64));
         for causal in [false, true] {
-            let attention = Attention { engine: engine.clone(), causal, scale: (d as f64).powf(-0.5) };
+            let attention = Attention::new(engine.clone(), Mask::causal(causal), (d as f64).powf(-0.5));
             let word = if causal { "causal" } else { "full" };
             let [mut out, mut dq, mut dk, mut dv] = std::array::from_fn(|_| vec![0f32; n * d]);
             let id = BenchmarkId::new(format!("{name}/{word}/forward"), format!("n{n}_d{d}"));

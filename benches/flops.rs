@@ -18,7 +18,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, Par};
 use lingrad_benches::{Head, numbers};
 use lingrad_core::spec::{Engine, Gradient, Polynomial};
-use lingrad_core::{Attention, AttentionGrads, Context, MatRef};
+use lingrad_core::{Attention, AttentionGrads, Context, Mask, MatRef};
 use rayon::prelude::*;
 
 /// Sides of the square product.
@@ -51,7 +51,7 @@ impl Case {
             "exact" => Engine::Exact,
             _ => Engine::Polynomial(Polynomial { degree: self.degree, gradient: self.gradient, ..Default::default() }),
         };
-        Attention { engine, causal: self.causal, scale: (self.d as f64).powf(-0.5) }
+        Attention::new(engine, Mask::causal(self.causal), (self.d as f64).powf(-0.5))
     }
 
     /// Useful flops, forward and backward.

@@ -27,7 +27,7 @@ fn model_step(criterion: &mut Criterion) {
                 activation: ActivationKind::Silu,
                 rope: true,
                 score_bound: None,
-                engine: engine.clone(),
+                engine: engine.clone().into(),
             };
             let owned: Vec<(String, usize, usize, Vec<f32>)> = (config.param_shapes().into_iter().zip(1..))
                 .map(|((name, shape), seed)| {

@@ -8,12 +8,13 @@ use lingrad_core::layers::attention_block::{SelfAttention, Weights};
 use lingrad_core::layers::{cross_entropy, embedding, feed_forward, linear, norm};
 use lingrad_core::measure::{ErrorEstimate, Squares, measure_error};
 use lingrad_core::model::{self as transformer, Config, Input, Norm, Params};
-use lingrad_core::plan::HeadPlan;
+use lingrad_core::plan::choice::{Costs, DEGREES, Planner, RANKS};
+use lingrad_core::plan::report::HeadPlan;
 use lingrad_core::plan::sampled::{self, Tokens};
 use lingrad_core::spec::{
-    Auto, Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Planned, Polynomial, Shift,
+    Auto, Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift,
 };
-use lingrad_core::{Attention, AttentionGrads, Context, HeadReport, Heads, Real, Rows};
+use lingrad_core::{Attention, AttentionGrads, Context, HeadReport, Heads, Mask, Method, Planned, Real, Rows, Scores};
 
 use crate::Find;
 use crate::source::{Column, Matrix, Source};
@@ -97,7 +98,7 @@ fn polynomial(s: &mut Source<'_>, d: usize) -> Polynomial {
         let count = s.near(d);
         (0..count).map(|_| s.number(&[0.0, 0.1, -1.0])).collect::<Vec<f64>>()
     };
-    let shift = Shift::Given { query: ends(s), key: ends(s) };
+    let shift = Shift::Given(ends(s), ends(s));
     Polynomial {
         degree,
         coefficients: s.pick(&[Coefficients::Taylor, Coefficients::Fitted, Coefficients::Given(given)]),
@@ -133,17 +134,16 @@ fn auto(s: &mut Source<'_>) -> Auto {
     Auto { tol, gradients: s.flag(), strict_causal: s.flag(), seed: s.bits() }
 }
 
-fn engine(s: &mut Source<'_>, d: usize, heads: usize) -> Engine {
+fn engine(s: &mut Source<'_>, d: usize, heads: usize) -> Method {
     match s.below(8) {
-        0 => Engine::Exact,
-        1..=3 => Engine::Polynomial(polynomial(s, d)),
-        4 => Engine::Landmark(landmark(s, d)),
-        5 => Engine::Auto(auto(s)),
+        0 => Engine::Exact.into(),
+        1..=3 => Engine::Polynomial(polynomial(s, d)).into(),
+        4 => Engine::Landmark(landmark(s, d)).into(),
+        5 => Method::Auto(auto(s)),
         _ => {
             let heads = s.near(heads).min(100);
             let plans = (0..heads).map(|_| HeadPlan {
                 engine: match s.below(4) {
-                    0 if s.oddly() => Engine::Auto(auto(s)),
                     0 => Engine::Exact,
                     1 | 2 => Engine::Polynomial(polynomial(s, d)),
                     _ => Engine::Landmark(landmark(s, d)),
@@ -155,7 +155,7 @@ fn engine(s: &mut Source<'_>, d: usize, heads: usize) -> Engine {
                 reason: String::new(),
             });
             let plans = Arc::new(plans.collect());
-            Engine::Planned(Planned { auto: auto(s), heads: plans, known: None })
+            Method::Planned(Planned { auto: auto(s), heads: plans, known: None })
         }
     }
 }
@@ -202,7 +202,7 @@ fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let [h, h_kv, n, m, d, dv] = arrays.sizes;
     let heads = arrays.heads();
     let scale = s.number(&[0.5, 1.0, -1.0, 0.0, 3.0]);
-    let mut attention = Attention { engine: engine(s, d, h), causal: arrays.causal, scale };
+    let mut attention = Attention::new(engine(s, d, h), Mask::causal(arrays.causal), scale);
     s.tell(&(arrays.sizes, &attention));
     let ctx = context(s);
     for turn in 0..2 {
@@ -224,8 +224,12 @@ fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
             }
             of_heads(&reports)?;
         }
-        match saved.planned(&attention) {
-            Some(planned) if turn == 0 => attention.engine = Engine::Planned(planned),
+        match attention.method.tolerance() {
+            Some(auto) if turn == 0 => {
+                let (auto, heads) = (auto.clone(), saved.reports.iter().map(|report| report.plan.clone()).collect());
+                let known = s.flag().then(|| Arc::new(saved.reports.clone()));
+                attention.method = Method::Planned(Planned { auto, heads: Arc::new(heads), known });
+            }
             _ => break,
         }
     }
@@ -246,7 +250,8 @@ fn measure<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let out: Vec<Matrix<T>> = (0..s.near(h)).map(|_| s.matrix(n, dv)).collect();
     let out: Vec<_> = out.iter().map(Matrix::view).collect();
     let (scale, samples) = (s.number(&[0.5, 1.0, -1.0]), s.size(&[1, 2, 8, 256]));
-    match measure_error(&context(s), &arrays.heads(), arrays.causal, scale, &out, samples, s.bits()) {
+    let scores = Scores { scale, mask: Mask::causal(arrays.causal) };
+    match measure_error(&context(s), &arrays.heads(), &scores, &out, samples, s.bits()) {
         Ok(estimate) => proper(&estimate),
         Err(_) => Ok(()),
     }
@@ -260,8 +265,7 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         k: k.view(),
         v: s.flag().then(|| v.view()),
         key_bias: s.flag().then(|| bias.view()),
-        causal: s.flag(),
-        scale: s.number(&[0.5, 1.0]),
+        scores: Scores { mask: Mask::causal(s.flag()), scale: s.number(&[0.5, 1.0]) },
         head: 0,
     };
     let ends = |s: &mut Source<'_>| {
@@ -299,7 +303,6 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
             if !rows.is_sorted() {
                 return Err("rows are out of order".into());
             }
-            sampled::rows_to_verify(s.size(&[1, 100]));
         }
         3 => {
             let degree = s.size(&[1, 2, 3]).min(40);
@@ -321,8 +324,20 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
             }
         }
         _ => {
-            let ranks = [s.size(&[1, 4]), s.size(&[8, 32])];
-            let _ = sampled::landmark_candidates(&ctx, &tokens, &auto(s), s.flag(), &ranks);
+            let (auto, cheap) = (auto(s), s.number(&[0.0, 0.01, 0.5]));
+            let costs = |count: usize| vec![cheap; count];
+            let ranks = RANKS.len();
+            let costs = Costs {
+                exact: 1.0,
+                polynomials: costs(DEGREES),
+                landmarks: costs(ranks),
+                drawing: costs(ranks),
+                moments: costs(DEGREES + 1),
+            };
+            let mut planner = Planner::new(&auto, s.flag(), costs);
+            let _ = planner.look_at_tokens(&tokens, None, s.number(&[0.1, 1.0]));
+            let _ = planner.look_for_landmarks(&ctx, &tokens, auto.gradients, auto.seed);
+            planner.finish();
         }
     }
     Ok(())
@@ -444,7 +459,7 @@ fn self_attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         },
     };
     let scale = if s.flag() { SelfAttention::default_scale(&weights) } else { s.number(&[0.5, 1.0]) };
-    let attention = Attention { engine: engine(s, width, batch * h), causal: s.flag(), scale };
+    let attention = Attention::new(engine(s, width, batch * h), Mask::causal(s.flag()), scale);
     let layer = SelfAttention { weights, attention };
     s.tell(&([batch, n, d, h, h_kv, e], &layer.attention));
     let (ctx, e) = (context(s), layer.output_width());

@@ -11,9 +11,9 @@ pub mod memory;
 
 pub mod numerics;
 
-pub mod spec;
-
 pub mod problem;
+
+pub mod spec;
 
 mod linear;
 
@@ -33,11 +33,25 @@ pub mod layers;
 
 pub mod model;
 
-pub use attention::{Attention, AttentionGrads, Heads, Saved};
+/// What another backend must have in common with this one.
+pub mod limits {
+    pub use crate::engines::landmark::WINDOW;
+    pub use crate::linear::floor::LEAST_OF_FLOOR;
+    pub use crate::linear::gaussians::REMEDY as LANDMARK_REMEDY;
+    pub use crate::linear::shifts::{LARGEST_BIAS, PREFIX};
+    pub use crate::linear::state::LARGEST_STATE;
+    pub use crate::problem::scores::NO_KEY_REMEDY;
+}
+
+pub use attention::{Attention, Method};
 pub use context::Context;
 pub use error::{Error, Result};
 pub use faer::{ColRef, MatRef};
 pub use numerics::real::Real;
+pub use plan::report::HeadReport;
+pub use problem::grads::AttentionGrads;
+pub use problem::heads::Heads;
 pub use problem::rows::Rows;
+pub use problem::scores::{Mask, Scores};
 pub use spec::Engine;
-pub use tolerance::HeadReport;
+pub use tolerance::{Planned, Saved};

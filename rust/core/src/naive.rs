@@ -2,6 +2,7 @@
 
 use faer::{Mat, MatRef};
 
+use crate::problem::scores::Mask;
 use crate::spec::Gradient;
 
 /// One head, and how its scores become weights.
@@ -11,12 +12,12 @@ pub struct Naive<'a> {
     pub q: MatRef<'a, f64>,
     /// `(m, d)`.
     pub k: MatRef<'a, f64>,
-    /// `(m, dv)`.
+    /// `(m, d_v)`.
     pub v: MatRef<'a, f64>,
     /// Added to the scores; empty for none.
     pub key_bias: &'a [f64],
-    /// Whether query `i` sees only keys `j <= i`.
-    pub causal: bool,
+    /// Which keys a query sees.
+    pub mask: Mask,
     /// Factor of the scores.
     pub scale: f64,
     /// `None` for `exp`; else the coefficients of the polynomial of `scale q.k`, and its gradient.
@@ -30,7 +31,7 @@ pub struct NaiveGrads {
     pub dq: Mat<f64>,
     /// `(m, d)`.
     pub dk: Mat<f64>,
-    /// `(m, dv)`.
+    /// `(m, d_v)`.
     pub dv: Mat<f64>,
     /// `(m,)`.
     pub dkey_bias: Vec<f64>,
@@ -48,15 +49,15 @@ impl Naive<'_> {
     /// Row i of `(A, A')`: the weight of each key that query i sees, before normalisation, and the factor that its
     /// score's gradient takes in its place: the derivative of the weight, or (closed form) the weight itself.
     fn row(&self, i: usize) -> Vec<(f64, f64)> {
-        let seen = if self.causal { i + 1 } else { self.k.nrows() };
+        let seen = || self.mask.seen(i, self.k.nrows());
         match self.polynomial {
             None => {
                 let total = |j| self.score(i, j) + self.bias(j);
-                let max = (0..seen).map(total).fold(f64::NEG_INFINITY, f64::max);
-                (0..seen).map(|j| (total(j) - max).exp()).map(|a| (a, a)).collect()
+                let max = seen().map(total).fold(f64::NEG_INFINITY, f64::max);
+                seen().map(|j| (total(j) - max).exp()).map(|a| (a, a)).collect()
             }
             Some((a, gradient)) => {
-                let level = (0..seen).map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max);
+                let level = seen().map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max);
                 let weights = |j| {
                     let (s, w) = (self.score(i, j), (self.bias(j) - level).exp());
                     let p: f64 = a.iter().enumerate().map(|(l, a)| a * s.powi(l as i32)).sum();
@@ -64,7 +65,7 @@ impl Naive<'_> {
                         a.iter().enumerate().skip(1).map(|(l, a)| l as f64 * a * s.powi(l as i32 - 1)).sum();
                     (w * p, w * if gradient == Gradient::Consistent { slope } else { p })
                 };
-                (0..seen).map(weights).collect()
+                seen().map(weights).collect()
             }
         }
     }
@@ -73,8 +74,11 @@ impl Naive<'_> {
     fn matrices(&self) -> (Mat<f64>, Mat<f64>) {
         let rows: Vec<_> = (0..self.q.nrows()).map(|i| self.row(i)).collect();
         let sums: Vec<f64> = rows.iter().map(|row| row.iter().map(|a| a.0).sum()).collect();
-        let entry = |i: usize, j: usize| rows[i].get(j).copied().unwrap_or((0.0, 0.0));
         let (n, m) = (self.q.nrows(), self.k.nrows());
+        let entry = |i: usize, j: usize| {
+            let seen = self.mask.seen(i, m);
+            if seen.contains(&j) { rows[i][j - seen.start] } else { (0.0, 0.0) }
+        };
         (Mat::from_fn(n, m, |i, j| entry(i, j).0 / sums[i]), Mat::from_fn(n, m, |i, j| entry(i, j).1 / sums[i]))
     }
 

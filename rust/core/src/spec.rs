@@ -1,13 +1,16 @@
-//! What an attention engine is, as data.
+//! What an attention engine is, and what a tolerance asks for, as data that checks itself and crosses to other languages
+//! through serde: an engine is its options and a `kind`, named as there.
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
-use crate::plan::HeadPlan;
-use crate::tolerance::HeadReport;
+use crate::problem::scores::Mask;
 
 /// How attention is computed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
 pub enum Engine {
     /// Softmax, blocked.
     Exact,
@@ -15,14 +18,10 @@ pub enum Engine {
     Polynomial(Polynomial),
     /// The exponential by its values at a few points.
     Landmark(Landmark),
-    /// Chosen for each head, within a tolerance.
-    Auto(Auto),
-    /// Chosen before, head by head, and held to the same tolerance.
-    Planned(Planned),
 }
 
 /// A tolerance for every head's results.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Auto {
     /// The largest relative error, in (0, 1) and not below [`floor`].
     pub tol: f64,
@@ -34,17 +33,6 @@ pub struct Auto {
     pub seed: u64,
 }
 
-/// A plan, with a head plan for every head.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Planned {
-    /// What it was made for.
-    pub auto: Auto,
-    /// The engines.
-    pub heads: Arc<Vec<HeadPlan>>,
-    /// What is known of them already, on the same data: they are not verified again then.
-    pub known: Option<Arc<Vec<HeadReport>>>,
-}
-
 /// Landmarks at the most: their kernel matrix and its inverse are dense.
 const LARGEST_RANK: usize = 8192;
 
@@ -54,7 +42,7 @@ pub fn floor(bytes: usize) -> f64 {
 }
 
 /// The polynomial engine: `exp(s)` replaced by `p(s) = sum_j a_j s^j`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Polynomial {
     /// Degree `g >= 1` of `p`.
     pub degree: usize,
@@ -84,7 +72,8 @@ impl Default for Polynomial {
 }
 
 /// Where the coefficients of the polynomial come from.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Coefficients {
     /// `a_j = 1/j!`.
     Taylor,
@@ -92,11 +81,13 @@ pub enum Coefficients {
     /// 1024 tokens, whose own scores are then all exact: no token's answer depends on a later one.
     Fitted,
     /// Given, `a_0 .. a_g`.
+    #[serde(untagged)]
     Given(Vec<f64>),
 }
 
 /// Which gradient the backward pass of the polynomial engine computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Gradient {
     /// The exact gradient's formula with the softmax matrix replaced by its low-rank form.
     ClosedForm,
@@ -105,23 +96,21 @@ pub enum Gradient {
 }
 
 /// What is subtracted from queries and keys before the scores are formed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Shift {
     /// Nothing.
     None,
     /// The mean query and the mean key of the head.
     Mean,
-    /// Constants.
-    Given {
-        /// `(d,)`, from every query.
-        query: Vec<f64>,
-        /// `(d,)`, from every key.
-        key: Vec<f64>,
-    },
+    /// Constants, `(d,)` each: from every query, and from every key.
+    #[serde(untagged)]
+    Given(Vec<f64>, Vec<f64>),
 }
 
 /// How the scores near the diagonal are computed under a causal mask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Diagonal {
     /// By the exponential.
     Exact,
@@ -130,7 +119,7 @@ pub enum Diagonal {
 }
 
 /// The landmark engine: `e^{c q.k}` by its values at `rank` points among the shifted queries and keys.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Landmark {
     /// Landmarks at the most.
     pub rank: usize,
@@ -138,10 +127,11 @@ pub struct Landmark {
     pub seed: u64,
     /// What was drawn before; `None`: drawn in the call, under a causal mask from its first 1024 tokens, whose own
     /// scores are then all exact.
+    #[serde(skip)]
     pub constants: Option<Arc<LandmarkConstants>>,
 }
 
-/// What landmarks are: see `landmark.rs`.
+/// What landmarks are: see `engines/landmark`. They cross to other languages as arrays.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LandmarkConstants {
     /// The factor of the scores that they were made for.
@@ -187,93 +177,89 @@ impl LandmarkConstants {
 }
 
 impl Auto {
-    fn validate(&self) -> Result<()> {
-        if self.tol > 0.0 && self.tol < 1.0 {
-            return Ok(());
+    /// An error where the tolerance is out of range, or below the [`floor`] of numbers of so many bytes.
+    pub fn check(&self, bytes: usize) -> Result<()> {
+        if !(self.tol > 0.0 && self.tol < 1.0) {
+            return Err(Error::Tolerance(format!("tol is {}; expected a number in (0, 1)", self.tol)));
         }
-        Err(Error::Tolerance(format!("tol is {}; expected a number in (0, 1)", self.tol)))
+        if self.tol < floor(bytes) {
+            return Err(Error::Tolerance(format!(
+                "tol is {:e}; expected at least {:e} for numbers of {bytes} bytes",
+                self.tol,
+                floor(bytes)
+            )));
+        }
+        Ok(())
     }
 }
 
 impl Engine {
-    /// The tolerance that results are held to, if any.
-    pub fn tolerance(&self) -> Option<&Auto> {
+    /// An error where its options do not fit together, or not with the mask.
+    pub fn check(&self, mask: &Mask) -> Result<()> {
         match self {
-            Engine::Auto(auto) => Some(auto),
-            Engine::Planned(plan) => Some(&plan.auto),
-            _ => None,
+            Self::Exact => Ok(()),
+            Self::Polynomial(options) => options.check(mask),
+            Self::Landmark(options) => options.check(mask),
         }
     }
+}
 
-    /// An error where there is a tolerance below the [`floor`] of numbers of so many bytes.
-    pub fn check_floor(&self, bytes: usize) -> Result<()> {
-        match self.tolerance() {
-            Some(auto) if auto.tol < floor(bytes) => Err(Error::Tolerance(format!(
-                "tol is {:e}; expected at least {:e} for numbers of {bytes} bytes",
-                auto.tol,
-                floor(bytes)
-            ))),
-            _ => Ok(()),
-        }
+/// An error where a mask is one that scans over blocks do not have.
+fn check_scan(mask: &Mask) -> Result<()> {
+    match mask {
+        Mask::None | Mask::Causal { offset: 0 } => Ok(()),
+        _ => Err(Error::Argument(format!("this engine has no {mask}; use Exact()"))),
     }
+}
 
-    /// Checks everything that does not depend on the data.
-    pub fn validate(&self, causal: bool) -> Result<()> {
-        let p = match self {
-            Engine::Exact => return Ok(()),
-            Engine::Landmark(l) if l.rank == 0 || l.rank > LARGEST_RANK => {
-                return Err(Error::Argument(format!("rank is {}; expected an integer of 1 to {LARGEST_RANK}", l.rank)));
-            }
-            Engine::Landmark(_) => return Ok(()),
-            Engine::Auto(auto) => return auto.validate(),
-            Engine::Planned(plan) => {
-                plan.auto.validate()?;
-                for head in plan.heads.iter() {
-                    match &head.engine {
-                        Engine::Auto(_) | Engine::Planned(_) => {
-                            return Err(Error::Argument("a plan holds an engine that is not one".into()));
-                        }
-                        engine => engine.validate(causal)?,
-                    }
-                }
-                return Ok(());
-            }
-            Engine::Polynomial(p) => p,
-        };
-        if p.degree == 0 {
+impl Landmark {
+    /// An error where the rank is out of range, or the mask is none of its.
+    pub fn check(&self, mask: &Mask) -> Result<()> {
+        if self.rank == 0 || self.rank > LARGEST_RANK {
+            return Err(Error::Argument(format!("rank is {}; expected an integer of 1 to {LARGEST_RANK}", self.rank)));
+        }
+        check_scan(mask)
+    }
+}
+
+impl Polynomial {
+    fn check(&self, mask: &Mask) -> Result<()> {
+        check_scan(mask)?;
+        let causal = !mask.is_none();
+        if self.degree == 0 {
             return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));
         }
-        if let Coefficients::Given(a) = &p.coefficients {
-            if a.len() != p.degree.saturating_add(1) {
+        if let Coefficients::Given(a) = &self.coefficients {
+            if a.len() != self.degree.saturating_add(1) {
                 return Err(Error::Argument(format!(
                     "coefficients has {} entries; expected degree + 1 = {}",
                     a.len(),
-                    p.degree.saturating_add(1)
+                    self.degree.saturating_add(1)
                 )));
             }
             if a.iter().any(|x| !x.is_finite()) {
                 return Err(Error::NonFinite("coefficients holds NaN or infinity".into()));
             }
         }
-        if causal && p.shift == Shift::Mean {
+        if causal && self.shift == Shift::Mean {
             return Err(Error::Argument(
                 "shift=\"mean\" takes means over all tokens, so with causal=True a token would see later ones; \
                  use shift=\"none\""
                     .into(),
             ));
         }
-        if let Shift::Given { query, key } = &p.shift {
+        if let Shift::Given(query, key) = &self.shift {
             if query.iter().chain(key).any(|x| !x.is_finite()) {
                 return Err(Error::NonFinite("shift holds NaN or infinity".into()));
             }
-            if causal && p.diagonal == Diagonal::Polynomial {
+            if causal && self.diagonal == Diagonal::Polynomial {
                 return Err(Error::Argument(
                     "a shift with causal=True and diagonal=\"polynomial\" is not supported; use diagonal=\"exact\""
                         .into(),
                 ));
             }
         }
-        if causal && p.coefficients == Coefficients::Fitted && p.diagonal == Diagonal::Polynomial {
+        if causal && self.coefficients == Coefficients::Fitted && self.diagonal == Diagonal::Polynomial {
             return Err(Error::Argument(
                 "coefficients=\"fitted\" with causal=True and diagonal=\"polynomial\" would let the first tokens \
                  see later ones through the fit; use diagonal=\"exact\", or give the coefficients as numbers"

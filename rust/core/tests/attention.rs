@@ -8,7 +8,7 @@ use lingrad_core::measure::measure_error;
 use lingrad_core::naive::{Naive, relative_error};
 use lingrad_core::plan::sampled::largest_relative_error;
 use lingrad_core::spec::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
-use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Real};
+use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Mask, Method, Real};
 use proptest::prelude::*;
 
 /// Rounding alone separates an engine from the oracle of the same weights. float32: sums of up to 1000 terms and a
@@ -45,8 +45,16 @@ struct Case {
 
 impl Case {
     fn new(engine: Engine, n: usize, causal: bool) -> Self {
-        let attention = Attention { engine, causal, scale: 0.4 };
+        let attention = Attention::new(engine, Mask::causal(causal), 0.4);
         Self { n, m: n, d: 5, dv: 3, group: 1, heads: 1, bias: false, attention, size: 0.8, seed: 7 }
+    }
+}
+
+/// The engine of a case.
+fn engine_of(case: &Case) -> &Engine {
+    match &case.attention.method {
+        Method::Engine(engine) => engine,
+        _ => panic!("a case without an engine"),
     }
 }
 
@@ -139,8 +147,8 @@ fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>)
                 k: data.k[kv].as_ref(),
                 v: data.v[kv].as_ref(),
                 key_bias: data.bias.as_ref().map_or(&[], |b| &b[kv]),
-                causal: case.attention.causal,
-                scale: case.attention.scale,
+                mask: case.attention.scores.mask.clone(),
+                scale: case.attention.scores.scale,
                 polynomial,
             };
             result.out.extend(flat(&naive.forward()));
@@ -158,7 +166,7 @@ fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>)
 }
 
 fn check<T: Real>(case: &Case, limit: f64) {
-    let polynomial = match &case.attention.engine {
+    let polynomial = match engine_of(case) {
         Engine::Exact => None,
         Engine::Polynomial(p) => {
             let a = match &p.coefficients {
@@ -266,7 +274,7 @@ fn errors_with_bias<T: Real>(case: &Case, bias: impl Fn(usize) -> f64) -> Vec<f6
     wide.bias = Some(vec![(0..case.m).map(|j| T::of(bias(j)).to_f64()).collect()]);
     let mut data = Data::<T>::draw(case);
     data.bias = Some(vec![(0..case.m).map(|j| T::of(bias(j))).collect()]);
-    let polynomial = match &case.attention.engine {
+    let polynomial = match engine_of(case) {
         Engine::Polynomial(p) => Some((&[1.0, 1.0, 0.5][..], p.gradient)),
         _ => None,
     };
@@ -340,7 +348,8 @@ fn results_that_overflow_are_an_error() {
 fn an_exact_window_over_everything_is_exact_attention() {
     let wide = Polynomial { window: 1000, diagonal: Diagonal::Exact, ..Default::default() };
     let case = Case { size: 3.0, bias: true, ..Case::new(Engine::Polynomial(wide), 300, true) };
-    let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+    let exact =
+        Case { attention: Attention { method: Engine::Exact.into(), ..case.attention.clone() }, ..case.clone() };
     let (got, expected) = (run(&case, &Data::<f64>::draw(&case)).unwrap(), oracle(&exact, &Data::draw(&exact), None));
     for (got, expected) in [
         (got.out, expected.out),
@@ -432,7 +441,8 @@ fn fitted_coefficients_and_mean_shifts_lower_the_error() {
     for causal in [false, true] {
         let taylor = Case { size: 0.7, ..Case::new(Engine::Polynomial(base.clone()), 2500, causal) };
         let mut fitted = taylor.clone();
-        fitted.attention.engine = Engine::Polynomial(Polynomial { coefficients: Coefficients::Fitted, ..base.clone() });
+        fitted.attention.method =
+            Engine::Polynomial(Polynomial { coefficients: Coefficients::Fitted, ..base.clone() }).into();
         assert!(error_of_out(&fitted) <= 0.9 * error_of_out(&taylor), "causal = {causal}");
     }
 }
@@ -475,7 +485,8 @@ fn every_gradient_of_the_fitted_engine_is_near_the_exact_one() {
     for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
         let engine = Polynomial { coefficients: Coefficients::Fitted, gradient, ..Default::default() };
         let case = Case { size: 0.3, bias: true, ..Case::new(Engine::Polynomial(engine), 3000, true) };
-        let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+        let exact =
+            Case { attention: Attention { method: Engine::Exact.into(), ..case.attention.clone() }, ..case.clone() };
         let data = Data::<f64>::draw(&case);
         let (got, expected) = (run(&case, &data).unwrap(), run(&exact, &data).unwrap());
         for (got, expected) in [
@@ -496,7 +507,8 @@ fn a_fit_bears_biases_that_leave_early_rows_almost_no_weight() {
     // Relative to the largest bias of the prefix, the weights of the first keys are below the smallest normal number.
     let engine = Polynomial { coefficients: Coefficients::Fitted, ..Default::default() };
     let case = Case { size: 0.3, bias: true, ..Case::new(Engine::Polynomial(engine), 1500, true) };
-    let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+    let exact =
+        Case { attention: Attention { method: Engine::Exact.into(), ..case.attention.clone() }, ..case.clone() };
     let mut data = Data::<f64>::draw(&case);
     data.bias = Some(vec![(0..case.m).map(|j| 0.72 * j as f64).collect()]);
     let (got, expected) = (run(&case, &data).unwrap(), run(&exact, &data).unwrap());
@@ -573,7 +585,7 @@ fn a_row_without_a_usable_denominator_is_an_error_that_says_what_to_do() {
     data.bias = Some(vec![(0..10).map(|j| if j < 2 { f64::NEG_INFINITY } else { 0.0 }).collect()]);
     for engine in [Engine::Exact, Engine::Polynomial(Polynomial::default())] {
         let mut case = Case { bias: true, ..case.clone() };
-        case.attention.engine = engine;
+        case.attention.method = engine.into();
         assert!(matches!(run(&case, &data), Err(Error::Denominator(text)) if text.contains("no key")));
     }
 }
@@ -627,7 +639,7 @@ fn the_measured_error_is_the_true_one_on_all_rows_and_covers_it_on_a_sample() {
         let views: Vec<_> =
             got.out.chunks(case.n * case.dv).map(|x| faer::MatRef::from_row_major_slice(x, case.n, case.dv)).collect();
         let measure = |samples, seed| {
-            measure_error(&Context::new(), &data.heads(), causal, case.attention.scale, &views, samples, seed).unwrap()
+            measure_error(&Context::new(), &data.heads(), &case.attention.scores, &views, samples, seed).unwrap()
         };
         let whole = measure(10_000, 0);
         assert_eq!(whole.rows, 800);
@@ -647,7 +659,7 @@ proptest! {
     ) {
         let gradient = if consistent { Gradient::Consistent } else { Gradient::ClosedForm };
         let engine = if degree == 0 { Engine::Exact } else { Engine::Polynomial(polynomial(degree, gradient)) };
-        let attention = Attention { engine, causal, scale: 0.4 };
+        let attention = Attention::new(engine, Mask::causal(causal), 0.4);
         // Biased and causal, the first keys must stay: they do (key 3 is the first removed).
         let m = if causal { n } else { m };
         let case = Case { n, m, d, dv, group, heads, bias: bias && m > 1, attention, size: 0.4, seed };
@@ -657,7 +669,7 @@ proptest! {
 
 /// Constants of landmarks among points of the size of a case's queries and keys.
 fn landmark_constants(case: &Case) -> LandmarkConstants {
-    let (r, d, scale) = (12, case.d, case.attention.scale);
+    let (r, d, scale) = (12, case.d, case.attention.scores.scale);
     let number = |i: usize| ((i * 7919 + 13) % 1009) as f64 / 1009.0 - 0.5;
     let points = Mat::from_fn(r, d, |i, c| 2.0 * case.size * number(i * d + c));
     let kernel = Mat::from_fn(r, r, |i, j| {
@@ -683,16 +695,14 @@ fn gradients_with_constant_shifts_and_of_landmarks_pass_central_differences() {
         let case = Case { size: 0.5, bias: true, ..Case::new(Engine::Exact, 300, causal) };
         let shifted = Polynomial {
             gradient: Gradient::Consistent,
-            shift: Shift::Given {
-                query: (0..case.d).map(number).collect(),
-                key: (0..case.d).map(|c| number(c + 40)).collect(),
-            },
+            shift: Shift::Given((0..case.d).map(number).collect(), (0..case.d).map(|c| number(c + 40)).collect()),
             window: 20,
             ..Default::default()
         };
         let constants = Some(Arc::new(landmark_constants(&case)));
         for engine in [Engine::Polynomial(shifted), Engine::Landmark(Landmark { rank: 12, seed: 0, constants })] {
-            let case = Case { attention: Attention { engine, ..case.attention.clone() }, ..case.clone() };
+            let case =
+                Case { attention: Attention { method: engine.into(), ..case.attention.clone() }, ..case.clone() };
             let error = consistent_gradient_error(&case);
             assert!(error <= 1e-6, "{error:.2e} in {case:?}");
         }
@@ -705,7 +715,8 @@ fn many_landmarks_give_exact_attention() {
         let engine = Engine::Landmark(Landmark { rank: 512, seed: 3, constants: None });
         let case = Case { size: 0.6, bias: true, ..Case::new(engine, 1500, causal) };
         let data = Data::<f64>::draw(&case);
-        let exact = Case { attention: Attention { engine: Engine::Exact, ..case.attention.clone() }, ..case.clone() };
+        let exact =
+            Case { attention: Attention { method: Engine::Exact.into(), ..case.attention.clone() }, ..case.clone() };
         let (got, expected) = (run(&case, &data).unwrap(), oracle(&exact, &data, None));
         let errors = [
             relative_error(&got.out, &expected.out),
@@ -731,7 +742,7 @@ fn a_degree_beyond_all_polynomials_is_an_argument_error() {
         for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
             let coefficients = coefficients.clone();
             let engine = Engine::Polynomial(Polynomial { degree, coefficients, gradient, ..Default::default() });
-            let attention = Attention { engine, causal: false, scale: 1.0 };
+            let attention = Attention::new(engine, Mask::None, 1.0);
             let result = attention.forward(&Context::new(), &heads, &mut [0.0; 4]);
             assert!(matches!(result, Err(Error::Argument(_))), "degree {degree}: {result:?}");
         }

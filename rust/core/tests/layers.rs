@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use lingrad_core::layers::activation::{self, ActivationKind};
 use lingrad_core::layers::attention_block::{SelfAttention, Weights};
 use lingrad_core::layers::{cross_entropy, embedding, feed_forward, linear, norm};
-use lingrad_core::{Attention, Context, Engine, Error, MatRef, Rows};
+use lingrad_core::{Attention, Context, Engine, Error, Mask, MatRef, Rows};
 use proptest::prelude::*;
 use support::*;
 
@@ -268,7 +268,7 @@ impl Block {
             }
         };
         let scale = SelfAttention::default_scale(&weights);
-        f(SelfAttention { weights, attention: Attention { engine: Engine::Exact, causal: self.causal, scale } })
+        f(SelfAttention { weights, attention: Attention::new(Engine::Exact, Mask::causal(self.causal), scale) })
     }
 }
 
@@ -345,7 +345,7 @@ fn self_attention_in_the_papers_form_is_the_other_with_w_q_times_w_k() {
     let identity: Vec<f64> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
     let mut w = nan(d * d);
     linear::forward(&ctx, &rows(&w_q, 1, d, d), matrix(&w_k, d, d).transpose(), None, &mut w).unwrap();
-    let attention = Attention { engine: Engine::Exact, causal: true, scale: 0.3 };
+    let attention = Attention::new(Engine::Exact, Mask::causal(true), 0.3);
     let combined = Weights::Combined { w: matrix(&w, d, d), w_v: matrix(&w_v, d, d) };
     let heads = Weights::Heads {
         w_q: matrix(&w_q, d, d),
@@ -375,7 +375,7 @@ fn identity_heads(
 ) -> SelfAttention<'_, f64> {
     let w = matrix(eye, 2, 2);
     let weights = Weights::Heads { w_q: w, w_k: w, w_v: w, w_o: w, n_heads, n_kv_heads, rope, score_bound };
-    SelfAttention { weights, attention: Attention { engine: Engine::Exact, causal: false, scale: 1.0 } }
+    SelfAttention { weights, attention: Attention::new(Engine::Exact, Mask::causal(false), 1.0) }
 }
 
 const EYE: [f64; 4] = [1.0, 0.0, 0.0, 1.0];
@@ -415,7 +415,7 @@ fn self_attention_names_what_does_not_fit() {
     refused(1, 1, false, Some(f64::NAN), &["score_bound is NaN"]);
     refused(1, 1, false, Some(f64::INFINITY), &["score_bound is inf"]);
     let weights = Weights::Combined { w: matrix(&EYE[..2], 2, 1), w_v: matrix(&EYE, 2, 2) };
-    let attention = Attention { engine: Engine::Exact, causal: false, scale: 1.0 };
+    let attention = Attention::new(Engine::Exact, Mask::causal(false), 1.0);
     let combined = SelfAttention { weights, attention };
     assert_message(combined.forward(&ctx, &x, &mut y), &["w has shape (2, 1)", "(2, 2)", "x of width 2"]);
     let infinite = [f64::INFINITY, 0.0];
@@ -544,7 +544,7 @@ fn empty_inputs_give_empty_results_and_zero_gradients() {
             identity_heads(&EYE, 1, 1, true, Some(1.0)),
             SelfAttention {
                 weights: Weights::Combined { w, w_v: w },
-                attention: Attention { engine: Engine::Exact, causal: true, scale: 1.0 },
+                attention: Attention::new(Engine::Exact, Mask::causal(true), 1.0),
             },
         ] {
             attention.forward(&ctx, &x, &mut []).unwrap();

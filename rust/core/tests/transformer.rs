@@ -24,7 +24,7 @@ fn tiny() -> Config {
         activation: ActivationKind::Silu,
         rope: true,
         score_bound: None,
-        engine: Engine::Exact,
+        engine: Engine::Exact.into(),
     }
 }
 
@@ -40,7 +40,8 @@ fn variants() -> Vec<(&'static str, Config)> {
             "consistent polynomial, not causal",
             Config {
                 causal: false,
-                engine: Engine::Polynomial(Polynomial { gradient: Gradient::Consistent, ..Polynomial::default() }),
+                engine: Engine::Polynomial(Polynomial { gradient: Gradient::Consistent, ..Polynomial::default() })
+                    .into(),
                 ..tiny()
             },
         ),

@@ -4,17 +4,13 @@
 //! again is what memory safety hangs on.
 
 mod arrays;
-mod attention;
-mod engine;
+mod bind;
+mod convert;
 mod entry;
 mod error;
 mod huge_pages;
-mod layers;
-mod plan;
 mod reserve;
 mod run;
-mod sample;
-mod transformer;
 
 use pyo3::prelude::*;
 
@@ -27,24 +23,22 @@ static ALLOCATOR: huge_pages::HugePages = huge_pages::HugePages;
 #[pymodule]
 mod _lingrad_rs {
     #[pymodule_export]
-    use crate::attention::{AttentionState, attention_backward, attention_forward, measure_error};
+    use crate::bind::attention::{AttentionState, attention_backward, attention_forward, check_engine, measure_error};
     #[pymodule_export]
-    use crate::engine::check_engine;
-    #[pymodule_export]
-    use crate::layers::{
+    use crate::bind::layers::{
         activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,
         feed_forward_forward, linear_backward, linear_forward, norm_backward, norm_forward, self_attention_backward,
         self_attention_forward,
     };
     #[pymodule_export]
-    use crate::sample::{
-        draw_rows, estimate_error, fitted_coefficients, fitted_polynomials, landmark_candidates, landmark_constants,
-        largest_relative_error, rows_to_verify, stratified, unseen_row_sums,
-    };
-    #[pymodule_export]
-    use crate::transformer::{
+    use crate::bind::model::{
         TransformerTrace, transformer_backward, transformer_forward, transformer_param_shapes,
         transformer_value_and_grad,
+    };
+    #[pymodule_export]
+    use crate::bind::plan::{
+        HeadPlanner, draw_rows, estimate_error, fitted_coefficients, landmark_constants, largest_relative_error,
+        random_dout, rows_to_plan, rows_to_verify, set_rates, stratified, unseen_row_sums,
     };
     #[pymodule_export]
     use crate::{get_num_threads, set_num_threads, simd_level};
@@ -52,6 +46,26 @@ mod _lingrad_rs {
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+    #[pymodule_export]
+    const DEGREES: usize = lingrad_core::plan::choice::DEGREES;
+    #[pymodule_export]
+    const RANKS: [usize; 4] = lingrad_core::plan::choice::RANKS;
+    #[pymodule_export]
+    const LARGEST_BOUND: f64 = lingrad_core::plan::choice::LARGEST_BOUND;
+    #[pymodule_export]
+    const LARGEST_STATE: usize = lingrad_core::limits::LARGEST_STATE;
+    #[pymodule_export]
+    const LARGEST_BIAS: f64 = lingrad_core::limits::LARGEST_BIAS;
+    #[pymodule_export]
+    const LEAST_OF_FLOOR: f64 = lingrad_core::limits::LEAST_OF_FLOOR;
+    #[pymodule_export]
+    const NO_KEY_REMEDY: &str = lingrad_core::limits::NO_KEY_REMEDY;
+    #[pymodule_export]
+    const LANDMARK_REMEDY: &str = lingrad_core::limits::LANDMARK_REMEDY;
+    #[pymodule_export]
+    const PREFIX: usize = lingrad_core::limits::PREFIX;
+    #[pymodule_export]
+    const WINDOW: usize = lingrad_core::limits::WINDOW;
 }
 
 /// The number of threads that the next call works with.

@@ -25,15 +25,17 @@ use super::heads::{Part, Projected, Shaping, VIEWS, project, unproject};
 use super::rope::Rope;
 use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded};
 use super::{expect_rows, expect_shape};
-use crate::attention::{Attention, AttentionGrads, Heads, Saved};
+use crate::attention::{Attention, Method};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
 use crate::memory::{copied, zeroed};
 use crate::numerics::real::Real;
 use crate::numerics::tile::view;
+use crate::plan::report::HeadReport;
+use crate::problem::grads::AttentionGrads;
+use crate::problem::heads::Heads;
 use crate::problem::rows::Rows;
-use crate::spec::Planned;
-use crate::tolerance::HeadReport;
+use crate::tolerance::Saved;
 
 /// The projections around attention.
 #[derive(Debug, Clone)]
@@ -279,9 +281,10 @@ impl<T: Real> Inside<T> {
         })
     }
 
-    /// The engines that were used within a tolerance.
-    pub(crate) fn planned(&self, attention: &Attention) -> Option<Planned> {
-        self.saved.as_ref()?.planned(attention)
+    /// What computes it again by the engines that were used within a tolerance.
+    pub(crate) fn planned(&self, attention: &Attention) -> Option<Method> {
+        let auto = attention.method.tolerance()?;
+        Some(Method::Planned(self.saved.as_ref()?.planned(auto)))
     }
 
     /// Its output, head by head.

@@ -1,108 +1,95 @@
-//! Sums over tokens of outer products of values and features, `sum_t values_t features_t^T`, `(e, r)`: what stands for
-//! all the keys, or queries, that a low-rank engine has seen.
+//! States: sums over tokens of outer products of values and features, `sum_t values_t features_t^T`, `(e, r)`: what stands
+//! for all the keys, or queries, that a low-rank engine has seen.
 //!
 //! Products of a few hundred tokens (of a causal scan's blocks; of up to about a thousand where a fitted prefix ends) are
-//! formed in the arrays' own type and added up in float64. Here the features of a
-//! token lie side by side, unlike those of a tile that a state is applied to.
+//! formed in the arrays' own type and added up in float64. A state is relative to `e^level`: those of keys of different
+//! levels are merged as `S = e^{l_1 - l} S_1 + e^{l_2 - l} S_2`, with `l` the larger level.
 
-use faer::prelude::ReborrowMut;
-use faer::{Accum, MatMut, MatRef};
+use faer::{Accum, MatRef};
 
-use crate::error::Result;
-use crate::linear::monomials::{Monomials, PIECE_WIDTH, Run};
-use crate::linear::pass::{Features, Side};
+use crate::error::{Error, Result};
 use crate::memory::{collected, room, zeroed};
 use crate::numerics::real::{Real, vectorised};
-use crate::numerics::tile::{multiply, product, view, view_mut, widen};
+use crate::numerics::tile::{product, view, view_mut, widen};
+use crate::problem::state::{State, expect_same, pack, unpack};
 
+/// Numbers in one state at the most (1 GiB): beyond this neither memory nor time is reasonable.
+pub const LARGEST_STATE: usize = 1 << 27;
 /// Tokens summed in the arrays' own type before they are added to a float64 sum.
 const FLUSH: usize = 512;
-
-/// A tile of tokens, one a row, to be added to a state; and room for their features.
-pub(crate) struct Tokens<T> {
-    /// Queries or keys, `(len, d)` in rows of `width`.
-    pub x: Vec<T>,
-    /// What a vector read at the end of a row may run into is added to d.
-    pub width: usize,
-    /// Extended values or upstream gradients, `(len, e)`.
-    pub values: Vec<T>,
-    /// The features up to a low degree, and a piece of the others.
-    low: Vec<T>,
-    piece: Vec<T>,
-    runs: Vec<Run>,
-}
-
-impl<T: Real> Tokens<T> {
-    /// For tiles of at most `len` tokens and features up to `degree`.
-    pub fn new(features: Features<'_, T>, d: usize, e: usize, len: usize, degree: usize) -> Result<Self> {
-        let width = d + Monomials::OVERRUN;
-        let zeros = |width: usize| zeroed(len * width, "a tile of tokens and features");
-        let (low, piece, runs) = match features {
-            Features::Monomials(tree) => {
-                let piece = if tree.low_degree(degree) < degree { PIECE_WIDTH } else { 0 };
-                (tree.low_width(degree), piece, tree.most_runs(degree))
-            }
-            Features::Landmarks(landmarks) => (landmarks.rank(), 0, 0),
-        };
-        Ok(Self {
-            x: zeros(width)?,
-            width,
-            values: zeros(e)?,
-            low: zeros(low)?,
-            piece: zeros(piece)?,
-            runs: room(runs, "runs of monomials")?,
-        })
-    }
-
-    /// Adds `values^T φ(x)` of the first `len` tokens to `state`, `(e, r)`, or replaces it.
-    pub fn add_to(
-        &mut self,
-        state: &mut [T],
-        accum: Accum,
-        (features, side): (Features<'_, T>, Side),
-        degree: usize,
-        len: usize,
-    ) {
-        let r = features.rank(degree);
-        let e = state.len() / r;
-        let values = view(&self.values, len, e).transpose();
-        let state = MatMut::from_row_major_slice_mut(state, e, r);
-        let tree = match features {
-            Features::Monomials(tree) => tree,
-            Features::Landmarks(landmarks) => {
-                landmarks.map(side).rows(&self.x, self.width, len, &mut self.low);
-                multiply(state, accum, values, view(&self.low, len, r), T::ONE);
-                return;
-            }
-        };
-        let mut state = state;
-        tree.low_rows(&self.x, self.width, len, degree, &mut self.low, &mut self.runs);
-        for piece in tree.pieces(degree) {
-            let (start, width) = (piece.start, piece.len());
-            let features = if start == 0 {
-                view(&self.low, len, tree.low_width(degree))
-            } else {
-                tree.piece_rows(&self.x, self.width, &self.low, len, degree, piece, &mut self.piece, &mut self.runs);
-                view(&self.piece, len, PIECE_WIDTH)
-            };
-            multiply(state.rb_mut().subcols_mut(start, width), accum, values, features, T::ONE);
-        }
-    }
-}
 
 /// What errors call one.
 pub(crate) const STATE: &str = "a state of values and features";
 
-/// A state that grows, its sum in float64.
-pub(crate) struct State<T> {
-    sum: Vec<f64>,
+/// The state of some tokens, not weighted yet.
+#[derive(Debug, Clone)]
+pub(crate) struct LinearState {
+    /// What the tokens' weights are relative to, as a logarithm.
+    pub level: f64,
+    /// Features.
+    pub r: usize,
+    /// `(e, r)`.
+    pub sum: Vec<f64>,
+}
+
+impl LinearState {
+    /// That of no tokens.
+    pub fn new(level: f64, e: usize, r: usize) -> Result<Self> {
+        Ok(Self { level, r, sum: zeroed(e * r, STATE)? })
+    }
+}
+
+impl State for LinearState {
+    fn merge(&mut self, other: &Self) -> Result<()> {
+        expect_same(&[self.sum.len(), self.r], &[other.sum.len(), other.r])?;
+        let level = self.level.max(other.level);
+        merge(&mut self.sum, decay(self.level, level), &other.sum, decay(other.level, level));
+        self.level = level;
+        Ok(())
+    }
+
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        pack(&[self.r], &[&[self.level], &self.sum])
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let ([r], numbers) = unpack::<1>(bytes)?;
+        match numbers.split_first() {
+            Some((&level, sum)) if r > 0 && sum.len().is_multiple_of(r) => {
+                Ok(Self { level, r, sum: collected(sum.iter().copied(), STATE)? })
+            }
+            _ => Err(Error::Argument("the bytes are not those of a state of values and features".into())),
+        }
+    }
+}
+
+/// `e^(from - to)`, for two levels that may both be `-inf`.
+pub(crate) fn decay(from: f64, to: f64) -> f64 {
+    if from == to { 1.0 } else { (from - to).exp() }
+}
+
+/// `sum = decay sum + factor part`.
+fn merge<T: Real>(sum: &mut [f64], decay: f64, part: &[T], factor: f64) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sum, part) in sum.iter_mut().zip(part) {
+                *sum = *sum * decay + part.to_f64() * factor;
+            }
+        },
+    );
+}
+
+/// A state that grows token by token.
+pub(crate) struct Growing<T> {
+    state: LinearState,
     pending: Vec<T>,
     tokens: usize,
 }
 
-impl<T: Real> State<T> {
-    pub fn new(e: usize, r: usize) -> Result<Self> {
-        Ok(Self { sum: zeroed(e * r, STATE)?, pending: zeroed(e * r, STATE)?, tokens: 0 })
+impl<T: Real> Growing<T> {
+    pub fn new(level: f64, e: usize, r: usize) -> Result<Self> {
+        Ok(Self { state: LinearState::new(level, e, r)?, pending: zeroed(e * r, STATE)?, tokens: 0 })
     }
 
     /// Room for a tile of `len` tokens, and whether they are added to what it holds.
@@ -117,14 +104,14 @@ impl<T: Real> State<T> {
 
     fn flush(&mut self) {
         if self.tokens > 0 {
-            widen(&self.pending, &mut self.sum);
+            widen(&self.pending, &mut self.state.sum);
             self.tokens = 0;
         }
     }
 
-    pub fn finish(mut self) -> Vec<f64> {
+    pub fn finish(mut self) -> LinearState {
         self.flush();
-        self.sum
+        self.state
     }
 }
 
@@ -157,20 +144,20 @@ impl Weighting<'_> {
     }
 
     /// A scan along one row of the states of many blocks: `sum = decay sum + part`, and `part` becomes the weighted sum;
-    /// with the weights `more` of the first features, `more_parts` does.
+    /// with `second` weights of the first features, `second_parts` become another.
     pub fn scan<T: Real>(
         &self,
         sum: &mut [f64],
         decays: &[f64],
         parts: &mut [&mut [T]],
-        more: Option<&[f64]>,
-        more_parts: &mut [&mut [T]],
+        second: Option<&[f64]>,
+        second_parts: &mut [&mut [T]],
     ) -> Result<()> {
         match self {
             Self::Diagonal(weights) => {
                 for (i, (part, &decay)) in parts.iter_mut().zip(decays).enumerate() {
                     step(sum, decay, part, weights);
-                    if let (Some(weights), Some(part)) = (more, more_parts.get_mut(i)) {
+                    if let (Some(weights), Some(part)) = (second, second_parts.get_mut(i)) {
                         weigh_row(sum, weights, part);
                     }
                 }
@@ -178,9 +165,7 @@ impl Weighting<'_> {
             Self::Matrix(matrix) => {
                 let mut sums = room(parts.len() * sum.len(), "states of a scan")?;
                 for (part, &decay) in parts.iter().zip(decays) {
-                    for (sum, part) in sum.iter_mut().zip(part.iter()) {
-                        *sum = *sum * decay + part.to_f64();
-                    }
+                    merge(sum, decay, part, 1.0);
                     sums.extend_from_slice(sum);
                 }
                 let (count, r) = (parts.len(), sum.len());
@@ -218,4 +203,45 @@ fn step<T: Real>(sum: &mut [f64], decay: f64, part: &mut [T], weights: &[f64]) {
             }
         },
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(level: f64, first: usize) -> LinearState {
+        let mut state = LinearState::new(level, 3, 5).expect("room");
+        state.sum.iter_mut().enumerate().for_each(|(i, x)| *x = ((i + first) * 7 % 11) as f64 - 5.0);
+        state
+    }
+
+    #[test]
+    fn merged_states_are_the_sum_relative_to_the_larger_level_also_by_way_of_bytes() {
+        for (own, other) in [(0.0, 0.0), (1.5, -2.0), (-2.0, 1.5), (f64::NEG_INFINITY, 3.0), (800.0, -800.0)] {
+            let (mut merged, part) = (state(own, 0), state(other, 4));
+            if own == f64::NEG_INFINITY {
+                merged.sum.fill(0.0);
+            }
+            let before = merged.clone();
+            merged
+                .merge(&LinearState::from_bytes(&part.to_bytes().expect("room")).expect("a state"))
+                .expect("one head");
+            assert_eq!(merged.level, own.max(other));
+            for ((got, a), b) in merged.sum.iter().zip(&before.sum).zip(&part.sum) {
+                let want = a * decay(own, merged.level) + b * decay(other, merged.level);
+                assert_eq!(*got, want);
+            }
+        }
+    }
+
+    #[test]
+    fn states_of_other_sizes_and_other_bytes_are_refused() {
+        let mut state = state(0.0, 0);
+        assert!(state.merge(&LinearState::new(0.0, 3, 4).expect("room")).is_err());
+        assert!(state.merge(&LinearState::new(0.0, 2, 5).expect("room")).is_err());
+        let bytes = state.to_bytes().expect("room");
+        assert!(LinearState::from_bytes(&bytes[..bytes.len() - 8]).is_err());
+        assert!(LinearState::from_bytes(&pack(&[0], &[&[1.0]]).expect("room")).is_err());
+        assert!(LinearState::from_bytes(&pack(&[2], &[&[1.0, 2.0]]).expect("room")).is_err());
+    }
 }

@@ -19,12 +19,13 @@ use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::{Mat, MatRef, Par, Side};
 use rayon::prelude::*;
 
-use crate::attention::Head;
+use super::draw::first_rows;
+use super::exact_rows::gather;
 use crate::error::Result;
-use crate::measure::{first_rows, gather};
 use crate::memory::{collected, collected_in_parallel, copied, filled, matrix, room, zeroed};
 use crate::numerics::real::Real;
 use crate::numerics::tile::{add_product, product, view, view_mut};
+use crate::problem::heads::Head;
 
 /// The power of spread and leverage that rows are drawn by.
 const POWER: i32 = 3;
@@ -168,8 +169,8 @@ const HEAVY: usize = 16;
 const ABOVE_JENSEN: f64 = 2.0;
 
 impl Known {
-    pub fn new<T: Real>(head: &Head<'_, T>, scale: f64) -> Result<Self> {
-        let weights = key_weights(head)?;
+    pub fn new<T: Real>(head: &Head<'_, T>) -> Result<Self> {
+        let (scale, weights) = (head.scores.scale, key_weights(head)?);
         let (of_q, of_k) = (Moments::of(head.q, None)?, Moments::of(head.k, weights.as_deref())?);
         let of_queries = Moments { mean: of_q.mean.clone(), covariance: of_q.covariance.clone() };
         let queries = RowsOf::new(head.q, None, of_q, &of_k, scale)?;
@@ -184,18 +185,12 @@ impl Known {
     }
 
     /// What queries are drawn by, with the squared sizes of their upstream gradients where they are there.
-    pub fn of_queries<T: Real>(
-        &self,
-        head: &Head<'_, T>,
-        options: (bool, f64),
-        dout: Option<&[f64]>,
-    ) -> Result<Vec<Vec<f64>>> {
+    pub fn of_queries<T: Real>(&self, head: &Head<'_, T>, dout: Option<&[f64]>) -> Result<Vec<Vec<f64>>> {
         let side = &self.keys;
         let keys = union([&self.values, &side.spread, &side.leverage])?;
         let sizes = collected(keys.iter().map(|&j| square_of(head.v, j)), GUIDES)?;
-        let heavy = heavy(head.q.nrows(), |rows, heavy| {
-            self.pairs(head, options, rows, &keys, |i, j, f2| heavy[i] += f2 * sizes[j])
-        })?;
+        let heavy =
+            heavy(head.q.nrows(), |rows, heavy| self.pairs(head, rows, &keys, |i, j, f2| heavy[i] += f2 * sizes[j]))?;
         let spread = powers(&self.queries.spread)?;
         let mut guides = vec![filled(head.q.nrows(), 1.0, GUIDES)?];
         if let Some(dout) = dout {
@@ -206,11 +201,11 @@ impl Known {
     }
 
     /// What keys are drawn by; those that a bias removes are never drawn.
-    pub fn of_keys<T: Real>(&self, head: &Head<'_, T>, options: (bool, f64), dout: &[f64]) -> Result<Vec<Vec<f64>>> {
+    pub fn of_keys<T: Real>(&self, head: &Head<'_, T>, dout: &[f64]) -> Result<Vec<Vec<f64>>> {
         let side = &self.queries;
         let queries = union([dout, &side.spread, &side.leverage])?;
         let heavy = heavy(head.k.nrows(), |rows, heavy| {
-            self.pairs(head, options, &queries, rows, |i, j, f2| heavy[j] += f2 * dout[queries[i]])
+            self.pairs(head, &queries, rows, |i, j, f2| heavy[j] += f2 * dout[queries[i]])
         })?;
         let live = |j: usize| f64::from(self.weights.as_ref().is_none_or(|w| w[j] > 0.0));
         let (spread, values) = (powers(&self.keys.spread)?, &self.values);
@@ -229,12 +224,11 @@ impl Known {
     fn pairs<T: Real>(
         &self,
         head: &Head<'_, T>,
-        (causal, scale): (bool, f64),
         queries: &[usize],
         keys: &[usize],
         mut add: impl FnMut(usize, usize, f64),
     ) -> Result<()> {
-        let d = head.q.ncols();
+        let (d, m, scale, mask) = (head.d(), head.m(), head.scores.scale, &head.scores.mask);
         let (q, k) = (gather(head.q, queries)?, gather(head.k, keys)?);
         let mut scores = zeroed(queries.len() * keys.len(), "scores of heavy rows")?;
         product(view_mut(&mut scores, queries.len(), keys.len()), q.as_ref(), k.transpose(), scale);
@@ -244,7 +238,7 @@ impl Known {
             let mean: f64 = scale * (0..d).map(|c| q[(i, c)] * self.keys.mean[c]).sum::<f64>();
             let above = (0.5 * self.queries.spread[queries[i]]).min(ABOVE_JENSEN);
             for (j, (&s, &log_weight)) in scores.iter().zip(&log_weights).enumerate() {
-                if log_weight == f64::NEG_INFINITY || (causal && keys[j] > queries[i]) {
+                if log_weight == f64::NEG_INFINITY || !mask.sees(queries[i], keys[j], m) {
                     continue;
                 }
                 let f = (log_weight + s - mean - self.log_weights - above).exp().min(1.0);

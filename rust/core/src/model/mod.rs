@@ -16,7 +16,7 @@ use std::str::FromStr;
 
 use faer::{MatMut, MatRef};
 
-use crate::attention::{Attention, check_finite};
+use crate::attention::{Attention, Method};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
 use crate::layers::activation::ActivationKind;
@@ -26,9 +26,11 @@ use crate::layers::{cross_entropy, embedding, expect_rows, feed_forward, linear,
 use crate::measure::{ErrorEstimate, measure_error};
 use crate::memory::{room, zeroed};
 use crate::numerics::real::Real;
+use crate::plan::report::HeadReport;
+use crate::problem::finite::check_finite;
 use crate::problem::rows::Rows;
-use crate::spec::{Engine, Planned};
-use crate::tolerance::{HeadReport, SAMPLES};
+use crate::problem::scores::Mask;
+use crate::tolerance::SAMPLES;
 
 /// The eps of every norm.
 const EPS: f64 = 1e-5;
@@ -80,7 +82,7 @@ pub struct Config {
     /// Normalises queries and keys so that no score exceeds this number.
     pub score_bound: Option<f64>,
     /// How attention is computed.
-    pub engine: Engine,
+    pub engine: Method,
 }
 
 /// Parameters by name; those with one dimension as one row. See [`Config::param_shapes`].
@@ -107,7 +109,7 @@ pub enum Input<'a, T> {
 pub struct Trace<T> {
     inputs: Vec<Vec<T>>,
     /// The engines of each layer, where there is a tolerance: the backward pass uses them again.
-    plans: Vec<Option<Planned>>,
+    plans: Vec<Option<Method>>,
     batch: usize,
     n: usize,
     d: usize,
@@ -158,7 +160,7 @@ impl Config {
             attention_block::check_rope(self.d_model / self.n_heads)?;
         }
         attention_block::check_score_bound(self.score_bound)?;
-        self.engine.validate(self.causal)
+        self.engine.check(&Mask::causal(self.causal), size_of::<f64>())
     }
 
     /// The name and shape of every parameter, in the model's order.
@@ -356,7 +358,7 @@ impl<'a, T: Real> Model<'a, T> {
                     attn_norm: norm(format!("{name}.attn_norm")),
                     attn: SelfAttention {
                         weights,
-                        attention: Attention { engine: config.engine.clone(), causal: config.causal, scale },
+                        attention: Attention::new(config.engine.clone(), Mask::causal(config.causal), scale),
                     },
                     ffn_norm: norm(format!("{name}.ffn_norm")),
                     w_in: weight("ffn.w_in"),
@@ -411,7 +413,7 @@ impl<'a, T: Real> Model<'a, T> {
     }
 
     /// `x_{i+1}` from `x_i`, and the engines that were used.
-    fn layer_forward(&self, layer: &Layer<'_, T>, trace: &Trace<T>, i: usize) -> Result<(Vec<T>, Option<Planned>)> {
+    fn layer_forward(&self, layer: &Layer<'_, T>, trace: &Trace<T>, i: usize) -> Result<(Vec<T>, Option<Method>)> {
         let Attended { z, inside, .. } = self.attend(layer, &layer.attn, trace, i)?;
         let plan = inside.planned(&layer.attn.attention);
         drop(inside);
@@ -488,13 +490,19 @@ impl<'a, T: Real> Model<'a, T> {
     ) -> Result<LayerReport> {
         let mut attn = layer.attn.clone();
         if let Some(plan) = trace.plans.get(i).and_then(Option::as_ref) {
-            attn.attention.engine = Engine::Planned(plan.clone());
+            attn.attention.method = plan.clone();
         }
         let Attended { normed, inside, z } = self.attend(layer, &attn, trace, i)?;
         let error = if samples > 0 {
-            let Attention { causal, scale, .. } = layer.attn.attention;
             let heads = inside.heads(&trace.like(&normed)?)?;
-            Some(measure_error(self.ctx, &heads, causal, scale, &inside.out(trace.n)?, samples, i as u64)?)
+            Some(measure_error(
+                self.ctx,
+                &heads,
+                &layer.attn.attention.scores,
+                &inside.out(trace.n)?,
+                samples,
+                i as u64,
+            )?)
         } else {
             None
         };

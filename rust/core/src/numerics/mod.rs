@@ -3,4 +3,5 @@
 pub(crate) mod draws;
 pub(crate) mod product;
 pub mod real;
+pub(crate) mod softmax;
 pub(crate) mod tile;

@@ -1,44 +1,41 @@
 //! What a backend that keeps its arrays elsewhere takes from here: everything that is decided by samples of a head's
-//! tokens, which it hands over as arrays of their own.
+//! tokens, or by sums over them, which it hands over as arrays of their own.
 
-use std::sync::Arc;
+use faer::{ColRef, Mat, MatRef};
 
-use faer::{ColRef, MatRef};
-
-use crate::attention::Head;
+use super::choice::{Planner, Probe};
+use super::moments::Moments;
 use crate::context::Context;
-use crate::engines::fit;
-use crate::engines::polynomial;
+use crate::engines::{landmark, polynomial};
 use crate::error::{Error, Result, expect_len};
-use crate::measure::{self, Draw, ErrorEstimate, Pairs, Squares};
+use crate::measure::key_gradients::{self, Pairs};
+use crate::measure::{Draw, ErrorEstimate, Squares};
 use crate::memory::{copied, filled};
 use crate::numerics::draws;
 use crate::numerics::real::Real;
-use crate::plan;
-use crate::spec::{Auto, Engine, Landmark, LandmarkConstants, Shift};
-use crate::tolerance;
+use crate::problem::heads::Head;
+use crate::problem::scores::{Mask, Scores};
+use crate::spec::{Landmark, LandmarkConstants, Shift};
 
 /// Sampled tokens of a head, or all of them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Tokens<'a, T> {
     /// `(n, d)`.
     pub q: MatRef<'a, T>,
     /// `(m, d)`.
     pub k: MatRef<'a, T>,
-    /// `(m, dv)`.
+    /// `(m, d_v)`.
     pub v: Option<MatRef<'a, T>>,
     /// `(m,)`.
     pub key_bias: Option<ColRef<'a, T>>,
-    /// Whether query `i` sees only keys `j <= i`.
-    pub causal: bool,
-    /// Factor of the scores.
-    pub scale: f64,
+    /// How scores are made.
+    pub scores: Scores,
     /// The head's number, which errors name.
     pub head: usize,
 }
 
-impl<'a, T: Real> Tokens<'a, T> {
-    fn as_head(&self) -> Result<Head<'a, T>> {
+impl<T: Real> Tokens<'_, T> {
+    fn as_head(&self) -> Result<Head<'_, T>> {
         let (m, d) = self.k.shape();
         let v = self.v.unwrap_or_else(|| self.k.subcols(0, 0));
         if d == 0 || self.q.ncols() != d || v.nrows() != m {
@@ -52,10 +49,14 @@ impl<'a, T: Real> Tokens<'a, T> {
         if let Some(bias) = self.key_bias {
             expect_len("key_bias", bias.nrows(), m)?;
         }
-        if !self.scale.is_finite() {
-            return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scale)));
+        if !self.scores.scale.is_finite() {
+            return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scores.scale)));
         }
-        Ok(Head { index: self.head, q: self.q, k: self.k, v, key_bias: self.key_bias })
+        Ok(Head { index: self.head, q: self.q, k: self.k, v, key_bias: self.key_bias, scores: &self.scores })
+    }
+
+    fn is_causal(&self) -> bool {
+        !self.scores.mask.is_none()
     }
 }
 
@@ -99,13 +100,8 @@ pub fn unseen_row_sums(
     }
     let [exact, own, squares] = [exact, own, squares].map(|x| <[_; 2]>::from(x.split_at(count)));
     let mut all = filled(scores.len() / count, [0.0; 3], "drawn keys")?;
-    measure::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }, &mut all);
+    key_gradients::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }, &mut all);
     Ok(all)
-}
-
-/// Rows, or keys, out of `n` that results within a tolerance are held against.
-pub fn rows_to_verify(n: usize) -> usize {
-    tolerance::samples(n)
 }
 
 /// `count` of the numbers below `n`, in order, one in each of as many equal parts.
@@ -128,17 +124,17 @@ fn fit_sample<T: Real>(
     tokens: &Tokens<'_, T>,
     shift: [Vec<f64>; 2],
     positions: Option<[&[usize]; 2]>,
-) -> Result<fit::Sample> {
+) -> Result<polynomial::Sample> {
     let head = tokens.as_head()?;
     let [query, key] = shift;
-    let shift = if query.is_empty() && key.is_empty() { Shift::None } else { Shift::Given { query, key } };
+    let shift = if query.is_empty() && key.is_empty() { Shift::None } else { Shift::Given(query, key) };
     let shifts = polynomial::shifts(&head, &shift)?;
     let Some([queries, keys]) = positions else {
-        return polynomial::fit_sample(&head, tokens.scale, &shifts, false, |i, j| !tokens.causal || j <= i);
+        return polynomial::fit_sample(&head, &shifts, false, |i, j| !tokens.is_causal() || j <= i);
     };
     expect_len("queries", queries.len(), head.q.nrows())?;
     expect_len("keys", keys.len(), head.k.nrows())?;
-    polynomial::fit_sample(&head, tokens.scale, &shifts, false, |i, j| !tokens.causal || keys[j] <= queries[i])
+    polynomial::fit_sample(&head, &shifts, false, |i, j| !tokens.is_causal() || keys[j] <= queries[i])
 }
 
 /// Coefficients `a_0 .. a_degree` fitted to the scores of these tokens less their shifts, which may be empty: those of
@@ -170,39 +166,73 @@ pub fn landmark_constants<T: Real>(
     seed: u64,
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
-    Engine::Landmark(engine.clone()).validate(tokens.causal)?;
-    crate::engines::landmark::draw(ctx, &tokens.as_head()?, tokens.scale, tokens.causal, &engine)
+    engine.check(&Mask::causal(tokens.is_causal()))?;
+    landmark::draw(ctx, &tokens.as_head()?, &engine)
 }
 
-/// Landmarks that a plan has found.
-#[derive(Debug, Clone)]
-pub struct Found {
-    /// How many.
-    pub rank: usize,
-    /// What they are, unless every call draws its own.
-    pub constants: Option<Arc<LandmarkConstants>>,
-    /// Their error on the sample.
-    pub error: f64,
-}
-
-/// The least of `ranks` whose landmarks, drawn from these tokens, are well within a tolerance on a sample of them, or
-/// what was found instead. With `strict` they are drawn from the first 1024, and not kept.
-pub fn landmark_candidates<T: Real>(
-    ctx: &Context,
-    tokens: &Tokens<'_, T>,
-    auto: &Auto,
-    strict: bool,
-    ranks: &[usize],
-) -> Result<std::result::Result<Found, String>> {
-    for &rank in ranks {
-        Engine::Landmark(Landmark { rank, seed: auto.seed, constants: None }).validate(tokens.causal)?;
+impl Planner {
+    /// The first look at polynomials, on sampled tokens at these `positions`; those of each degree that are worth another.
+    pub fn look_at_tokens<T: Real>(
+        &mut self,
+        tokens: &Tokens<'_, T>,
+        positions: Option<[&[usize]; 2]>,
+        spread: f64,
+    ) -> Result<Vec<Option<Vec<f64>>>> {
+        let shift = match self.given_shift() {
+            Shift::Given(query, key) => [query, key],
+            _ => [Vec::new(), Vec::new()],
+        };
+        match fitted_polynomials(tokens, self.degrees(), shift, positions) {
+            Ok(Fits { coefficients, error }) => {
+                self.look_at_weights(error, || Ok(spread))?;
+                Ok(coefficients)
+            }
+            Err(error @ (Error::Cancelled | Error::Memory { .. })) => Err(error),
+            Err(_) => {
+                self.scores_are_too_large();
+                Ok(Vec::new())
+            }
+        }
     }
-    let found = plan::landmarks(ctx, &tokens.as_head()?, tokens.scale, auto, strict, ranks)?;
-    Ok(found.map(|(chosen, error)| Found { rank: chosen.rank, constants: chosen.constants, error }))
+
+    /// Takes a polynomial from fitted coefficients, and the moments of drawn rows of `total` with these weights.
+    pub fn try_fitted(
+        &mut self,
+        moments: &Moments,
+        (weights, total): (Vec<f64>, usize),
+        natural: f64,
+        epsilon: f64,
+        coefficients: &[Option<Vec<f64>>],
+    ) -> Result<()> {
+        let draw = Draw { rows: Vec::new(), weights, total };
+        let probe = Probe { draw: &draw, moments, natural, epsilon };
+        self.try_polynomials(&probe, |degree| coefficients.get(degree - 1)?.clone())
+    }
+
+    /// Looks for landmarks on sampled tokens.
+    pub fn look_for_landmarks<T: Real>(
+        &mut self,
+        ctx: &Context,
+        tokens: &Tokens<'_, T>,
+        gradients: bool,
+        seed: u64,
+    ) -> Result<()> {
+        let ranks = self.ranks();
+        let Some(&most) = ranks.last() else { return Ok(()) };
+        let (head, hopes) = (tokens.as_head()?, self.hopes());
+        let found = landmark::Sample::new(&head, self.is_strict(), most, seed)
+            .and_then(|sample| sample.candidates(ctx, &ranks, gradients, hopes));
+        self.try_landmarks(found)
+    }
+}
+
+/// A random gradient of the outputs of rows that a plan is made from, `(rows, d_v)`.
+pub fn random_dout(rows: usize, d_v: usize, seed: u64) -> Mat<f64> {
+    super::random_dout(rows, d_v, seed)
 }
 
 /// The largest relative error `max |p(s) e^-s - 1|` of the polynomial with these coefficients over `|s| <= r`; infinite for
 /// degrees above 64, of which nothing is known.
 pub fn largest_relative_error(coefficients: &[f64], r: f64) -> f64 {
-    plan::largest_relative_error(coefficients, r)
+    polynomial::largest_relative_error(coefficients, r)
 }

@@ -5,93 +5,69 @@
 //! own output has been held against exact rows: a relative error `eps` of those enters `dk` and `dv` as one of `eps`
 //! times numbers that average out over the queries.
 
-use faer::{Mat, MatRef};
+use std::sync::Arc;
 
-use crate::attention::{Attention, Constants, Head, HeadGrads, Heads, RowFactors, Saved, Upstream, all_finite, delta};
+pub(crate) use self::gradients::Group;
 use crate::context::Context;
-use crate::engines::exact::{self, TILE};
-use crate::engines::polynomial;
+use crate::engines::{self, Prepared, exact};
 use crate::error::{Error, Result};
-use crate::linear::monomials::Monomials;
-use crate::linear::pass::{self, tiles};
+use crate::measure::Draw;
+use crate::measure::exact_rows::exact_rows;
 use crate::measure::guides::{self, Known};
-use crate::measure::{
-    Draw, ErrorEstimate, ExactRows, KeyGradients, Pairs, Queries, Weights, exact_rows, gather, key_gradients,
-    unseen_row_sums,
-};
-use crate::memory::{collected, copied, filled, zeroed};
 use crate::numerics::real::Real;
-use crate::numerics::tile::{product, view_mut};
-use crate::plan::{HeadPlan, Moments, PolynomialWeights, error_bound, plan_head};
+use crate::plan::plan_head;
+use crate::plan::report::{HeadPlan, HeadReport};
+use crate::problem::finite::all_finite;
+use crate::problem::grads::RowFactors;
+use crate::problem::heads::{Head, Sizes};
 use crate::spec::{Auto, Engine};
+
+mod gradients;
 
 /// Rows, and keys, of each head that results are held against: one of so many, within limits. Exact ones in float64 cost
 /// about three times their share of exact attention.
 const ONE_OF: usize = 64;
 pub(crate) const SAMPLES: [usize; 2] = [64, 256];
 
-/// How many of `n`.
-pub(crate) fn samples(n: usize) -> usize {
+/// How many of `n`: what results within a tolerance are held against.
+pub fn samples(n: usize) -> usize {
     (n / ONE_OF).clamp(SAMPLES[0], SAMPLES[1])
 }
 
-/// What costs less than this, relative to exact attention, is run at once, and checked afterwards alone.
-const SIFTED: f64 = 0.08;
-
-/// Relative errors of a head's results, as far as they were measured. Those of dk, dv and the bias are of all query heads
-/// that share the keys.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Errors {
-    /// Of out.
-    pub out: Option<ErrorEstimate>,
-    /// Of dq.
-    pub dq: Option<ErrorEstimate>,
-    /// Of dk.
-    pub dk: Option<ErrorEstimate>,
-    /// Of dv.
-    pub dv: Option<ErrorEstimate>,
-    /// Of the gradient of the key bias, where there is one.
-    pub dkey_bias: Option<ErrorEstimate>,
-}
-
-/// What computed a head, and how well.
+/// A plan, with a head plan for every head.
 #[derive(Debug, Clone, PartialEq)]
-pub struct HeadReport {
-    /// The engine that computed it, and what was expected of it.
-    pub plan: HeadPlan,
-    /// The a-priori bound of the relative error of out, where there is one.
-    pub error_bound: Option<f64>,
-    /// What was measured.
-    pub errors: Errors,
-    /// What was tried and was not good enough, so that the head, or its gradients alone, were computed exactly.
-    pub missed: Option<String>,
+pub struct Planned {
+    /// What it was made for.
+    pub auto: Auto,
+    /// The engines.
+    pub heads: Arc<Vec<HeadPlan>>,
+    /// What is known of them already, on the same data: they are not verified again then.
+    pub known: Option<Arc<Vec<HeadReport>>>,
 }
 
-impl HeadReport {
-    fn new(plan: HeadPlan) -> Self {
-        Self { plan, error_bound: None, errors: Errors::default(), missed: None }
+/// What the backward pass needs beside the inputs and `out`: two numbers a row, and what each head's engine has taken from
+/// its data (with the consistent gradient and no mask also its state of the keys, where that is smaller than they are).
+#[derive(Debug, Clone)]
+pub struct Saved<T> {
+    pub(crate) row_max: Vec<T>,
+    pub(crate) row_scale: Vec<T>,
+    pub(crate) heads: Vec<Arc<dyn Prepared<T>>>,
+    /// What is known of each head, where there is a tolerance.
+    pub reports: Vec<HeadReport>,
+}
+
+impl<T: Real> Saved<T> {
+    /// The engines that were used within this tolerance, to be used again on the same data.
+    pub(crate) fn planned(&self, auto: &Auto) -> Planned {
+        let heads = self.reports.iter().map(|report| report.plan.clone()).collect();
+        Planned { auto: auto.clone(), heads: Arc::new(heads), known: Some(Arc::new(self.reports.clone())) }
     }
 
-    /// Of an engine that somebody else chose.
-    pub(crate) fn of(engine: Engine) -> Self {
-        Self::new(HeadPlan {
-            engine,
-            predicted_error: None,
-            cost: f64::NAN,
-            exact_cost: f64::NAN,
-            whole_sequence: Vec::new(),
-            reason: "given".into(),
-        })
-    }
-
-    fn now_exact(&mut self, missed: String) {
-        self.plan.engine = Engine::Exact;
-        self.plan.cost = self.plan.exact_cost;
-        self.plan.predicted_error = None;
-        self.plan.whole_sequence.clear();
-        self.errors = Errors::default();
-        self.error_bound = None;
-        self.missed = Some(missed);
+    /// A head's row factors.
+    pub(crate) fn rows(&self, head: usize) -> RowFactors<'_, T> {
+        let n = self.row_max.len() / self.heads.len();
+        let rows = head * n..(head + 1) * n;
+        RowFactors { max: &self.row_max[rows.clone()], scale: &self.row_scale[rows] }
     }
 }
 
@@ -104,500 +80,72 @@ fn of_the_engine<R>(result: Result<R>) -> Result<std::result::Result<R, String>>
     }
 }
 
-/// One head's forward pass within a tolerance, by the engine of a plan, or by one that is planned now. What is `known` of
-/// it already is taken as it is.
+/// What is to be run: what was planned before, with what is known of it, or nothing yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Given<'a> {
+    Nothing,
+    Plan(&'a HeadPlan),
+    /// Verified before, on the same data.
+    Report(&'a HeadReport),
+}
+
+/// One head's forward pass within a tolerance, by the engine of a plan, or by one that is planned now.
 pub(crate) fn forward<T: Real>(
     ctx: &Context,
     head: &Head<'_, T>,
-    attention: &Attention,
     auto: &Auto,
-    given: Option<&HeadPlan>,
-    known: Option<&HeadReport>,
+    given: Given<'_>,
     out: &mut [T],
     row_max: &mut [T],
     row_scale: &mut [T],
-) -> Result<(Constants<T>, HeadReport)> {
-    let (plan, facts) = match given {
-        Some(plan) => (plan.clone(), None),
-        None => plan_head(ctx, head, attention, auto)?,
+) -> Result<(Box<dyn Prepared<T>>, HeadReport)> {
+    let (plan, known, stale) = match given {
+        Given::Report(report) => {
+            return Ok((run(ctx, head, &report.plan.engine, out, row_max, row_scale)?, report.clone()));
+        }
+        Given::Plan(plan) => (plan.clone(), None, "the plan is stale: "),
+        Given::Nothing => {
+            let (plan, known) = plan_head(ctx, head, auto)?;
+            (plan, known, "")
+        }
     };
-    if let Some(known) = known {
-        // Verified before, on the same data.
-        let constants = attention.run_forward(ctx, head, &plan.engine, None, out, row_max, row_scale)?;
-        return Ok((constants, known.clone()));
-    }
-    let stale = if given.is_some() { "the plan is stale: " } else { "" };
     let mut report = HeadReport::new(plan);
     if report.plan.engine != Engine::Exact {
-        let engine = report.plan.engine.clone();
-        let missed = match of_the_engine(attention.run_forward(ctx, head, &engine, None, out, row_max, row_scale))? {
-            Ok(constants) => {
+        let missed = match of_the_engine(run(ctx, head, &report.plan.engine, out, row_max, row_scale))? {
+            Ok(prepared) => {
                 // Not the rows that the engine was chosen by.
-                let dv = head.v.ncols();
-                let options = (attention.causal, attention.scale);
-                let facts = facts.map_or_else(|| Known::new(head, attention.scale), Ok)?;
-                let mut guides = facts.of_queries(head, options, None)?;
-                guides.push(guides::squares_of(out, dv)?);
-                let draw = Draw::new(head.q.nrows(), samples(head.q.nrows()), auto.seed ^ 0xF0, &guides)?;
-                let exact = exact_rows(ctx, head, options, &draw.rows, None)?.out;
-                let error = draw.compare(&exact, out, dv)?;
+                let known = known.map_or_else(|| Known::new(head), Ok)?;
+                let mut guides = known.of_queries(head, None)?;
+                guides.push(guides::squares_of(out, head.d_v())?);
+                let draw = Draw::new(head.n(), samples(head.n()), auto.seed ^ 0xF0, &guides)?;
+                let exact = exact_rows(ctx, head, &draw.rows, None)?.out;
+                let error = draw.compare(&exact, out, head.d_v())?;
                 if error.high <= auto.tol && all_finite(out) {
                     report.errors.out = Some(error);
-                    if let Constants::Polynomial(constants) = &constants {
-                        report.error_bound = error_bound(head, attention.scale, constants, out);
-                    }
-                    return Ok((constants, report));
+                    report.error_bound = prepared.error_bound(head, out);
+                    return Ok((prepared, report));
                 }
-                format!("{stale}{} errs by up to {:.1e} in out", name(&engine), error.high)
+                format!("{stale}{} errs by up to {:.1e} in out", prepared.name(), error.high)
             }
             Err(text) => format!("{stale}{text}"),
         };
-        report.now_exact(missed);
+        report.fall_back(missed);
     }
-    exact::forward(ctx, head, attention, out, row_max, row_scale)?;
-    Ok((Constants::Exact, report))
+    exact::forward(ctx, head, out, row_max, row_scale)?;
+    Ok((Box::new(exact::Exact), report))
 }
 
-/// What an engine is called in reports.
-fn name(engine: &Engine) -> String {
-    match engine {
-        Engine::Polynomial(p) => format!("degree {}", p.degree),
-        Engine::Landmark(l) => format!("{} landmarks", l.rank),
-        _ => "exact".into(),
-    }
-}
-
-/// The gradients of one key head, and what it shares with the query heads `first..first + group`.
-pub(crate) struct Group<'a, 'b, T> {
-    pub heads: &'a Heads<'b, T>,
-    pub attention: &'a Attention,
-    pub saved: &'a Saved<T>,
-    /// Of all heads.
-    pub out: &'a [T],
-    pub dout: &'a [MatRef<'b, T>],
-    pub first: usize,
-    pub group: usize,
-    pub tree: Option<&'a Monomials>,
-}
-
-/// Exact gradients of sampled queries and keys of a group, and those of its polynomials.
-struct Check {
-    /// Of each query head, unless it is left out.
-    queries: Vec<Option<QueryCheck>>,
-    keys: Draw,
-    exact: KeyGradients,
-    /// What the row sums of queries that were not drawn may add to the squared errors of dk, dv and the bias.
-    unseen: Vec<[f64; 3]>,
-    /// Where every head is exact or a polynomial.
-    own: Option<KeyGradients>,
-}
-
-/// What a check is for.
-#[derive(Debug, Clone, Copy)]
-struct Wanted {
-    /// Whether the queries of exact heads are checked too.
-    exact_heads: bool,
-    /// Whether polynomials are computed by their definition too, to be sifted before they are run.
-    sift: bool,
-}
-
-/// Sampled queries of a head.
-struct QueryCheck {
-    draw: Draw,
-    out: Mat<f64>,
-    dq: Mat<f64>,
-    /// The dq of the polynomial, by its definition.
-    own: Option<Mat<f64>>,
-}
-
-/// Measured errors of a group: of each head's dq, then of dk, dv and the bias.
-struct GroupErrors {
-    dq: Vec<Option<ErrorEstimate>>,
-    dk: ErrorEstimate,
-    dv: ErrorEstimate,
-    db: ErrorEstimate,
-}
-
-impl GroupErrors {
-    /// The worst of an end of the errors, and of what.
-    fn worst(&self, biased: bool, end: impl Fn(&ErrorEstimate) -> f64) -> (f64, &'static str) {
-        let dq = self.dq.iter().flatten().map(|e| (end(e), "dq"));
-        let db = if biased { end(&self.db) } else { 0.0 };
-        let others = [(end(&self.dk), "dk"), (end(&self.dv), "dv"), (db, "dkey_bias")];
-        // What is no number is the worst of all.
-        let numbers = dq.chain(others).map(|(e, of)| (if e.is_nan() { f64::INFINITY } else { e }, of));
-        numbers.fold((0.0, "nothing"), |worst, e| if e.0 > worst.0 { e } else { worst })
-    }
-}
-
-impl<T: Real> Group<'_, '_, T> {
-    /// Adds the gradients within a tolerance: `grads` are of the key head, `dq` of all its query heads. Returns a report
-    /// for each of those.
-    pub fn backward_within(
-        &self,
-        ctx: &Context,
-        auto: &Auto,
-        dq: &mut [T],
-        mut grads: HeadGrads<'_, T>,
-    ) -> Result<Vec<HeadReport>> {
-        let mut reports = self.saved.reports[self.first..self.first + self.group].to_vec();
-        if self.indices().all(|i| matches!(self.saved.constants[i], Constants::Exact)) {
-            self.backward(ctx, dq, &mut grads)?;
-            return Ok(reports);
-        }
-        let biased = grads.dkey_bias.is_some();
-        let dear = reports.iter().any(|report| report.plan.cost > SIFTED * report.plan.exact_cost);
-        let samples = samples(self.rows().max(self.heads.k[0].nrows()));
-        let mut missed = None;
-        if dear {
-            // Before anything dear is computed for all tokens: what the polynomials' own gradients are.
-            let sift =
-                Check::new(ctx, self, samples / 2, auto.seed ^ 0x51, Wanted { exact_heads: false, sift: true }, None)?;
-            missed = sift.own_errors()?.and_then(|errors| too_large(&errors, biased, auto.tol, |e| e.relative));
-        }
-        if missed.is_none() {
-            match of_the_engine(self.backward(ctx, dq, &mut grads))? {
-                Ok(()) => {
-                    let results = Some((&*dq, &grads));
-                    let wanted = Wanted { exact_heads: false, sift: false };
-                    let check = Check::new(ctx, self, samples, auto.seed ^ 0xB0, wanted, results)?;
-                    let errors = check.errors(self, dq, &grads)?;
-                    missed = too_large(&errors, biased, auto.tol, |e| e.high);
-                    if !(all_finite(dq) && all_finite(grads.dk) && all_finite(grads.dv)) {
-                        missed = Some("overflow".into());
-                    }
-                    if missed.is_none() {
-                        for (report, dq) in reports.iter_mut().zip(&errors.dq) {
-                            report.set(&errors, *dq, biased);
-                        }
-                        return Ok(reports);
-                    }
-                }
-                Err(text) => missed = Some(text),
-            }
-        }
-        self.backward_exactly(ctx, dq, &mut grads)?;
-        for (report, i) in reports.iter_mut().zip(self.indices()) {
-            if !matches!(self.saved.constants[i], Constants::Exact) {
-                let why = missed.as_deref().unwrap_or("not usable");
-                report.missed =
-                    Some(format!("the gradients of {}, computed exactly instead: {why}", name(&report.plan.engine)));
-            }
-        }
-        Ok(reports)
-    }
-
-    /// Adds the gradients, whatever they are worth, and measures them on so many queries and keys of each head.
-    pub fn backward_measured(
-        &self,
-        ctx: &Context,
-        samples: usize,
-        dq: &mut [T],
-        mut grads: HeadGrads<'_, T>,
-    ) -> Result<Vec<HeadReport>> {
-        self.backward(ctx, dq, &mut grads)?;
-        let wanted = Wanted { exact_heads: true, sift: false };
-        let check = Check::new(ctx, self, samples, 0, wanted, Some((&*dq, &grads)))?;
-        let errors = check.errors(self, dq, &grads)?;
-        let biased = grads.dkey_bias.is_some();
-        let dv = self.heads.v[0].ncols();
-        let reports = self.indices().zip(&errors.dq).zip(&check.queries).map(|((i, dq), query)| {
-            let out = self.out_of(i);
-            let mut report = HeadReport::of(self.attention.engine.clone());
-            let of_out = |query: &QueryCheck| query.draw.compare(&query.out, out, dv);
-            report.errors.out = query.as_ref().map(of_out).transpose()?;
-            if let Constants::Polynomial(constants) = &self.saved.constants[i] {
-                report.error_bound = error_bound(&self.heads.head(i), self.attention.scale, constants, out);
-            }
-            report.set(&errors, *dq, biased);
-            Ok(report)
-        });
-        reports.collect()
-    }
-
-    /// Adds the gradients by the engines of the forward pass.
-    pub fn backward(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
-        for (i, dq) in self.indices().zip(dq.chunks_mut(self.rows() * self.heads.q[0].ncols())) {
-            let out = self.out_of(i);
-            let (head, of) = (self.heads.head(i), (out, self.dout[i]));
-            self.attention.run_backward(ctx, &head, self.saved, of, self.tree, reborrow(dq, grads))?;
-        }
-        Ok(())
-    }
-
-    /// Replaces the gradients by exact ones.
-    fn backward_exactly(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
-        grads.dk.fill(T::ZERO);
-        grads.dv.fill(T::ZERO);
-        if let Some(db) = &mut grads.dkey_bias {
-            db.fill(T::ZERO);
-        }
-        let n = self.rows();
-        for (i, dq) in self.indices().zip(dq.chunks_mut(n * self.heads.q[0].ncols())) {
-            let head = self.heads.head(i);
-            let mut own = zeroed(n * head.v.ncols(), "a head's exact output")?;
-            let (mut max, mut scale) = (zeroed(n, "row maxima")?, zeroed(n, "row sums")?);
-            exact::forward(ctx, &head, self.attention, &mut own, &mut max, &mut scale)?;
-            let delta = delta(self.dout[i], &own)?;
-            let rows = RowFactors { max: &max, scale: &scale };
-            let up = Upstream { dout: self.dout[i], delta: &delta, rows };
-            exact::backward(ctx, &head, self.attention, up, reborrow(dq, grads))?;
-        }
-        Ok(())
-    }
-
-    fn indices(&self) -> std::ops::Range<usize> {
-        self.first..self.first + self.group
-    }
-
-    /// Keys drawn by what all heads that share them say of them, and by their gradients where they are there.
-    fn draw_keys(
-        &self,
-        known: &[Known],
-        dout: &[Vec<f64>],
-        samples: usize,
-        seed: u64,
-        grads: Option<&HeadGrads<'_, T>>,
-    ) -> Result<Draw> {
-        let options = (self.attention.causal, self.attention.scale);
-        let of_head = |i: usize| known[i].of_keys(&self.heads.head(self.first + i), options, &dout[i]);
-        let mut all = of_head(0)?;
-        for i in 1..self.group {
-            for (all, own) in all.iter_mut().zip(of_head(i)?) {
-                all.iter_mut().zip(own).for_each(|(all, own)| *all += own);
-            }
-        }
-        if let Some(grads) = grads {
-            all.push(guides::squares_of(grads.dk, self.heads.k[0].ncols())?);
-            all.push(guides::squares_of(grads.dv, self.heads.v[0].ncols())?);
-        }
-        Draw::new(self.heads.k[0].nrows(), samples, seed, &all)
-    }
-
-    fn rows(&self) -> usize {
-        self.heads.q[0].nrows()
-    }
-
-    fn out_of(&self, i: usize) -> &[T] {
-        let len = self.rows() * self.heads.v[0].ncols();
-        &self.out[i * len..(i + 1) * len]
-    }
-}
-
-fn too_large(errors: &GroupErrors, biased: bool, tol: f64, end: impl Fn(&ErrorEstimate) -> f64) -> Option<String> {
-    let (worst, of) = errors.worst(biased, end);
-    (worst > tol).then(|| format!("{of} errs by up to {worst:.1e}"))
-}
-
-fn reborrow<'a, T>(dq: &'a mut [T], grads: &'a mut HeadGrads<'_, T>) -> HeadGrads<'a, T> {
-    HeadGrads { dq, dk: &mut *grads.dk, dv: &mut *grads.dv, dkey_bias: grads.dkey_bias.as_deref_mut() }
-}
-
-impl HeadReport {
-    fn set(&mut self, errors: &GroupErrors, dq: Option<ErrorEstimate>, biased: bool) {
-        self.errors.dq = dq;
-        self.errors.dk = Some(errors.dk);
-        self.errors.dv = Some(errors.dv);
-        self.errors.dkey_bias = biased.then_some(errors.db);
-    }
-}
-
-/// What errors call scores of drawn queries and keys.
-const PAIRS: &str = "pairs of drawn queries and keys";
-
-/// Row sums of drawn queries, exact and the engine's.
-struct RowSums<'a> {
-    draw: &'a Draw,
-    exact: &'a [f64],
-    /// `dout_i.out_i`, exact.
-    delta: Vec<f64>,
-    own: Vec<f64>,
-    /// By how much logarithms of the exact sums are larger, on average over what `dout` holds. Other rows are taken to be
-    /// off by as much.
-    mean_change: f64,
-}
-
-impl<'a> RowSums<'a> {
-    fn new(draw: &'a Draw, dout: &Mat<f64>, exact: &'a ExactRows, log_sums: &[f64]) -> Self {
-        let dot = |i: usize| dout.row(i).iter().zip(exact.out.row(i).iter()).map(|(a, b)| a * b).sum();
-        let own: Vec<f64> = draw.rows.iter().map(|&row| log_sums[row]).collect();
-        let (mut total, mut changes) = (0.0, 0.0);
-        for (i, (exact, own)) in exact.log_sums.iter().zip(&own).enumerate() {
-            // Rows that are taken for certain stand for no others.
-            let weight = (draw.weights[i] - 1.0) * dout.row(i).squared_norm_l2();
-            total += weight;
-            changes += weight * (exact - own);
-        }
-        let mean_change = if total > 0.0 { changes / total } else { 0.0 };
-        let own = own.into_iter().map(|own| own + mean_change).collect();
-        Self { draw, exact: &exact.log_sums, delta: (0..dout.nrows()).map(dot).collect(), own, mean_change }
-    }
-
-    /// See [`unseen_row_sums`].
-    fn unseen<T: Real>(
-        &self,
-        head: &Head<'_, T>,
-        (causal, scale): (bool, f64),
-        keys: &[usize],
-        dout: &Mat<f64>,
-        own_delta: &[T],
-    ) -> Result<Vec<[f64; 3]>> {
-        let (rows, width) = (&self.draw.rows, keys.len());
-        let (q, k, v) = (gather(head.q, rows)?, gather(head.k, keys)?, gather(head.v, keys)?);
-        let own_delta = collected(rows.iter().map(|&row| own_delta[row].to_f64()), PAIRS)?;
-        let squares = |x: &Mat<f64>, by: f64| collected(x.row_iter().map(|row| by * row.squared_norm_l2()), PAIRS);
-        let squares = [squares(&q, scale * scale)?, squares(dout, 1.0)?];
-        let (mut scores, mut upstream) = (zeroed(TILE * width, PAIRS)?, zeroed(TILE * width, PAIRS)?);
-        let mut all = filled(width, [0.0; 3], PAIRS)?;
-        for (first, count) in tiles(0..rows.len(), TILE) {
-            let some = first..first + count;
-            let (scores, upstream) = (&mut scores[..count * width], &mut upstream[..count * width]);
-            product(view_mut(scores, count, width), q.subrows(first, count), k.transpose(), scale);
-            product(view_mut(upstream, count, width), dout.subrows(first, count), v.transpose(), 1.0);
-            for (&row, scores) in rows[some.clone()].iter().zip(scores.chunks_exact_mut(width)) {
-                for (&j, s) in keys.iter().zip(scores) {
-                    let bias = head.key_bias.map_or(0.0, |b| b[j].to_f64());
-                    *s = if bias == f64::NEG_INFINITY || (causal && j > row) { f64::NEG_INFINITY } else { *s + bias };
-                }
-            }
-            let pairs = Pairs {
-                scores,
-                upstream,
-                weights: &self.draw.weights[some.clone()],
-                exact: [&self.exact[some.clone()], &self.delta[some.clone()]],
-                own: [&self.own[some.clone()], &own_delta[some.clone()]],
-                squares: [&squares[0][some.clone()], &squares[1][some]],
-            };
-            unseen_row_sums(&pairs, &mut all);
-        }
-        Ok(all)
-    }
-}
-
-impl Check {
-    /// On so many queries of each head, and keys; drawn by `results` too, dq and the others, where they are there.
-    fn new<T: Real>(
-        ctx: &Context,
-        of: &Group<'_, '_, T>,
-        samples: usize,
-        seed: u64,
-        wanted: Wanted,
-        results: Option<(&[T], &HeadGrads<'_, T>)>,
-    ) -> Result<Self> {
-        let options = (of.attention.causal, of.attention.scale);
-        let d = of.heads.q[0].ncols();
-        let known: Vec<Known> =
-            of.indices().map(|i| Known::new(&of.heads.head(i), of.attention.scale)).collect::<Result<_>>()?;
-        let sizes: Vec<Vec<f64>> = of.indices().map(|i| guides::squares(of.dout[i])).collect::<Result<_>>()?;
-        let keys = of.draw_keys(&known, &sizes, samples, seed, results.map(|results| results.1))?;
-        let mut unseen = vec![[0.0; 3]; keys.rows.len()];
-        let (mut sums, mut queries): (Option<(KeyGradients, Option<KeyGradients>)>, _) = (None, Vec::new());
-        for i in of.indices() {
-            let (head, constants) = (of.heads.head(i), &of.saved.constants[i]);
-            let (max, scale) = of.saved.rows(i);
-            let log_sums = pass::log_sums(&head, options, constants, max, scale)?;
-            let mut guides = known[i - of.first].of_queries(&head, options, Some(&sizes[i - of.first]))?;
-            if let Some((dq, _)) = results {
-                let rows = of.rows() * d;
-                guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d)?);
-            }
-            let draw = Draw::new(head.q.nrows(), samples, seed ^ 1, &guides)?;
-            let dout = gather(of.dout[i], &draw.rows)?;
-            let by_definition = match (constants, of.saved.engine(i, of.attention)) {
-                (Constants::Polynomial(constants), Engine::Polynomial(engine)) if wanted.sift => {
-                    Some((constants, engine))
-                }
-                _ => None,
-            };
-            let moments = match by_definition {
-                Some((own, engine)) => {
-                    let (settings, dout) = (polynomial::settings(engine), Some(&dout));
-                    Moments::new(ctx, &head, options, &draw.rows, &own.shifts, &settings, engine.degree, dout)?
-                        .map(|moments| (moments.exact(), moments.polynomial(&own.coefficients, settings.consistent)))
-                }
-                None => None,
-            };
-            // Exact row sums where they are known, those of the engine elsewhere.
-            let (mut exact_sums, own_delta) = (copied(&log_sums, "row sums")?, delta(of.dout[i], of.out_of(i))?);
-            let mut delta = copied(&own_delta, "products of dout and out")?;
-            let (out, dq, own_dq) = match moments {
-                Some(((out, dq), own)) => (out, dq, own.and_then(|own| own.1)),
-                None if !wanted.exact_heads && matches!(constants, Constants::Exact) => (Mat::new(), None, None),
-                None => {
-                    let exact = exact_rows(ctx, &head, options, &draw.rows, Some(&dout))?;
-                    let sums = RowSums::new(&draw, &dout, &exact, &log_sums);
-                    exact_sums.iter_mut().for_each(|log_sum| *log_sum += sums.mean_change);
-                    let added = sums.unseen(&head, options, &keys.rows, &dout, &own_delta)?;
-                    for (all, added) in unseen.iter_mut().zip(added) {
-                        all.iter_mut().zip(added).for_each(|(all, added)| *all += added);
-                    }
-                    for ((&row, &log_sum), &exact) in draw.rows.iter().zip(&exact.log_sums).zip(&sums.delta) {
-                        exact_sums[row] = log_sum;
-                        delta[row] = T::of(exact);
-                    }
-                    (exact.out, exact.dq, None)
-                }
-            };
-            let up = Queries { dout: of.dout[i], delta: &delta, log_sums: &exact_sums };
-            queries.push(dq.map(|dq| QueryCheck { draw, out, dq, own: own_dq }));
-            let weights =
-                by_definition.map(|(own, engine)| PolynomialWeights::new(&head, of.attention, engine, own, &log_sums));
-            let weights = weights.as_ref().map(|weights| weights as &dyn Weights);
-            let (exact, mut own) = key_gradients(ctx, &head, options, &keys.rows, up, weights)?;
-            if matches!(constants, Constants::Exact) {
-                own = Some(exact.clone());
-            }
-            sums = Some(match sums {
-                None => (exact, own),
-                Some((mut total, total_own)) => {
-                    total.add(&exact);
-                    let both = total_own.zip(own).map(|(mut total, own)| {
-                        total.add(&own);
-                        total
-                    });
-                    (total, both)
-                }
-            });
-        }
-        let Some((exact, own)) = sums else {
-            return Err(Error::Argument("a group of no heads".into()));
-        };
-        Ok(Self { queries, keys, exact, unseen, own })
-    }
-
-    /// Those of the polynomials by their definition, where every head is one or exact.
-    fn own_errors(&self) -> Result<Option<GroupErrors>> {
-        let Some(own) = &self.own else { return Ok(None) };
-        let dq = self.queries.iter().map(|query| {
-            let of_dq = query.as_ref().and_then(|q| Some(q.draw.compare_drawn(&q.dq, q.own.as_ref()?)));
-            of_dq.transpose()
-        });
-        let keys = |exact: &Mat<f64>, got: &Mat<f64>| self.keys.compare_drawn(exact, got);
-        Ok(Some(GroupErrors {
-            dq: dq.collect::<Result<_>>()?,
-            dk: keys(&self.exact.dk, &own.dk)?,
-            dv: keys(&self.exact.dv, &own.dv)?,
-            db: keys(&self.exact.db, &own.db)?,
-        }))
-    }
-
-    /// Those of results.
-    fn errors<T: Real>(&self, of: &Group<'_, '_, T>, dq: &[T], grads: &HeadGrads<'_, T>) -> Result<GroupErrors> {
-        let (d, dv) = (of.heads.q[0].ncols(), of.heads.v[0].ncols());
-        let dq = (self.queries.iter().zip(dq.chunks(of.rows() * d)))
-            .map(|(query, dq)| query.as_ref().map(|query| query.draw.compare(&query.dq, dq, d)).transpose())
-            .collect::<Result<_>>()?;
-        let keys = |exact: &Mat<f64>, got: &[T], width: usize, kind: usize| {
-            self.keys.compare_with(exact, got, width, |j| self.unseen[j][kind])
-        };
-        Ok(GroupErrors {
-            dq,
-            dk: keys(&self.exact.dk, grads.dk, d, 0)?,
-            dv: keys(&self.exact.dv, grads.dv, dv, 1)?,
-            db: match &grads.dkey_bias {
-                Some(db) => keys(&self.exact.db, db, 1, 2)?,
-                None => ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 },
-            },
-        })
-    }
+/// One head's forward pass by one engine.
+fn run<T: Real>(
+    ctx: &Context,
+    head: &Head<'_, T>,
+    engine: &Engine,
+    out: &mut [T],
+    row_max: &mut [T],
+    row_scale: &mut [T],
+) -> Result<Box<dyn Prepared<T>>> {
+    let sizes = Sizes { h: 1, h_kv: 1, n: head.n(), m: head.m(), d: head.d(), d_v: head.d_v() };
+    let mut prepared = engines::of(engine, &sizes)?.prepare(ctx, head)?;
+    prepared.forward(ctx, head, out, row_max, row_scale)?;
+    Ok(prepared)
 }

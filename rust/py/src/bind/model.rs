@@ -2,20 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use lingrad_core::model::{self as transformer, Backward, Config, Input, Params, Trace};
+use lingrad_core::model::{self, Backward, Config, Input, Params, Trace};
 use lingrad_core::{Error, Rows};
 use numpy::prelude::*;
 use numpy::{PyArrayDyn, PyReadonlyArrayDyn, PyUntypedArray};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use super::layers::{check_finite, check_grads, check_result, slice};
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
-use crate::attention::{Estimate, estimate};
-use crate::engine::AnyEngine;
+use crate::convert::{self, AnyMethod, Estimate, estimate};
 use crate::entry::{Later, Outcome, entry};
 use crate::error::{Result, ShapeError};
-use crate::layers::{check_finite, check_grads, check_result, slice};
-use crate::plan;
 use crate::run::run;
 
 /// The fields of `lingrad_rs.TransformerConfig`.
@@ -32,7 +30,7 @@ pub struct ConfigFields {
     activation: String,
     rope: bool,
     score_bound: Option<f64>,
-    engine: AnyEngine,
+    engine: AnyMethod,
 }
 
 impl ConfigFields {
@@ -186,7 +184,7 @@ pub fn transformer_forward<'py>(
             let entries = y.entries();
             let trace = run(py, None, |ctx| {
                 check_input(&input)?;
-                let trace = transformer::forward(ctx, &config, &params, &input, entries)?;
+                let trace = model::forward(ctx, &config, &params, &input, entries)?;
                 check_result("y", entries)?;
                 Ok(trace)
             })?;
@@ -217,7 +215,7 @@ pub fn transformer_backward<'py>(
             let Backward { dx, grads, .. } = run(py, None, |ctx| {
                 check_input(&input)?;
                 check_finite("dy", dy.blocks())?;
-                let result = transformer::backward(ctx, &config, &params, &input, trace, &dy)?;
+                let result = model::backward(ctx, &config, &params, &input, trace, &dy)?;
                 check_result("dx", &result.dx)?;
                 check_grads(&result.grads)?;
                 Ok(result)
@@ -253,12 +251,12 @@ pub fn transformer_value_and_grad<'py>(
             let (tokens, targets) = (slice(&tokens)?, slice(&targets)?);
             let (loss, Backward { grads, reports, .. }) = run(py, progress, |ctx| {
                 let result =
-                    transformer::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)?;
+                    model::value_and_grad(ctx, &config, &params, tokens, targets, batch, n, samples)?;
                 check_grads(&result.1.grads)?;
                 Ok(result)
             })?;
             let layers = (reports.iter())
-                .map(|report| Ok((report.error.map(estimate), plan::reports(py, &report.heads)?)))
+                .map(|report| Ok((report.error.map(estimate), convert::reports(py, &report.heads)?)))
                 .collect::<Result<_>>()?;
             Ok((loss, named(py, &config, grads)?, layers))
         })

@@ -2,11 +2,11 @@
 
 use std::fmt::Display;
 
-use lingrad_core::attention::{self, Attention};
 use lingrad_core::layers::activation::{self, ActivationKind};
 use lingrad_core::layers::attention_block::{SelfAttention, Weights};
 use lingrad_core::layers::{embedding, feed_forward, linear, norm};
-use lingrad_core::{Context, Error, MatRef, Rows};
+use lingrad_core::problem::finite;
+use lingrad_core::{Attention, Context, Error, Mask, MatRef, Rows};
 use numpy::PyReadonlyArrayDyn;
 use numpy::prelude::*;
 use pyo3::prelude::*;
@@ -14,7 +14,7 @@ use pyo3::types::PyDict;
 use rayon::prelude::*;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, from_vec, joined};
-use crate::engine::AnyEngine;
+use crate::convert::AnyMethod;
 use crate::entry::{Later, Outcome, entry};
 use crate::error::{Result, ShapeError};
 use crate::run::run;
@@ -25,13 +25,13 @@ type Tokens<'py> = PyReadonlyArrayDyn<'py, u32>;
 
 /// An error where an argument holds NaN or infinity. (Arguments of modules have no heads to tell of.)
 pub fn check_finite<T: Scalar>(name: &str, views: &[MatRef<'_, T>]) -> lingrad_core::Result<()> {
-    attention::check_finite(name, views)
+    finite::check_finite(name, views)
         .map_err(|_| Error::NonFinite(format!("{name} holds NaN or infinity; expected finite numbers")))
 }
 
 /// An error where a result is not finite: the arguments are, so something overflowed.
 pub fn check_result<T: Scalar>(name: &str, result: &[T]) -> lingrad_core::Result<()> {
-    if result.par_chunks(NUMBERS_A_CHECK).all(attention::all_finite) {
+    if result.par_chunks(NUMBERS_A_CHECK).all(finite::all_finite) {
         return Ok(());
     }
     Err(Error::NonFinite(format!(
@@ -321,7 +321,7 @@ pub struct AttentionOptions {
     score_bound: Option<f64>,
     causal: bool,
     scale: Option<f64>,
-    engine: AnyEngine,
+    engine: AnyMethod,
 }
 
 /// Views of `(w, w_v)` or `(w_q, w_k, w_v, w_o)`.
@@ -362,7 +362,7 @@ fn self_attention<'a, T: Scalar>(
         _ => return Err(Error::Shape("expected 2 or 4 weights".into())),
     };
     let scale = options.scale.unwrap_or_else(|| SelfAttention::default_scale(&weights));
-    let attention = Attention { engine: options.engine.0, causal: options.causal, scale };
+    let attention = Attention::new(options.engine.0, Mask::causal(options.causal), scale);
     Ok(SelfAttention { weights, attention })
 }
 

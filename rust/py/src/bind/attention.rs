@@ -1,16 +1,14 @@
 //! Attention: forward, backward, measured error.
 
-use lingrad_core::measure::{self, ErrorEstimate};
 use lingrad_core::memory::copied;
-use lingrad_core::{Attention, AttentionGrads, Error, Heads, Saved};
+use lingrad_core::{Attention, AttentionGrads, Error, Heads, Mask, Saved, Scores, measure};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
-use crate::engine::AnyEngine;
+use crate::convert::{self, AnyMethod, Estimate, estimate};
 use crate::entry::{Later, Outcome, entry};
 use crate::error::Result;
-use crate::plan;
 use crate::run::run;
 
 /// The views of one call's inputs.
@@ -67,7 +65,7 @@ impl AttentionState {
                 Kept::F32(saved, _) => &saved.reports,
                 Kept::F64(saved, _) => &saved.reports,
             };
-            plan::reports(py, reports)
+            convert::reports(py, reports)
         })
     }
 }
@@ -105,13 +103,13 @@ pub fn attention_forward<'py>(
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
     key_bias: Option<Any<'_, 'py>>,
-    engine: Later<'py, AnyEngine>,
+    engine: Later<'py, AnyMethod>,
     causal: bool,
     scale: f64,
     keep: bool,
 ) -> Outcome<(Bound<'py, PyAny>, Option<AttentionState>)> {
     entry(|| {
-        let attention = Attention { engine: engine.read()?.0, causal, scale };
+        let attention = Attention::new(engine.read()?.0, Mask::causal(causal), scale);
         by_dtype!(q, T => {
             let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
             let heads = inputs.heads()?;
@@ -164,17 +162,9 @@ pub fn attention_backward<'py>(
             };
             let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, samples, grads))?;
             let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
-            Ok((grads, plan::reports(py, &reports)?))
+            Ok((grads, convert::reports(py, &reports)?))
         })
     })
-}
-
-/// `(relative, low, high, rows)`.
-pub type Estimate = (f64, f64, f64, usize);
-
-/// An estimate, for Python.
-pub fn estimate(e: ErrorEstimate) -> Estimate {
-    (e.relative, e.low, e.high, e.rows)
 }
 
 /// The error of `out`, from `samples` rows computed exactly.
@@ -197,7 +187,14 @@ pub fn measure_error<'py>(
             let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
             let out = View::new("out", out)?;
             let (heads, out) = (inputs.heads()?, out.matrices()?);
-            Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, causal, scale, &out, samples, seed))?))
+            let scores = Scores { scale, mask: Mask::causal(causal) };
+            Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, &scores, &out, samples, seed))?))
         })
     })
+}
+
+/// An error where an engine's options do not fit together, or not with a causal mask or numbers of so many bytes.
+#[pyfunction]
+pub fn check_engine(engine: Later<'_, AnyMethod>, causal: bool, itemsize: usize) -> Outcome<()> {
+    entry(|| Ok(engine.read()?.0.check(&Mask::causal(causal), itemsize)?))
 }
