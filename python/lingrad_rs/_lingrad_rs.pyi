@@ -149,18 +149,6 @@ def fitted_coefficients(
     scale: float,
     head: int = 0,
 ) -> list[float]: ...
-def fitted_polynomials(
-    q: _Array,
-    k: _Array,
-    key_bias: _Array | None,
-    *,
-    degree: int,
-    query_shift: Sequence[float],
-    key_shift: Sequence[float],
-    positions: tuple[_Rows, _Rows] | None,
-    causal: bool,
-    scale: float,
-) -> tuple[list[list[float] | None], float]: ...
 def landmark_constants(
     q: _Array,
     k: _Array,
@@ -173,21 +161,9 @@ def landmark_constants(
     scale: float,
     head: int = 0,
 ) -> dict[str, Any]: ...
-def landmark_candidates(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    key_bias: _Array | None,
-    *,
-    tol: float,
-    gradients: bool,
-    strict: bool,
-    seed: int,
-    ranks: Sequence[int],
-    causal: bool,
-    scale: float,
-    head: int = 0,
-) -> tuple[tuple[int, dict[str, Any] | None, float] | None, str]: ...
+def rows_to_plan(n: int) -> int: ...
+def random_dout(rows: int, d_v: int, seed: int) -> _Floats: ...
+def set_rates(itemsize: int, flops: float, exps: float) -> None: ...
 def largest_relative_error(coefficients: Sequence[float], r: float) -> float: ...
 def linear_forward(x: _Array, w: _Array, b: _Array | None) -> _Array: ...
 def linear_backward(x: _Array, w: _Array, has_bias: bool, dy: _Array) -> tuple[_Array, _Array, _Array | None]: ...

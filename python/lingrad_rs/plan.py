@@ -167,7 +167,7 @@ def unplanned(engine: Engine) -> HeadPlan:
 
 
 def _head_plan(report: dict[str, Any]) -> HeadPlan:
-    errors = {name: ErrorEstimate(*estimate) for name, estimate in report.pop("errors")}
+    errors = {name: ErrorEstimate(**estimate) for name, estimate in report.pop("errors").items()}
     return HeadPlan(
         engine=_engine(report.pop("engine")),
         measured_error=errors.get("out"),
@@ -333,14 +333,20 @@ def _refuse_constant(name: str) -> NoReturn:
 def _to_json(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report of a head with null in place of costs that are NaN and of errors that are infinite."""
     costs = {name: None if math.isnan(report[name]) else report[name] for name in _COSTS}
-    errors = [(name, [x if math.isfinite(x) else None for x in estimate]) for name, estimate in report["errors"]]
+    errors = {
+        name: {key: x if math.isfinite(x) else None for key, x in estimate.items()}
+        for name, estimate in report["errors"].items()
+    }
     return {**report, **costs, "errors": errors}
 
 
 def _from_json(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report that `_to_json` had."""
     costs = {name: math.nan if report[name] is None else report[name] for name in _COSTS}
-    errors = [(name, [math.inf if x is None else x for x in estimate]) for name, estimate in report["errors"]]
+    errors = {
+        name: {key: math.inf if x is None else x for key, x in estimate.items()}
+        for name, estimate in report["errors"].items()
+    }
     return {**report, **costs, "errors": errors}
 
 
@@ -348,7 +354,7 @@ def head_report(head: HeadPlan) -> dict[str, Any]:
     """What `head_plans` reads, in numbers, texts and lists alone."""
     result = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
     del result["measured_error"]
-    result["errors"] = [(name, dataclasses.astuple(estimate)) for name, estimate in head.errors.items()]
+    result["errors"] = {name: dataclasses.asdict(estimate) for name, estimate in head.errors.items()}
     engine = {f.name: getattr(head.engine, f.name) for f in dataclasses.fields(head.engine)}
     constants = engine.get("constants")
     if constants is not None:

@@ -29,8 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from .. import _lingrad_rs as core
 from ..errors import DenominatorError
 from .device import Space
 from .features import Features, Side
@@ -63,7 +62,7 @@ Array = Any
 # Tokens whose products are summed in the arrays' dtype.
 BLOCK = 512
 # A number that is added to biases beyond this is off by more than a millionth, as in the core.
-_LARGEST_BIAS = 1e-6 / np.finfo(np.float64).eps
+_LARGEST_BIAS = core.LARGEST_BIAS
 # A denominator below this part of Jensen's lower bound is wrong.
 LEAST_OF_FLOOR = 0.5
 

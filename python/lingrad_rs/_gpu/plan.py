@@ -15,62 +15,32 @@ copied to the host are squared sizes, means, samples of 256 to 4096 tokens, and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import _lingrad_rs as core
-from ..engines import Auto, Exact, Landmark, LandmarkConstants, Polynomial
-from ..errors import LingradError
-from ..plan import ErrorEstimate, HeadPlan
+from ..engines import Auto
+from ..plan import HeadPlan, head_plans
 from . import measure, sample, tiles
 from .causal import BLOCK, PREFIX, Near, near_start
 from .device import Space
 from .guides import Known
 from .heads import Heads, live_keys
 from .landmark import WINDOW
-from .measure import Draw, Floats, Rows
-from .polynomial import LARGEST_STATE
+from .measure import Floats, Rows
 from .sample import Tokens
 from .texts import scientific
 
 __all__ = ["longest", "plan_heads", "short"]
 
 Array = Any
-
-# Rows that a plan is made from: one of so many, within limits.
-_ONE_ROW_OF = 256
-_ROWS = (16, 32)
-# Degrees of polynomials, and landmarks, that are considered.
-_DEGREES = 6
-_RANKS = (32, 64, 128, 256)
-# What an engine may cost, relative to exact attention: a polynomial, whose error is known before it runs, and
-# landmarks.
-_WORTH_IT = 0.6
-_LANDMARKS_WORTH_IT = 0.1
-# What planning may cost, relative to exact attention, in all, and drawing landmarks.
-_PLANNING = 0.1
-_DRAWING = 0.06
-# What a polynomial costs, relative to exact attention, where it is cheap, and how far below the tolerance it should
-# then lie for gradients; and how far any lies.
-_CHEAP = 0.1
-_ROOM = 0.4
-_KEYS_ROOM = 0.8
-# A gradient is nothing but rounding below so many units of that, relative to what its factors might give.
-_ROUNDING = 32
-# Means below this part of the root mean square are left where they are.
-_SMALL_MEAN = 0.05
-# Sampled weights that err so many times more than the tolerance are not looked at further, but where the spread of the
-# values is below this.
-_HOPELESS = 4.0
-_SPREAD = 0.5
-# Beyond this bound of the scores no polynomial is considered.
-_LARGEST_BOUND = 300.0
 
 # Numbers that exact attention moves for a pair, beside those of the exponentials: scores are written, weights read; in
 # the backward pass scores and dout.v are written and read, f and dS written, and read by three products.
@@ -232,7 +202,7 @@ class _Size:
         """Features are written and read once, of a state's tokens, of those that it is applied to, and by gradients."""
         r, potential = (math.comb(self.d + g, g) for g in (degree, degree + 1))
         e = self.dv + 1
-        if potential * e > LARGEST_STATE:
+        if potential * e > core.LARGEST_STATE:
             return math.inf
         flops, moved = 2 * e * r, 2.0 * r
         if self.gradients:
@@ -259,177 +229,89 @@ class _Size:
         flops = 4 * sample**2 * (self.d + rank) + 12 * sample * rank**2 + 20 * rank**3
         return 3 * flops / _host_flops()
 
-    @property
-    def rows(self) -> int:
-        """Rows that a plan is made from."""
-        return min(max(self.n // _ONE_ROW_OF, _ROWS[0]), _ROWS[1])
-
     def moments(self, degree: int) -> float:
         one = 2 * (self.dv + 1) + (4 * self.d if self.gradients else 0)
         flops = 2 * (self.d + self.dv) + one * (degree + 2)
-        pairs = self.rows * self.m
+        pairs = core.rows_to_plan(self.n) * self.m
         return self.wide_rates.seconds(flops * pairs, pairs, 4 * (degree + 3) * pairs)
 
 
 def plan_heads(sp: Space, heads: Heads, auto: Auto) -> list[HeadPlan]:
-    """A plan for each head.
+    """A plan for each head: what is measured here, the core's planner decides.
 
     Cost: at most about a tenth of the time of exact attention, by the model; once a device and dtype, some milliseconds
     to measure its rates.
     """
     size = _Size.of(sp, heads, auto)
-    exact_cost = size.exact()
-    exact = HeadPlan(Exact(), None, None, None, exact_cost, exact_cost)
-    costs = [size.polynomial(degree) for degree in range(1, _DEGREES + 1)]
-    dear = [cost > _WORTH_IT * exact_cost for cost in costs]
-    costs = costs[: dear.index(True) if any(dear) else None]
-    ranks = [
-        rank
-        for rank in _RANKS
-        if size.landmarks(rank) <= _LANDMARKS_WORTH_IT * exact_cost and size.drawing(rank) <= _DRAWING * exact_cost
-    ]
-    if not (costs or ranks) or size.moments(len(costs)) > _PLANNING * exact_cost:
-        reason = "no low-rank engine is clearly faster at this size"
-        return [replace(exact, reason=reason)] * heads.count
-    cheapest = f"the cheapest within {short(auto.tol)}"
-    plans = []
-    found = _polynomials(sp, heads, auto, size, costs, exact_cost)
-    for head in found:
-        if head.engine is None:
-            plans.append(replace(exact, reason=head.reason))
-            continue
-        constants = ("coefficients",) + (("shift",) if head.engine.shift != "none" else ())
-        whole = constants if heads.causal and not size.strict else ()
-        cost = costs[head.engine.degree - 1]
-        plans.append(
-            replace(
-                exact, engine=head.engine, predicted_error=head.error, cost=cost, whole_sequence=whole, reason=cheapest
-            )
-        )
-    cheaper = [[rank for rank in ranks if size.landmarks(rank) < plan.cost] for plan in plans]
-    which = [i for i, ranks in enumerate(cheaper) if ranks]
+    costs: dict[str, Any] = {
+        "exact": size.exact(),
+        "polynomials": [size.polynomial(degree) for degree in range(1, core.DEGREES + 1)],
+        "landmarks": [size.landmarks(rank) for rank in core.RANKS],
+        "drawing": [size.drawing(rank) for rank in core.RANKS],
+        "moments": [size.moments(degree) for degree in range(core.DEGREES + 1)],
+    }
+    tolerance: dict[str, Any] = dataclasses.asdict(auto) | {"causal": heads.causal, "scale": heads.scale}
+    planners = [core.HeadPlanner(**tolerance, **costs, head=heads.first + i) for i in range(heads.count)]
+    if planners and planners[0].degrees() > 0:
+        _look_at_polynomials(sp, heads, auto, size, planners)
+    which = [i for i, planner in enumerate(planners) if planner.ranks()]
     pools: list[Tokens] = []
     if which:
         pools = sample.first(sp, heads, which) if size.strict else sample.spread(sp, heads, sample.POOL, 2, which)
     for i, tokens in zip(which, pools, strict=True):
-        chosen, reason = _landmarks(tokens, heads, auto, size.strict, cheaper[i], heads.first + i)
-        if chosen is not None:
-            engine, error = chosen
-            whole = ("landmarks",) if heads.causal and not size.strict else ()
-            cost = size.landmarks(engine.rank)
-            plans[i] = replace(
-                exact, engine=engine, predicted_error=error, cost=cost, whole_sequence=whole, reason=cheapest
-            )
-        elif plans[i].engine == Exact():
-            plans[i] = replace(plans[i], reason=f"{plans[i].reason}; {reason}")
-    return plans
+        planners[i].look_for_landmarks(tokens.q, tokens.k, tokens.v, tokens.key_bias)
+    return list(head_plans(planner.report() for planner in planners))
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The best polynomial of a head, if there is one, and its error; or why there is none."""
-
-    reason: str = ""
-    engine: Polynomial | None = None
-    error: float | None = None
-
-
-_TOO_LARGE = _Found("scores too large for any polynomial")
-
-
-def _polynomials(
-    sp: Space, heads: Heads, auto: Auto, size: _Size, costs: Sequence[float], exact_cost: float
-) -> list[_Found]:
-    """The best polynomial of each head, of degrees whose costs are given."""
-    if not costs:
-        return [_Found("polynomials cost too much at this width")] * heads.count
-    found = [_TOO_LARGE] * heads.count
-    shifts = [None] * heads.count if size.strict else _shifts(sp, heads)
-    spread = [1.0] * heads.count if auto.gradients else _spreads(sp, heads)
+def _look_at_polynomials(
+    sp: Space, heads: Heads, auto: Auto, size: _Size, planners: Sequence[core.HeadPlanner]
+) -> None:
+    live = live_keys(sp, heads)
+    queries, keys, values = (sp.host(_sums(sp, *of)) for of in ((heads.q,), (heads.k, live), (heads.v, live)))
+    shifts = [
+        planner.shift(_split(queries[i]), _split(keys[i])) or np.zeros((2, size.d))
+        for i, planner in enumerate(planners)
+    ]
     fits: dict[int, list[list[float] | None]] = {}
     # The same tokens as the engine's, or for a plan all through the sequence.
     samples = sample.first(sp, heads) if size.strict else sample.spread(sp, heads, sample.FIT, 0)
-    for i, tokens in enumerate(samples):
-        coefficients, error = _fit(tokens, heads, len(costs), shifts[i])
-        if coefficients is None:
-            continue
-        if not error <= _HOPELESS * auto.tol and spread[i] >= _SPREAD:
-            found[i] = _Found(f"the weights by polynomials up to degree {len(costs)} err by {short(error)}")
-            continue
-        fits[i] = coefficients
+    for i, (tokens, planner) in enumerate(zip(samples, planners, strict=True)):
+        coefficients = planner.look_at_tokens(tokens.q, tokens.k, tokens.key_bias, tokens.positions, _split(values[i]))
+        if planner.degrees() > 0:
+            fits[i] = coefficients
     which = list(fits)
     if not which:
-        return found
+        return
     some = measure.select(sp, heads, which)
-    draws = measure.draw_rows(Known.of(sp, some).of_queries(sp), size.rows, auto.seed ^ 0x9A)
+    draws = measure.draw_rows(Known.of(sp, some).of_queries(sp), core.rows_to_plan(size.n), auto.seed ^ 0x9A)
     rows = measure.padded(draws)
-    by = np.array([shifts[i] or np.zeros((2, size.d)) for i in which])
+    by = _rounded(sp, heads, np.array([shifts[i] for i in which]))
     bounds, natural = _bounds(sp, some, rows, by)
-    dout = None
-    if auto.gradients:
-        dout = np.random.default_rng(auto.seed ^ 0x1D).uniform(-1, 1, (1, rows.shape[1], size.dv))
-    usable = bounds <= _LARGEST_BOUND
-    sums = _moments(sp, some, size, rows, by, np.where(usable, bounds, 0.0), dout, len(costs))
+    dout = core.random_dout(rows.shape[1], size.dv, auto.seed)[None] if auto.gradients else None
+    usable = bounds <= core.LARGEST_BOUND
+    degree = max(planners[i].degrees() for i in which)
+    sums = _moments(sp, some, size, rows, by, np.where(usable, bounds, 0.0), dout, degree)
     for c, i in enumerate(which):
         if not usable[c]:
+            planners[i].scores_are_too_large()
             continue
-        moments = _Moments(sums[:, c, : len(draws[c].rows)], size, heads.scale, None if dout is None else dout[0])
-        probe = _Probe(draws[c], moments, natural[c], fits[i], shifts[i])
-        found[i] = _best_polynomial(sp, heads, auto, size, costs, exact_cost, probe)
-    return found
+        count = len(draws[c].rows)
+        planners[i].try_polynomials(
+            np.ascontiguousarray(sums[:, c, :count]),
+            draws[c].weights,
+            size.n,
+            None if dout is None else dout[0, :count],
+            d=size.d,
+            d_v=size.dv,
+            natural=float(natural[c]),
+            epsilon=float(sp.xp.finfo(heads.q.dtype).eps),
+            coefficients=fits[i],
+        )
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """A head's drawn rows, and the polynomials that are held against them."""
-
-    draw: Draw
-    moments: _Moments
-    natural: float
-    coefficients: list[list[float] | None]
-    shift: tuple[Floats, Floats] | None
-
-
-def _best_polynomial(
-    sp: Space, heads: Heads, auto: Auto, size: _Size, costs: Sequence[float], exact_cost: float, probe: _Probe
-) -> _Found:
-    draw, moments = probe.draw, probe.moments
-    out, dq = moments.exact()
-    if dq is not None:
-        # Rounding is all that such a gradient has: no engine but the exact one errs as that does.
-        epsilon = sp.xp.finfo(heads.q.dtype).eps
-        if float(np.linalg.norm(dq)) <= _ROUNDING * epsilon * probe.natural * float(np.linalg.norm(moments.dout)):
-            return _Found("the gradients of queries vanish")
-    within = (_KEYS_ROOM if auto.gradients else 1) * auto.tol
-    cheap = [auto.gradients and cost <= _CHEAP * exact_cost for cost in costs] + [False]
-    tried, best, least = [], None, math.inf
-    for degree in range(1, len(costs) + 1):
-        a = probe.coefficients[degree - 1]
-        got = None if a is None else moments.polynomial(a)
-        if a is None or got is None:
-            continue
-        error = _expected(draw.compare(out, got[0]))
-        if dq is not None and got[1] is not None:
-            error = max(error, _expected(draw.compare(dq, got[1])))
-        tried.append(f"{degree}: {short(error)}")
-        # The gradients of keys are not known yet: they are given some room, and more where that costs little.
-        if error <= within and (best is None or (cheap[degree - 1] and error < least)):
-            best, least = _polynomial(degree, "fitted" if size.strict else a, probe.shift), error
-        if least <= (_ROOM * auto.tol if cheap[degree] else within):
-            break
-    if best is None:
-        return _Found(f"errors of polynomials by degree are {', '.join(tried)}")
-    return _Found(engine=best, error=least)
-
-
-def _expected(error: ErrorEstimate) -> float:
-    # Between the estimate and the end of its interval: an engine that is chosen too easily costs its time.
-    return math.sqrt(error.relative * error.high)
-
-
-def _polynomial(degree: int, coefficients: Any, shift: tuple[Floats, Floats] | None) -> Polynomial:
-    by = "none" if shift is None else (shift[0].tolist(), shift[1].tolist())
-    return Polynomial(degree, coefficients, shift=by, window=WINDOW)
+def _split(sums: Floats) -> tuple[Floats, float, float]:
+    """Column sums, the sum of squares, and how many rows."""
+    return sums[:-2], float(sums[-2]), float(max(sums[-1], 1))
 
 
 def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
@@ -449,72 +331,10 @@ def _sums(sp: Space, x: Array, live: Array | None = None) -> Array:
     return xp.concat([sums, squares, number], axis=1)
 
 
-def _shifts(sp: Space, heads: Heads) -> list[tuple[Floats, Floats] | None]:
-    """The means of each head's queries and keys, in its dtype, where subtracting them makes scores smaller."""
-    sums = sp.host(sp.xp.stack([_sums(sp, heads.q), _sums(sp, heads.k, live_keys(sp, heads))]))
-    number = np.maximum(sums[..., -1], 1)
-    mean = sums[..., :-2] / number[..., None]
-    large = np.sum(mean**2, axis=-1) > _SMALL_MEAN**2 * sums[..., -2] / number
-    query, key = _rounded(sp, heads, mean)
-    return [(query[i], key[i]) if large[:, i].any() else None for i in range(heads.count)]
-
-
 def _rounded(sp: Space, heads: Heads, x: Floats) -> Floats:
     """As the pass will have it."""
     single = sp.xp.finfo(heads.q.dtype).bits == 32
     return x.astype(np.float32 if single else np.float64).astype(np.float64)
-
-
-def _spreads(sp: Space, heads: Heads) -> list[float]:
-    """The size of each head's values less their mean, relative to their size, of keys that no bias removes."""
-    of_heads = sp.host(_sums(sp, heads.v, live_keys(sp, heads)))
-    sums, squares, number = of_heads[:, :-2], of_heads[:, -2], of_heads[:, -1]
-    return np.sqrt(np.maximum(squares - np.sum(sums**2, axis=1) / number, 0) / squares).tolist()
-
-
-def _fit(
-    tokens: Tokens, heads: Heads, degree: int, shift: tuple[Floats, Floats] | None
-) -> tuple[list[list[float] | None] | None, float]:
-    """Coefficients of each degree, and how far weights by the last are off; None where scores are too large."""
-    query, key = ([], []) if shift is None else (shift[0].tolist(), shift[1].tolist())
-    try:
-        return core.fitted_polynomials(
-            tokens.q,
-            tokens.k,
-            tokens.key_bias,
-            degree=degree,
-            query_shift=query,
-            key_shift=key,
-            positions=tokens.positions,
-            causal=heads.causal,
-            scale=heads.scale,
-        )
-    except LingradError:
-        return None, math.inf
-
-
-def _landmarks(
-    tokens: Tokens, heads: Heads, auto: Auto, strict: bool, ranks: Sequence[int], head: int
-) -> tuple[tuple[Landmark, float] | None, str]:
-    """The fewest landmarks that are well within the tolerance on a sample, and their error; or why there are none."""
-    found, reason = core.landmark_candidates(
-        tokens.q,
-        tokens.k,
-        tokens.v,
-        tokens.key_bias,
-        tol=auto.tol,
-        gradients=auto.gradients,
-        strict=strict,
-        seed=auto.seed,
-        ranks=ranks,
-        causal=heads.causal,
-        scale=heads.scale,
-        head=head,
-    )
-    if found is None:
-        return None, reason
-    rank, constants, error = found
-    return (Landmark(rank, auto.seed, None if constants is None else LandmarkConstants(**constants)), error), ""
 
 
 def longest(sp: Space, x: Array, by: Array | None = None, live: Array | None = None) -> Array:
@@ -625,33 +445,6 @@ def _weighted(sp: Space, weights: Array, values: Array, upstream: Array | None, 
     if upstream is None:
         return sums
     return sp.xp.concat([sums, sp.xp.matmul(tiles.times(sp, weights, upstream), k)], axis=-1)
-
-
-class _Moments:
-    """Those of one head's rows, ``(3 + degree, rows, width)``, on the host."""
-
-    def __init__(self, sums: Floats, size: _Size, scale: float, dout: Floats | None) -> None:
-        self.near, self.far_exact, self.powers = sums[0], sums[1], sums[2:]
-        self.size, self.scale = size, scale
-        self.dout = np.zeros((0, size.dv)) if dout is None else dout[: sums.shape[1]]
-
-    def exact(self) -> tuple[Floats, Floats | None]:
-        """The exact rows of out, and of dq."""
-        return self._rows(self.near + self.far_exact)
-
-    def polynomial(self, a: Sequence[float]) -> tuple[Floats, Floats | None] | None:
-        """The same by a polynomial beyond the near keys; None where a denominator is not positive."""
-        sums = self.near + np.tensordot(np.array(a), self.powers[: len(a)], axes=1)
-        return self._rows(sums) if np.all(sums[:, 0] > 0) else None
-
-    def _rows(self, sums: Floats) -> tuple[Floats, Floats | None]:
-        d, dv = self.size.d, self.size.dv
-        sums = sums / sums[:, :1]
-        out = sums[:, 1 : 1 + dv]
-        if not len(self.dout):
-            return out, None
-        delta = np.sum(self.dout * out, axis=1, keepdims=True)
-        return out, self.scale * (sums[:, 1 + dv + d :] - delta * sums[:, 1 + dv : 1 + dv + d])
 
 
 def short(x: float) -> str:

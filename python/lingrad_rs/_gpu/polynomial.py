@@ -24,12 +24,9 @@ from .features import Polynomials
 from .heads import Grads, Heads, live_keys
 from .monomials import monomials, rank
 
-__all__ = ["LARGEST_STATE", "Constants", "backward", "constants", "forward", "left_out", "near", "numbers"]
+__all__ = ["Constants", "backward", "constants", "forward", "left_out", "near", "numbers"]
 
 Array = Any
-
-# Numbers in one state at the most: beyond this neither memory nor time is reasonable.
-LARGEST_STATE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def numbers(engine: Polynomial, d: int, dv: int) -> int:
     """Numbers of temporary arrays for a block of one head; `ArgumentError` where states are out of reach."""
     degree = _potential_degree(engine)
     r = rank(d, degree)
-    if r * (dv + 1) > LARGEST_STATE:
+    if r * (dv + 1) > core.LARGEST_STATE:
         raise ArgumentError(
             f"degree = {engine.degree} with d = {d} and dv = {dv} needs more monomials (up to degree {degree}) than "
             'memory holds; use a lower degree, gradient="consistent", or Exact()'
