@@ -8,7 +8,18 @@ from .engines import Engine
 from .plan import Plan
 
 __all__ = [
+    "DEGREES",
+    "LANDMARK_REMEDY",
+    "LARGEST_BIAS",
+    "LARGEST_BOUND",
+    "LARGEST_STATE",
+    "LEAST_OF_FLOOR",
+    "NO_KEY_REMEDY",
+    "PREFIX",
+    "RANKS",
+    "WINDOW",
     "AttentionState",
+    "HeadPlanner",
     "TransformerTrace",
     "__version__",
     "activation_backward",
@@ -23,9 +34,7 @@ __all__ = [
     "feed_forward_backward",
     "feed_forward_forward",
     "fitted_coefficients",
-    "fitted_polynomials",
     "get_num_threads",
-    "landmark_candidates",
     "landmark_constants",
     "largest_relative_error",
     "linear_backward",
@@ -33,10 +42,13 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "random_dout",
+    "rows_to_plan",
     "rows_to_verify",
     "self_attention_backward",
     "self_attention_forward",
     "set_num_threads",
+    "set_rates",
     "simd_level",
     "stratified",
     "transformer_backward",
@@ -47,12 +59,65 @@ __all__ = [
 ]
 
 __version__: str
+DEGREES: int
+LANDMARK_REMEDY: str
+LARGEST_BIAS: float
+LARGEST_BOUND: float
+LARGEST_STATE: int
+LEAST_OF_FLOOR: float
+NO_KEY_REMEDY: str
+PREFIX: int
+RANKS: list[int]
+WINDOW: int
 
 _Array = NDArray[Any]
 _Tokens = NDArray[np.uint32]
 _Estimate = tuple[float, float, float, int]
 _Rows = NDArray[np.int64]
 _Floats = NDArray[np.float64]
+_Sums = tuple[_Floats, float, float]
+
+@final
+class HeadPlanner:
+    def __new__(
+        cls,
+        *,
+        tol: float,
+        gradients: bool,
+        strict_causal: bool,
+        seed: int,
+        causal: bool,
+        scale: float,
+        head: int,
+        exact: float,
+        polynomials: Sequence[float],
+        landmarks: Sequence[float],
+        drawing: Sequence[float],
+        moments: Sequence[float],
+    ) -> HeadPlanner: ...
+    def is_settled(self) -> bool: ...
+    def degrees(self) -> int: ...
+    def ranks(self) -> list[int]: ...
+    def shift(self, queries: _Sums, keys: _Sums) -> list[list[float]] | None: ...
+    def scores_are_too_large(self) -> None: ...
+    def look_at_tokens(
+        self, q: _Array, k: _Array, key_bias: _Array | None, positions: tuple[_Rows, _Rows] | None, values: _Sums
+    ) -> list[list[float] | None]: ...
+    def try_polynomials(
+        self,
+        moments: _Floats,
+        weights: _Floats,
+        total: int,
+        dout: _Floats | None,
+        *,
+        d: int,
+        d_v: int,
+        natural: float,
+        epsilon: float,
+        coefficients: Sequence[list[float] | None],
+    ) -> None: ...
+    def look_for_landmarks(self, q: _Array, k: _Array, v: _Array, key_bias: _Array | None) -> None: ...
+    def report(self) -> dict[str, Any]: ...
 
 class _AttentionOptions(Protocol):
     n_heads: int
