@@ -48,7 +48,10 @@ fn engine(object: &Bound<'_, PyAny>) -> Result<Engine> {
     let fields = fields(object)?;
     fields.set_item("kind", object.get_type().name()?)?;
     let constants = match fields.get_item("constants")? {
-        Some(constants) => constants.extract::<Option<Constants>>()?,
+        Some(constants) => {
+            fields.del_item("constants")?;
+            constants.extract::<Option<Constants>>()?
+        }
         None => None,
     };
     let mut engine = read(fields)?;
@@ -69,6 +72,9 @@ fn planned(plan: &Bound<'_, PyAny>) -> Result<Planned> {
         let kind = PyDict::new(head.py());
         kind.set_item("kind", "Exact")?;
         fields.set_item("engine", kind)?;
+        for measured in ["measured_error", "errors"] {
+            fields.del_item(measured)?;
+        }
         heads.push(HeadPlan { engine, ..read(fields)? });
     }
     Ok(Planned { auto, heads: Arc::new(heads), known: None })
