@@ -1,7 +1,7 @@
 //! From a tolerance to an engine, head by head.
 //!
 //! A plan is made in steps, each cheaper than what it may save. Engines that would not be clearly faster than exact
-//! attention at this size are discarded by a [cost model](cost). Some rows are drawn and computed exactly, over all their
+//! attention at this size are discarded by a cost model. Some rows are drawn and computed exactly, over all their
 //! keys; with their [moments] the errors of polynomials of all degrees are measured, not guessed, before any of them is run.
 //! Landmarks are judged on a sample. The cheapest engine within the tolerance is [chosen](choice), or the exact one;
 //! [`tolerance`](crate::tolerance) runs it and verifies what comes out.

@@ -82,7 +82,7 @@ pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given:
     Ok(draw.estimate(squares, given))
 }
 
-/// What row sums of queries that were not drawn may add to the squared errors of drawn keys: see [`Pairs`]. The last three
+/// What row sums of queries that were not drawn may add to the squared errors of drawn keys: see `Pairs`. The last three
 /// hold two numbers a query, the first ones of all before the second ones.
 pub fn unseen_row_sums(
     scores: &[f64],

@@ -1,7 +1,7 @@
 //! How scores are made of queries and keys, and which pairs count.
 //!
 //! `s_ij = scale q_i.k_j + key_bias_j` for the keys `j` that the [`Mask`] lets query `i` see. The biases lie with the
-//! head's arrays ([`Head`](super::heads::Head)); everything else that makes a score is here.
+//! head's arrays (`Head`); everything else that makes a score is here.
 
 use std::ops::Range;
 use std::sync::Arc;
