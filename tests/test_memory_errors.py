@@ -95,7 +95,7 @@ def test_a_call_with_little_memory_succeeds_or_says_what_there_was_none_for(name
 
 
 def test_every_compiled_function_goes_through_the_entry_that_catches_panics():
-    sources = [path.read_text() for path in (Path(__file__).parent.parent / "rust/py/src").glob("*.rs")]
+    sources = [path.read_text() for path in (Path(__file__).parent.parent / "rust/py/src").rglob("*.rs")]
     functions = [function for text in sources for function in re.findall(r"#\[pyfunction\].*?\{\n.*?\n", text, re.S)]
     assert len(functions) == text_count("#[pyfunction]", sources) > 30
     assert [f for f in functions if "-> Outcome<" not in f or "    entry(|| " not in f] == []
