@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lingrad_rs as lg
-from lingrad_rs import _bench
-from lingrad_rs._bench import Case, Method, Results, interleaved, of_engine, relative_error
+from lingrad_rs.cli import timing
+from lingrad_rs.cli.timing import Case, Method, Results, interleaved, of_engine, relative_error
 
 Array = NDArray[np.float32]
 RANDOM_FEATURES = 256
@@ -126,7 +126,7 @@ def methods(case: Case, low_rank: bool) -> list[Method]:
     """Every method that has to do with a case."""
     own = [of_engine("**exact**", lg.Exact())]
     peers = [numpy_softmax()]
-    sdpa = _bench.torch_sdpa()
+    sdpa = timing.torch_sdpa()
     peers += [] if sdpa is None else [sdpa]
     if low_rank:
         own += [
@@ -159,7 +159,7 @@ def attention_table(rounds: int) -> None:
     print("| n | d | causal | method | forward | forward + backward | out | worst of dq, dk, dv |")
     print("|---|---|---|---|---|---|---|---|")
     for case, low_rank in CASES:
-        q, k, v, dout = _bench.inputs(case, SCORE_STD, "float32")
+        q, k, v, dout = timing.inputs(case, SCORE_STD, "float32")
         exact, vjp = lg.attention_vjp(*(x.astype(np.float64) for x in (q, k, v)), engine=lg.Exact(), causal=case.causal)
         exact_grads = vjp(dout.astype(np.float64))
         calls = {method.name: method.prepare(q, k, v, dout, case.causal) for method in methods(case, low_rank)}
@@ -185,7 +185,7 @@ def scaling_table(rounds: int) -> None:
     for gradient in ("consistent", "closed_form"):
         calls = {}
         for n in sizes:
-            arrays = _bench.inputs(Case(n=n, d=16, heads=1, causal=True), SCORE_STD, "float32")
+            arrays = timing.inputs(Case(n=n, d=16, heads=1, causal=True), SCORE_STD, "float32")
             _, both = of_engine("", lg.Polynomial(gradient=gradient)).prepare(*arrays, causal=True)
             both()
             calls[str(n)] = both
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    print(_bench.machine())
+    print(timing.machine())
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed: its kernel, tensor powers and random features are left out.")
     for table in (attention_table, scaling_table, model_table):

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lingrad_rs as lg
-from lingrad_rs import _bench
+from lingrad_rs.cli import timing
 
 Array = NDArray[np.float64]
 LEAST = 10  # the least log2 n
@@ -169,13 +169,13 @@ def main() -> None:
         parser.error(f"--most is {arguments.most}; expected at least {LEAST + 1}")
     try:
         if arguments.plot is not None:
-            _bench.check_plot(arguments.plot)
+            timing.check_plot(arguments.plot)
         for exponent in range(LEAST, arguments.most + 1):
             lg.Polynomial.from_bound(2.0**-exponent, arguments.score_bound)
     except lg.ArgumentError as error:
         parser.error(str(error))
     table = sys.stderr if arguments.json else sys.stdout
-    print(_bench.machine(), file=table)
+    print(timing.machine(), file=table)
     print("\n| n | d | degree | rank | time | out | worst of dq, dk, dv | any entry, at most | 1/n |", file=table)
     print("|---" * 9 + "|", file=table)
     rows: list[Row] = []
@@ -197,10 +197,10 @@ def main() -> None:
     texts = (f"{name}: time n^{e['time']:.2f}, work n^{e['work']:.2f}" for name, e in exponents.items())
     print(f"\nGrowth over the lengths, {'; '.join(texts)}.", file=table)
     if arguments.plot is not None:
-        plot(rows, arguments.plot, f"causal, d = log2 n, scores within {arguments.score_bound:g}\n{_bench.machine()}")
+        plot(rows, arguments.plot, f"causal, d = log2 n, scores within {arguments.score_bound:g}\n{timing.machine()}")
     if arguments.json:
         result = {
-            "machine": _bench.machine(),
+            "machine": timing.machine(),
             "score_bound": arguments.score_bound,
             "rows": [dataclasses.asdict(row) for row in rows],
             "exponents": exponents,

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lingrad_rs as lg
-from lingrad_rs import _backend, _bench
-from lingrad_rs._bench import interleaved, relative_error
+from lingrad_rs.backends import select
+from lingrad_rs.cli import timing
+from lingrad_rs.cli.timing import interleaved, relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from distributions import DISTRIBUTIONS
@@ -120,7 +121,7 @@ def rare_tokens(cases: int, seed: int, n: int, array_path: bool) -> None:
     from conftest import GPU_NUMPY, RUST  # which need the tests' packages
 
     backend = GPU_NUMPY if array_path else RUST
-    _backend.KINDS[:0] = backend.kinds
+    select.KINDS[:0] = backend.kinds
     engines = (lg.Polynomial(degree=2), lg.Polynomial(degree=1, gradient="consistent"), lg.Landmark(rank=64))
     print(f"n = {n:,}, {cases} cases of each family, seeds from {seed} on, {backend.name}:\n")
     print("| family | results within a tolerance | over it | above | results of any engine | above |")
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first seed of those")
     parser.add_argument("--array-path", action="store_true", help="on the GPU's path, under NumPy")
     args = parser.parse_args()
-    print(f"{_bench.machine()}\n")
+    print(f"{timing.machine()}\n")
     if args.rare_tokens:
         rare_tokens(args.rare_tokens, args.seed, args.rare_n, args.array_path)
         return

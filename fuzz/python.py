@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 
 import lingrad_rs as lg
-from lingrad_rs import _backend
+from lingrad_rs.backends import select
 
 LIMIT = 10.0  # seconds that an input may take
 ROOM = 8 << 30  # bytes of addresses that a child may have
@@ -1231,16 +1231,16 @@ def npz_bytes(draw: Draw) -> bytes:
 
 def fuzz_npz(case: Case) -> None:
     """Files of heads, as `lingrad plan` reads them."""
-    from lingrad_rs import _survey
+    from lingrad_rs.cli import surveys
 
     draw, r = case.draw, case.draw.r
     suffix = draw.pick(".npz", ".npz", ".safetensors", "")
     path = draw.folder / f"heads{suffix}"
     path.write_bytes(npz_bytes(draw) if suffix != ".safetensors" else file_bytes(draw))
-    task = _survey.Task(causal=r.random() < 0.5, scale=None, gradients=r.random() < 0.5)
+    task = surveys.Task(causal=r.random() < 0.5, scale=None, gradients=r.random() < 0.5)
     # The command tells these in one line.
-    arrays = case.call(_survey.read, path, task, draw.pick(None, 1, 5), of=_expects_os_errors)
-    case.call(_survey.heads, arrays, draw.pick([], [0], [-1], [7]), draw.pick([], [0], [3]), of=_expects_os_errors)
+    arrays = case.call(surveys.read, path, task, draw.pick(None, 1, 5), of=_expects_os_errors)
+    case.call(surveys.heads, arrays, draw.pick([], [0], [-1], [7]), draw.pick([], [0], [3]), of=_expects_os_errors)
 
 
 def _expects_os_errors() -> None:
@@ -1400,7 +1400,7 @@ def prepare(args: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if args.array_path:
-        _backend.KINDS.insert(0, _backend.Kind("numpy", "ndarray", "_gpu"))
+        select.KINDS.insert(0, select.Kind("numpy", "ndarray", "array"))
     lg.set_num_threads(1)
     warnings.simplefilter("error")
     os.fsync = lambda handle: None  # no power is cut here

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import settings
 
 import lingrad_rs as lg
-from lingrad_rs import _backend
+from lingrad_rs import _lingrad_rs as core
+from lingrad_rs.backends import select
+from lingrad_rs.backends.array.plan import rates
 
 # The same examples in every run, however slow the machine.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -24,7 +26,7 @@ class Backend:
     name: str
     array: Callable[[np.ndarray], Any]
     numpy: Callable[[Any], np.ndarray]
-    kinds: tuple[_backend.Kind, ...] = ()
+    kinds: tuple[select.Kind, ...] = ()
 
     @property
     def is_rust(self) -> bool:
@@ -58,23 +60,23 @@ def memory_of(x: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _to_cupy(x: np.ndarray) -> Any:
-    cupy = _backend.cupy()
+    cupy = select.cupy()
     memory, offset = memory_of(x)
     return cupy.ndarray(x.shape, x.dtype, cupy.asarray(memory).data + offset, x.strides)
 
 
 def _from_cupy(x: Any) -> np.ndarray:
-    assert isinstance(x, _backend.cupy().ndarray)
+    assert isinstance(x, select.cupy().ndarray)
     return x.get()
 
 
 RUST = Backend("rust", _itself, _itself)
-GPU_NUMPY = Backend("gpu path under NumPy", _itself, _itself, (_backend.Kind("numpy", "ndarray", "_gpu"),))
+GPU_NUMPY = Backend("gpu path under NumPy", _itself, _itself, (select.Kind("numpy", "ndarray", "array"),))
 GPU_STRICT = Backend(
     "gpu path under array-api-strict",
     _to_strict,
     _from_strict,
-    (_backend.Kind("array_api_strict._array_object", "Array", "_gpu"),),
+    (select.Kind("array_api_strict._array_object", "Array", "array"),),
 )
 CUPY = Backend("cupy", _to_cupy, _from_cupy)
 ON_CUPY = pytest.param(CUPY, marks=pytest.mark.gpu)
@@ -96,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     if not marked:
         return
     try:
-        _backend.cupy()
+        select.cupy()
     except lg.DeviceError as error:  # which says what this machine lacks: most have no GPU, and the tests ask for none
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=str(error)))
@@ -108,9 +110,17 @@ def _is_strict_float64(item):
     return params.get("backend") is GPU_STRICT and params.get("dtype") == np.float64
 
 
+@pytest.fixture(autouse=True)
+def _rates_of_one_machine():
+    """Plans choose by these rates, which are those of a fast core, and not by what else this machine does."""
+    core.set_rates(4, flops=1.2e11, exps=4e9)
+    core.set_rates(8, flops=6e10, exps=1.5e9)
+    rates.set_rates(rates.Rates(flops=3e11, exps=2e9, moved=5e9, call=1e-6), flops=1e11)
+
+
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name.replace(" ", "-"))
 def backend(request, monkeypatch):
-    monkeypatch.setattr(_backend, "KINDS", [*request.param.kinds, *_backend.KINDS])
+    monkeypatch.setattr(select, "KINDS", [*request.param.kinds, *select.KINDS])
     return request.param
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lingrad_rs._gpu import kernels
+from lingrad_rs.backends.array import kernels
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 # The header switches stacks as Linux lets it.

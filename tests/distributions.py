@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 import lingrad_rs as lg
-from lingrad_rs.cli import _library_sources
+from lingrad_rs.cli.grad import library_sources
 
 Head = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -148,7 +148,7 @@ STEPS, RATE = 400, 1e-2
 
 @functools.lru_cache
 def library_text():
-    return np.frombuffer(_library_sources(TEXT), np.uint8)
+    return np.frombuffer(library_sources(TEXT), np.uint8)
 
 
 @functools.lru_cache

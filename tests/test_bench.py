@@ -14,8 +14,10 @@ from conftest import GPU_NUMPY
 from limits import CLI_COMPARE, FLOAT32_MODEL, HANG_SECONDS, NOT_EXACT
 
 import lingrad_rs as lg
-from lingrad_rs import _backend, _bench, cli
-from lingrad_rs._devices import Gpu, Host
+from lingrad_rs import cli
+from lingrad_rs.backends import select
+from lingrad_rs.cli import timing
+from lingrad_rs.cli.devices import Gpu, Host
 
 COMMAND = Path(sys.executable).with_name("lingrad" + (".exe" if sys.platform == "win32" else ""))
 SMALL = ("--tokens", "2048", "--d", "8", "--rounds", "1")
@@ -101,7 +103,7 @@ def test_bad_options_are_told_at_once(arguments, message):
 
 
 def test_scores_have_the_standard_deviation_that_was_asked_for():
-    q, k, _, _ = _bench.inputs(_bench.Case(n=500, d=16, heads=1, causal=False), 0.3, "float64")
+    q, k, _, _ = timing.inputs(timing.Case(n=500, d=16, heads=1, causal=False), 0.3, "float64")
     assert np.std(q[0] @ k[0].T / 4) == pytest.approx(0.3, rel=0.1)
 
 
@@ -112,14 +114,14 @@ def test_a_turn_of_short_calls_takes_the_mean_of_many_but_the_first():
         calls.append(0)
         time.sleep(0.05 if len(calls) == 1 else 0.001)
 
-    times = _bench.interleaved({"call": call}, 1)["call"]
+    times = timing.interleaved({"call": call}, 1)["call"]
     assert len(calls) > 2
     assert times.low == times.median == times.high < 0.04
 
 
 def test_a_relative_error_is_that_of_frobenius():
     exact = np.array([[3.0, 0.0], [0.0, 4.0]])
-    assert _bench.relative_error(exact + np.array([[0.0, 0.5], [0.0, 0.0]]), exact) == pytest.approx(0.1)
+    assert timing.relative_error(exact + np.array([[0.0, 0.5], [0.0, 0.0]]), exact) == pytest.approx(0.1)
 
 
 class FakeStream:
@@ -174,10 +176,10 @@ def fake_cupy(free=1 << 34):
 @pytest.fixture
 def on_gpu(monkeypatch, capsys):
     """Runs ``lingrad bench --device gpu`` on the GPU path under NumPy: its exit code and what it writes."""
-    monkeypatch.setattr(_backend, "KINDS", [*GPU_NUMPY.kinds, *_backend.KINDS])
+    monkeypatch.setattr(select, "KINDS", [*GPU_NUMPY.kinds, *select.KINDS])
 
     def run(cupy, *arguments):
-        monkeypatch.setattr(_backend, "cupy", cupy)
+        monkeypatch.setattr(select, "cupy", cupy)
         monkeypatch.setattr(sys, "argv", ["lingrad", "bench", *SMALL, "--limit", "1e4", "--device", "gpu", *arguments])
         with pytest.raises(SystemExit) as done:
             cli.main()
@@ -222,10 +224,10 @@ def test_lengths_that_do_not_fit_a_gpu_s_memory_are_left_out_and_told(on_gpu):
 
 def scaled(methods, sizes, **options):
     """Every method at every size, however long it takes."""
-    return _bench.scaling(
+    return timing.scaling(
         methods,
         sizes,
-        _bench.Case(64, 4, 1, True),
+        timing.Case(64, 4, 1, True),
         score_std=0.3,
         dtype="float32",
         rounds=1,
@@ -244,7 +246,7 @@ def test_a_method_without_the_memory_that_it_needs_is_left_out_and_told(error):
         return lambda: None, both
 
     told = []
-    methods = [_bench.Method("greedy", prepare, 1), *_bench.engines([1], 4)]
+    methods = [timing.Method("greedy", prepare, 1), *timing.engines([1], 4)]
     measured = scaled(methods, [64], tell=told.append, device=Gpu(fake_cupy()))
     assert [row.method for row in measured] == ["exact", "degree 1", "degree 1 fitted", "degree 1 consistent"]
     assert told == ["greedy is left out at n = 64: too little memory on the device"]
@@ -263,7 +265,7 @@ def test_a_length_whose_methods_do_not_fit_side_by_side_is_left_out_and_told(err
 
         return lambda: None, both
 
-    measured = scaled([_bench.Method("greedy", prepare, 1)], [64, 128], tell=told.append, device=Gpu(fake_cupy()))
+    measured = scaled([timing.Method("greedy", prepare, 1)], [64, 128], tell=told.append, device=Gpu(fake_cupy()))
     assert [row.n for row in measured] == [128]
     assert told == ["n = 64 is left out: too little memory on the device"]
 
@@ -283,7 +285,7 @@ def test_pytorch_without_memory_is_tried_again_after_what_others_keep_is_given_b
         return 3
 
     device = SimpleNamespace(release=lambda: done.append("released"))
-    telling = _bench._telling_of_memory(torch, call, device)
+    telling = timing._telling_of_memory(torch, call, device)
     if enough:
         assert telling() == 3
     else:
@@ -315,7 +317,7 @@ def test_a_length_whose_arrays_cannot_be_made_is_left_out_and_told(error):
             made.append((x.shape[1], weakref.ref(x)))
             return x
 
-    measured = scaled(_bench.engines([1], 4), [64, 128, 256], tell=told.append, device=Tight())
+    measured = scaled(timing.engines([1], 4), [64, 128, 256], tell=told.append, device=Tight())
     assert [row.n for row in measured] == [64] * 4 + [256] * 4
     assert told == ["n = 128 is left out: too little memory on the device"]
 
@@ -329,7 +331,7 @@ def test_without_a_gpu_its_bench_exits_with_2_and_says_why(on_gpu):
 
 def test_the_bench_of_a_gpu_finds_out_by_itself_that_there_is_none():
     try:
-        _backend.cupy()
+        select.cupy()
     except lg.DeviceError as error:
         reason = str(error)
     else:

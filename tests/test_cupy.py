@@ -9,8 +9,8 @@ from conftest import GPU_NUMPY
 from helpers import cast, draw, random_params, run_attention, small_config
 
 import lingrad_rs as lg
-from lingrad_rs import _backend
-from lingrad_rs._gpu import device
+from lingrad_rs.backends import select
+from lingrad_rs.backends.array import device
 
 ENGINES = [
     lg.Exact(),
@@ -45,7 +45,7 @@ def calls(monkeypatch, rng):
     """Those of all that the path computes."""
     recorder = Recorder()
     monkeypatch.setattr(device.array_api_compat, "array_namespace", lambda x: recorder)
-    monkeypatch.setattr(_backend, "KINDS", [*GPU_NUMPY.kinds, *_backend.KINDS])
+    monkeypatch.setattr(select, "KINDS", [*GPU_NUMPY.kinds, *select.KINDS])
     inputs = cast(draw(rng, n=1300, heads=(2, 2), key_heads=(2, 1), bias=True, size=0.3), np.float32)
     for engine in ENGINES:
         for causal in (False, True):

@@ -9,7 +9,7 @@ from helpers import assert_close, on_backend, on_host, random_params, run_vjp, s
 from limits import SAME_MODEL
 
 import lingrad_rs as lg
-from lingrad_rs._gpu import device
+from lingrad_rs.backends.array import device
 
 X, W = np.ones((5, 6)), np.ones((6, 6))
 CONFIG = small_config()

@@ -11,7 +11,7 @@ from limits import BOUND, ROUNDING
 
 import lingrad_rs as lg
 from lingrad_rs import Polynomial
-from lingrad_rs.engines import taylor_error
+from lingrad_rs.spec.engines import taylor_error
 
 BOUNDS = [1e-6, 1e-3, 0.05, 0.3, 1.1, 2.5, 6.0]
 

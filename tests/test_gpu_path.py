@@ -16,9 +16,10 @@ from helpers import assert_close, cast, draw, random_params, relative_error, run
 from limits import FLOAT32_MODEL, ORACLE, REORDERED_STEPS
 
 import lingrad_rs as lg
-from lingrad_rs import Exact, Landmark, Polynomial, _backend
-from lingrad_rs._gpu import device, engines, kernels
-from lingrad_rs._gpu.heads import Heads
+from lingrad_rs import Exact, Landmark, Polynomial
+from lingrad_rs.backends import select
+from lingrad_rs.backends.array import device, engines, kernels
+from lingrad_rs.backends.array.problem.heads import Heads
 
 ENGINES = {
     "exact": Exact(),
@@ -49,10 +50,10 @@ CASES = [
 @pytest.fixture
 def on(monkeypatch):
     """Makes a backend that of the calls that follow."""
-    kinds = list(_backend.KINDS)
+    kinds = list(select.KINDS)
 
     def choose(backend):
-        monkeypatch.setattr(_backend, "KINDS", [*backend.kinds, *kinds])
+        monkeypatch.setattr(select, "KINDS", [*backend.kinds, *kinds])
         return backend
 
     return choose
@@ -280,7 +281,7 @@ def test_an_array_of_a_subclass_is_an_error(monkeypatch, rng):
     library = types.ModuleType("library")
     library.ndarray = type("ndarray", (), {})
     monkeypatch.setitem(sys.modules, "library", library)
-    monkeypatch.setattr(_backend, "KINDS", [_backend.Kind("library", "ndarray", "_gpu"), *_backend.KINDS])
+    monkeypatch.setattr(select, "KINDS", [select.Kind("library", "ndarray", "array"), *select.KINDS])
     q = rng.standard_normal((6, 4))
     with pytest.raises(lg.DeviceError, match=r"k is a .*expected a plain library array"):
         lg.attention(q, type("Distributed", (library.ndarray,), {})(), q)
@@ -312,7 +313,7 @@ def test_arrays_on_two_devices_are_an_error(on, rng):
 def test_the_gpu_path_without_its_library_says_what_to_install(on, monkeypatch, rng):
     on(GPU_STRICT)
     q = GPU_STRICT.array(rng.standard_normal((6, 4)))
-    for name in [name for name in sys.modules if name.startswith(("lingrad_rs._gpu", "array_api_compat"))]:
+    for name in [name for name in sys.modules if name.startswith(("lingrad_rs.backends.array", "array_api_compat"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "array_api_compat", None)
     with pytest.raises(lg.DeviceError, match=r"pip install 'lingrad_rs\[cuda12\]'"):
@@ -359,7 +360,7 @@ def test_a_backward_pass_never_waits_for_the_gpu(engine, causal, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "causal"), CASES)
 def test_the_current_stream_is_the_one_that_computes(engine, causal, rng):
-    cupy = _backend.cupy()
+    cupy = select.cupy()
     inputs = cast(draw(rng, n=3000, heads=(2,), size=0.4), np.float32)
     want = run_attention(CUPY, inputs, engine=engine, causal=causal)
     with cupy.cuda.Stream(non_blocking=True):

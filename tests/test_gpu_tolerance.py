@@ -11,11 +11,13 @@ from helpers import draw, relative_error
 from limits import REORDERED, SAME_MODEL
 
 import lingrad_rs as lg
-from lingrad_rs import _cpu
 from lingrad_rs import _lingrad_rs as core
-from lingrad_rs._gpu import device, engines, measure, plan, tolerance
-from lingrad_rs._gpu.heads import Grads, Heads
-from lingrad_rs.plan import head_plans, unplanned
+from lingrad_rs.backends import cpu
+from lingrad_rs.backends.array import device, engines, measure, tolerance
+from lingrad_rs.backends.array.linear import scan
+from lingrad_rs.backends.array.plan import rates
+from lingrad_rs.backends.array.problem.heads import Grads, Heads, chosen, dots, select
+from lingrad_rs.spec.plan import head_plans, unplanned
 
 ARRAY_CODE = pytest.mark.parametrize(
     "backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name
@@ -39,7 +41,7 @@ def test_equal_seeds_measure_the_same_as_the_core(causal, backend, rng):
     del inputs["dout"]
     out = rng.standard_normal((2, 4, 300, 3))
     options = {"causal": causal, "scale": 0.4, "samples": 50, "seed": 3}
-    want = _cpu.measure_error(*(inputs[x] for x in ("q", "k", "v", "key_bias")), out, **options)
+    want = cpu.measure_error(*(inputs[x] for x in ("q", "k", "v", "key_bias")), out, **options)
     arrays = {name: backend.array(x) for name, x in inputs.items()}
     got = lg.measure_error(**arrays, out=backend.array(out), **options)
     assert got.rows == want[3]
@@ -52,7 +54,7 @@ def test_rows_and_keys_are_exact_in_chunks_of_any_size(causal, backend, rng):
     sp, heads, dout = some_heads(backend, rng, causal=causal, n=200)
     out, saved = engines.forward(sp, [lg.Exact()] * heads.count, heads)
     grads = engines.backward(sp, heads, saved, out, dout)
-    logs, delta = engines.log_sums(sp, heads, saved), measure.dots(sp, out, dout)
+    logs, delta = engines.log_sums(sp, heads, saved), dots(sp, out, dout)
     rows = np.array([[0, 7, 150, 199], [3, 3, 4, 90]])
     for numbers in (1, 1000, sp.numbers):
         small = device.Space(sp.xp, sp.device, numbers)
@@ -118,8 +120,8 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
     assert "errs by" in reports[1]["missed"]
 
     # The same without the head that has no answer: they ran together, and what is left of that is taken apart.
-    some = measure.select(sp, heads, [0, 1, 2, 4, 5])
-    up = measure.chosen(sp, dout, [0, 1, 2, 4, 5])
+    some = select(sp, heads, [0, 1, 2, 4, 5])
+    up = chosen(sp, dout, [0, 1, 2, 4, 5])
     calls.clear()
     out, parts, reports = tolerance.forward_within(sp, some, auto, [*given[:4], given[5]])
     assert calls == [(type(engine), 0, 4), (lg.Exact, 1, 1), (lg.Exact, 4, 1)]
@@ -224,19 +226,20 @@ def test_rates_from_small_arrays_are_not_kept_for_calls_with_more_room(monkeypat
         sides.append(side)
         return taken
 
-    monkeypatch.setattr(plan, "_measured", {})
-    monkeypatch.setattr(plan, "_on_device", on_device)
+    rates.set_rates(None)
+    monkeypatch.setattr(rates, "_measured", {})
+    monkeypatch.setattr(rates, "_on_device", on_device)
     usual = device.space_of(np.ones(1))
 
     def largest(numbers):
         sides.clear()
-        plan._rates(device.Space(usual.xp, usual.device, numbers), np.float32)
+        rates.rates_of(device.Space(usual.xp, usual.device, numbers), np.float32)
         return max(sides, default=None)
 
     taken = 1e-6
     # In a second try after memory ran out, in one like it, as usual, again, and with all the room that there may be.
     assert [largest(1 << e) for e in (12, 12, 22, 22, 12, 26, 26)] == [256, None, 2048, None, None, 4096, None]
-    plan._measured.clear()
+    rates._measured.clear()
     taken = 1e-2
     assert [largest(1 << e) for e in (12, 26)] == [256, None]
 
@@ -299,6 +302,6 @@ def test_both_paths_meet_the_same_keys_one_by_one(causal, backend, monkeypatch):
         near = [np.abs(x / np.take_along_axis(x, last, axis=1) - 1) < 1e-3 for x in (got, want)]
         assert np.array_equal(near[0], near[1])
         # What a plan's model takes for near.
-        expected = plan.Near(plan.WINDOW, from_prefix=engine.coefficients == "fitted")
-        starts = [plan.near_start(expected, i) for i in range(4096)]
+        expected = scan.Near(core.WINDOW, from_prefix=engine.coefficients == "fitted")
+        starts = [scan.near_start(expected, i) for i in range(4096)]
         assert np.array_equal(near[1], (np.array(starts)[:, None] <= LOOKED_AT) & (queries >= LOOKED_AT))

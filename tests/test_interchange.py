@@ -13,7 +13,7 @@ from helpers import assert_close, draw, relative_error
 from limits import ORACLE
 
 import lingrad_rs as lg
-from lingrad_rs import _backend
+from lingrad_rs.backends import select
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_gpu_s_memory_is_read_in_place(torch):
         pytest.skip("PyTorch is built without CUDA")
     x = torch.arange(12.0, device="cuda").reshape(3, 4).T
     y = lg.from_dlpack(x)
-    assert isinstance(y, _backend.cupy().ndarray)
+    assert isinstance(y, select.cupy().ndarray)
     assert y.data.ptr == x.data_ptr()
     assert y.strides == (4, 16)
     assert torch.from_dlpack(y).data_ptr() == x.data_ptr()
@@ -231,7 +231,7 @@ def test_jax_s_arrays_on_a_gpu_are_read_in_place(jax):
         pytest.skip("JAX is built without CUDA")
     x = jax.numpy.arange(12.0)
     y = lg.from_dlpack(x)
-    assert isinstance(y, _backend.cupy().ndarray)
+    assert isinstance(y, select.cupy().ndarray)
     assert y.data.ptr == x.unsafe_buffer_pointer()
     assert np.array_equal(jax.dlpack.from_dlpack(y), x)
 
@@ -334,7 +334,7 @@ def import_cupy_as(monkeypatch):
 
     def install(result):
         monkeypatch.delitem(sys.modules, "cupy", raising=False)
-        real = _backend.importlib.import_module
+        real = select.importlib.import_module
 
         def import_module(name, package=None):
             if name != "cupy":
@@ -343,7 +343,7 @@ def import_cupy_as(monkeypatch):
                 raise result
             return result
 
-        monkeypatch.setattr(_backend.importlib, "import_module", import_module)
+        monkeypatch.setattr(select.importlib, "import_module", import_module)
 
     return install
 

@@ -8,8 +8,9 @@ from cuda_on_cpu import NEEDS_COMPILER, run_on_cpu
 from helpers import relative_error
 from limits import KERNEL, KERNEL_SUMS, REORDERED
 
-from lingrad_rs import _backend
-from lingrad_rs._gpu import device, kernels, monomials, tiles
+from lingrad_rs.backends import select
+from lingrad_rs.backends.array import device, kernels, tiles
+from lingrad_rs.backends.array.linear import monomials
 
 # The degrees that each file is compiled for.
 FILES = {"tiles.cu": (None,), "monomials.cu": (1, 2, 4, 8)}
@@ -357,5 +358,5 @@ def test_tables_are_copied_once_and_can_be_let_go(gpu):
     table = kernels._table(x, coordinates)
     assert np.array_equal(gpu.numpy(table), coordinates)
     assert kernels._table(x, coordinates) is table
-    kernels.forget_tables(_backend.cupy())
+    kernels.forget_tables(select.cupy())
     assert kernels._table(x, coordinates) is not table

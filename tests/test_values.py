@@ -14,7 +14,7 @@ from helpers import random_params, small_config
 
 import lingrad_rs as lg
 from lingrad_rs import Auto, Exact, Landmark, Polynomial
-from lingrad_rs.plan import unplanned
+from lingrad_rs.spec.plan import unplanned
 
 COPIES = {
     "copy": copy.copy,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ._lingrad_rs import __version__
-from .attention import Pullback, attention, attention_vjp, measure_error, plan_attention
-from .engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
+from .attention import Plan, Pullback, attention, attention_vjp, measure_error, plan_attention
 from .errors import (
     ArgumentError,
     DenominatorError,
@@ -16,7 +15,8 @@ from .errors import (
     ToleranceError,
 )
 from .interchange import from_dlpack
-from .modules import (
+from .nn.model import GradientReport, LayerReport, Transformer, TransformerConfig, load, save
+from .nn.modules import (
     Activation,
     Chain,
     Embedding,
@@ -28,9 +28,9 @@ from .modules import (
     RMSNorm,
     SelfAttention,
 )
-from .plan import ErrorEstimate, HeadPlan, Plan
+from .spec.engines import Auto, Engine, Exact, Landmark, LandmarkConstants, Polynomial
+from .spec.plan import ErrorEstimate, HeadPlan
 from .threads import build_info, get_num_threads, set_num_threads
-from .transformer import GradientReport, LayerReport, Transformer, TransformerConfig, load, save
 
 __all__ = [
     "Activation",

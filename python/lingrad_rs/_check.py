@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _backend
+from .backends import select
 from .errors import ArgumentError, DeviceError, DtypeError, NonFiniteError, ShapeError, ToleranceError
 
 __all__ = [
@@ -50,7 +50,7 @@ def array(name: str, value: object) -> Any:
     if isinstance(value, np.ndarray):
         return np.asarray(value)
     kind = type_name(value)
-    library = _backend.kind(value)
+    library = select.kind(value)
     if library is not None:
         if not library.is_plain(value):
             raise DeviceError(f"{name} is a {kind}; expected a plain {library.library} array, not one of a subclass")
@@ -74,7 +74,7 @@ def _is_on_gpu(value: object) -> bool:
 
 def same_device(name: str, x: Any, other: Any, match: str) -> None:
     """Raise unless both arrays are of one library and on one device."""
-    if _backend.kind(x) != _backend.kind(other):
+    if select.kind(x) != select.kind(other):
         raise DeviceError(
             f"{name} is a {type_name(x)} and {match} is a {type_name(other)}; expected arrays of one library: "
             "nothing is copied between devices"
@@ -197,7 +197,7 @@ def token_ids(name: str, value: object, below: int, like: Any) -> Any:
     same_device(name, x, like, match="the parameters")
     if x.ndim == 0:
         raise ShapeError(f"{name} has shape (); expected (..., n)")
-    return _backend.of(x).token_ids(name, x, below)
+    return select.of(x).token_ids(name, x, below)
 
 
 def token_range(name: str, low: int, high: int, below: int) -> None:

@@ -4,8 +4,8 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines import Engine
-from .plan import Plan
+from .spec.engines import Engine
+from .spec.plan import PlanData
 
 __all__ = [
     "DEGREES",
@@ -167,12 +167,12 @@ def attention_forward(
     v: _Array,
     key_bias: _Array | None,
     *,
-    engine: Engine | Plan,
+    engine: Engine | PlanData,
     causal: bool,
     scale: float,
     keep: bool,
 ) -> tuple[_Array, AttentionState | None]: ...
-def check_engine(engine: Engine | Plan, causal: bool, itemsize: int) -> None: ...
+def check_engine(engine: Engine | PlanData, causal: bool, itemsize: int) -> None: ...
 def attention_backward(
     q: _Array,
     k: _Array,

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _backend, _check
-from .engines import Auto, Engine, Exact, Polynomial, check_engine, not_derived
+from . import _check
+from .backends import select
 from .errors import ArgumentError, DtypeError, ShapeError
-from .plan import ErrorEstimate, HeadPlan, Plan, head_plans, unplanned
+from .spec.engines import Auto, Engine, Exact, Polynomial, check_engine, not_derived
+from .spec.plan import ErrorEstimate, HeadPlan, PlanData, head_plans, unplanned
 
-__all__ = ["Pullback", "attention", "attention_vjp", "measure_error", "plan_attention"]
+__all__ = ["Plan", "Pullback", "attention", "attention_vjp", "measure_error", "plan_attention"]
 
 _Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]
 
@@ -43,7 +44,7 @@ class Pullback:
         self.heads = heads
 
     def __call__(self, dout: NDArray[Any], *, samples: int = 0) -> tuple[NDArray[Any], ...]:
-        """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given.
+        """``(dq, dk, d_v)``, and ``dkey_bias`` where a key bias was given.
 
         With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are
         also computed exactly, and `heads` tell the errors of out, dq, dk and dv, with 95% intervals. They are drawn as
@@ -78,7 +79,7 @@ def attention(
         are NumPy's, or CuPy's on one device; so are the results.
     k : ndarray, shape (..., h_kv, m, d)
         Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
-    v : ndarray, shape (..., h_kv, m, dv)
+    v : ndarray, shape (..., h_kv, m, d_v)
         Values.
     engine : Exact, Polynomial, Landmark or Auto, optional
         How it is computed; `Polynomial` of degree 2 unless given.
@@ -95,7 +96,7 @@ def attention(
 
     Returns
     -------
-    out : ndarray, shape (..., h, n, dv)
+    out : ndarray, shape (..., h, n, d_v)
         A new C-contiguous array of the same dtype.
 
     Raises
@@ -116,7 +117,7 @@ def attention(
     """
     engine = _chosen(engine, tol, gradients=False)
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
-    return _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=False)[0]
+    return select.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=False)[0]
 
 
 def attention_vjp(
@@ -142,10 +143,10 @@ def attention_vjp(
 
     Returns
     -------
-    out : ndarray, shape (..., h, n, dv)
+    out : ndarray, shape (..., h, n, d_v)
         As from `attention`.
     vjp : Pullback
-        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
+        ``vjp(dout)`` returns ``(dq, dk, d_v)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
         of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
         must not change in between; ``out`` may. With a tolerance, ``vjp.heads`` tells what was chosen and measured.
 
@@ -166,7 +167,7 @@ def attention_vjp(
 
 def _vjp(arrays: _Arrays, options: dict[str, Any]) -> tuple[NDArray[Any], Pullback]:
     q, k, v, key_bias = arrays
-    backend = _backend.of(q, k, v)
+    backend = select.of(q, k, v)
     out, state = backend.attention_forward(q, k, v, key_bias, **options, keep=True)
     shape = out.shape
 
@@ -177,6 +178,56 @@ def _vjp(arrays: _Arrays, options: dict[str, Any]) -> tuple[NDArray[Any], Pullba
         return (grads if key_bias is not None else grads[:3]), head_plans(reports)
 
     return out, Pullback(call, () if state is None else head_plans(state.reports()))
+
+
+class Plan(PlanData):
+    """An engine for each head, chosen within a tolerance by `lingrad_rs.plan_attention`; to be used again.
+
+    Each use is verified like a call with ``tol=``: what misses the tolerance is computed exactly, and ``vjp.heads``
+    says that the plan is stale, or what the gradients missed.
+
+    Attributes
+    ----------
+    auto : Auto
+        The tolerance, and how it was met.
+    heads : tuple of HeadPlan
+        One a head, leading axes flattened.
+    causal : bool
+    scale : float
+    shapes : tuple
+        Of q, k and v.
+    dtype : str
+
+    Raises
+    ------
+    ArgumentError
+        A field has a value that it may not have, or fields do not fit together.
+    """
+
+    def attention(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Attention by the plan; see `lingrad_rs.attention`.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            The plan was made for data of another shape or dtype.
+        """
+        arrays, options = _planned(self, q, k, v, key_bias)
+        return select.of(*arrays[:3]).attention_forward(*arrays, **options, keep=False)[0]
+
+    def attention_vjp(
+        self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], Pullback]:
+        """Attention and its pullback by the plan; see `lingrad_rs.attention_vjp`.
+
+        Raises
+        ------
+        ShapeError, DtypeError
+            The plan was made for data of another shape or dtype.
+        """
+        return _vjp(*_planned(self, q, k, v, key_bias))
 
 
 def plan_attention(
@@ -218,22 +269,11 @@ def plan_attention(
     """
     auto = Auto(tol, gradients=gradients, strict_causal=strict_causal, seed=seed)
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, auto, causal, scale)
-    _, state = _backend.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=True)
+    _, state = select.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=True)
     # Without queries and keys there is nothing to report.
     heads = (unplanned(Exact()),) * math.prod(q.shape[:-2]) if state is None else head_plans(state.reports())
     del options["engine"]
     return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=_check.dtype_name(q), **options)
-
-
-def by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -> NDArray[Any]:
-    """`Plan.attention`."""
-    arrays, options = _planned(plan, q, k, v, key_bias)
-    return _backend.of(*arrays[:3]).attention_forward(*arrays, **options, keep=False)[0]
-
-
-def vjp_by_plan(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[NDArray[Any], Pullback]:
-    """`Plan.attention_vjp`."""
-    return _vjp(*_planned(plan, q, k, v, key_bias))
 
 
 def _planned(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[_Arrays, dict[str, Any]]:
@@ -284,7 +324,7 @@ def measure_error(
     ----------
     q, k, v, causal, scale, key_bias
         As for `attention`.
-    out : ndarray, shape (..., h, n, dv)
+    out : ndarray, shape (..., h, n, d_v)
         The output to judge.
     samples : int
         Rows of all heads together, at least 1. As many as there are, or more, means all of them, and no interval.
@@ -303,7 +343,7 @@ def measure_error(
 
     Notes
     -----
-    Cost: O((n + m) d^2 + samples m (d + dv)) time.
+    Cost: O((n + m) d^2 + samples m (d + d_v)) time.
     """
     (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, Polynomial(), causal, scale)
     del options["engine"]
@@ -313,7 +353,7 @@ def measure_error(
     seed = _check.integer("seed", seed, 0)
     if out.size == 0:
         return ErrorEstimate(0.0, 0.0, 0.0, 0)
-    estimate = _backend.of(q, k, v).measure_error(q, k, v, key_bias, out, **options, samples=samples, seed=seed)
+    estimate = select.of(q, k, v).measure_error(q, k, v, key_bias, out, **options, samples=samples, seed=seed)
     return ErrorEstimate(*estimate)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _backend, _check
+from . import _check
+from .backends import select
 from .errors import DeviceError, DtypeError
 
 __all__ = ["from_dlpack"]
@@ -80,7 +81,7 @@ def from_dlpack(x: Any) -> Any:
     ...     return Attention.apply(q, k, v)
     >>> out = attention(q, k, v)  # doctest: +SKIP
     """
-    if _backend.kind(x) is not None:
+    if select.kind(x) is not None:
         return _check.array("x", x)
     name = _check.type_name(x)
     if not _check.has(x, "__dlpack__"):
@@ -93,7 +94,7 @@ def from_dlpack(x: Any) -> Any:
     if device in _HOST:
         library: Any = np
     elif device in _CUDA:
-        library = _backend.cupy()
+        library = select.cupy()
     else:
         raise DeviceError(
             f"x is a {name} on a device of kind {_OTHERS.get(device, 'unknown')} ({device} in DLPack); expected the "

@@ -1,0 +1,144 @@
+"""Attention of arrays ``(..., heads, n, d)``: heads that share keys are set side by side, computed, and added up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ... import _lingrad_rs as core
+from ...spec.engines import Auto, Engine, HeadEngine
+from ...spec.plan import PlanData
+from . import engines, tolerance
+from .device import Space
+from .problem.finite import check_heads, check_results
+from .problem.heads import Heads, Saved
+
+__all__ = ["State", "backward", "forward"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class State:
+    """The forward pass, as the backward pass needs it, with its own copy of ``out``: the caller may change theirs."""
+
+    engine: Engine | PlanData
+    causal: bool
+    scale: float
+    out: Array
+    saved: Saved | list[tolerance.Part]
+    known: list[dict[str, Any]]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What is known of each head after the forward pass, where there is a tolerance."""
+        return [dict(report) for report in self.known]
+
+    def planned(self) -> Planned | None:
+        """The engines that were used within a tolerance, to be used again on the same data."""
+        auto = _tolerance(self.engine)
+        return None if auto is None else Planned(auto, self.known)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Engines that were used within a tolerance on the same data, and what is known of them."""
+
+    auto: Auto
+    reports: list[dict[str, Any]]
+
+
+def _tolerance(engine: Engine | PlanData | Planned) -> Auto | None:
+    return engine.auto if isinstance(engine, PlanData | Planned) else engine if isinstance(engine, Auto) else None
+
+
+def _heads(
+    sp: Space, q: Array, k: Array, v: Array, key_bias: Array | None, *, causal: bool, scale: float
+) -> tuple[Heads, int]:
+    """One key head for each query head, and how many shared one."""
+    xp = sp.xp
+    q_heads, kv_heads = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
+    group = q_heads // kv_heads if kv_heads else 1
+
+    def flat(x: Array, inner: int, times: int) -> Array:
+        x = xp.reshape(x, (math.prod(x.shape[: x.ndim - inner]), *x.shape[x.ndim - inner :]))
+        return x if times == 1 else xp.repeat(x, times, axis=0)
+
+    bias = None if key_bias is None else flat(key_bias, 1, group)
+    return Heads(flat(q, 2, 1), flat(k, 2, group), flat(v, 2, group), bias, causal, scale), group
+
+
+def forward(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    *,
+    engine: Engine | PlanData | Planned,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Array, State | None]:
+    """``out (..., h, n, d_v)``, and with ``keep`` what the backward pass needs beside the inputs."""
+    auto = _tolerance(engine)
+    core.check_engine(engine.auto if isinstance(engine, Planned) else engine, causal, sp.xp.finfo(q.dtype).bits // 8)
+    shape = (*q.shape[:-1], v.shape[-1])
+    heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
+    saved: Saved | list[tolerance.Part] = []
+    known: list[dict[str, Any]] = []
+    if math.prod(q.shape[:-1]) == 0:
+        out = sp.zeros(shape, q.dtype)
+        if auto is not None:
+            known = tolerance.of_nothing(heads.count)
+    else:
+        check_heads(sp, key_bias, q=q, k=k, v=v)
+        if isinstance(engine, HeadEngine):
+            out, saved = engines.forward(sp, [engine] * heads.count, heads)
+        else:
+            given = engine.heads if isinstance(engine, PlanData) else None
+            before = engine.reports if isinstance(engine, Planned) else None
+            auto = engine if isinstance(engine, Auto) else engine.auto
+            out, saved, known = tolerance.forward_within(sp, heads, auto, given, before)
+        check_results(sp, out=out)
+        out = sp.contiguous(sp.xp.reshape(out, shape))
+    if not keep:
+        return out, None
+    kept = engine if not isinstance(engine, Planned) else engine.auto
+    return out, State(kept, causal, scale, sp.xp.asarray(out, copy=True), saved, known)
+
+
+def backward(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    state: State,
+    dout: Array,
+    *,
+    samples: int,
+) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
+    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
+    xp = sp.xp
+    if math.prod(q.shape[:-1]) == 0:
+        zeros = [sp.zeros(x.shape, x.dtype) for x in (q, k, v)]
+        return (zeros[0], zeros[1], zeros[2], None if key_bias is None else sp.zeros(key_bias.shape, q.dtype)), []
+    check_heads(sp, dout=dout)
+    heads, group = _heads(sp, q, k, v, key_bias, causal=state.causal, scale=state.scale)
+    flat = (heads.count, heads.q.shape[1], heads.v.shape[2])
+    out, up = xp.reshape(state.out, flat), xp.reshape(dout, flat)
+    auto, reports = _tolerance(state.engine), []
+    if auto is not None:
+        assert isinstance(state.saved, list)
+        grads, reports = tolerance.backward_within(sp, heads, group, auto, state.saved, state.known, out, up)
+    else:
+        assert isinstance(state.saved, Saved)
+        grads = engines.backward(sp, heads, state.saved, out, up)
+        grads = engines.add_groups(sp, grads, group)
+        if samples:
+            reports = tolerance.measured(sp, heads, group, state.saved, out, up, grads, samples)
+    dq, dk, dv = (sp.contiguous(xp.reshape(x, y.shape)) for x, y in ((grads.dq, q), (grads.dk, k), (grads.dv, v)))
+    db = None if key_bias is None else sp.contiguous(xp.reshape(grads.dkey_bias, key_bias.shape))
+    check_results(sp, dq=dq, dk=dk, dv=dv, **({} if db is None else {"dkey_bias": db[..., None]}))
+    return (dq, dk, dv, db), reports

@@ -1,0 +1,1 @@
+"""What the low-rank engines share: features, passes over tokens, scans under a causal mask."""

@@ -1,0 +1,1 @@
+"""Heads as arrays, and checks that numbers are finite."""

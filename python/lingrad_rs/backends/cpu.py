@@ -1,0 +1,159 @@
+"""The CPU backend: the compiled core, on checked NumPy arrays.
+
+Every other backend has the functions named here, with the same signatures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _check
+from .. import _lingrad_rs as core
+from .._lingrad_rs import (
+    activation_backward,
+    activation_forward,
+    embedding_backward,
+    embedding_forward,
+    feed_forward_forward,
+    linear_forward,
+    measure_error,
+    norm_forward,
+    self_attention_backward,
+    self_attention_forward,
+    transformer_backward,
+    transformer_forward,
+    transformer_param_shapes,
+    transformer_value_and_grad,
+)
+from ..errors import ShapeError
+from ..spec.engines import Engine
+
+__all__ = [
+    "activation_backward",
+    "activation_forward",
+    "add",
+    "attention_backward",
+    "attention_forward",
+    "copy",
+    "embedding_backward",
+    "embedding_forward",
+    "feed_forward_backward",
+    "feed_forward_forward",
+    "frobenius_norm",
+    "linear_backward",
+    "linear_forward",
+    "measure_error",
+    "norm_backward",
+    "norm_forward",
+    "same",
+    "self_attention_backward",
+    "self_attention_forward",
+    "token_ids",
+    "transformer_backward",
+    "transformer_forward",
+    "transformer_param_shapes",
+    "transformer_value_and_grad",
+]
+
+Array = NDArray[Any]
+
+
+def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
+    """Integer tokens ``0 <= t < below`` as a new array of contiguous 32-bit ones."""
+    ids = np.empty(x.shape, np.uint32)  # before anything is looked at: strides of 0 make arrays larger than any memory
+    if x.size:
+        _check.token_range(name, int(x.min()), int(x.max()), min(below, 2**32))
+    ids[...] = x
+    return ids
+
+
+def add(name: str, x: Array, y: Array) -> Array:
+    """``x + y``, C-contiguous, which is called ``name``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.add(x, y, order="C")
+    if not np.isfinite(total).all():
+        raise _check.overflow(name)
+    return total
+
+
+def copy(x: Array) -> Array:
+    """A new C-contiguous array."""
+    return x.copy()
+
+
+def same(x: Array, y: Array) -> bool:
+    """Whether arrays of one shape hold the same numbers."""
+    return np.array_equal(x, y)
+
+
+def frobenius_norm(arrays: Sequence[Array]) -> float:
+    """The root of the sum of all squares, in float64."""
+    largest = max((float(max(x.max(), -x.min())) for x in arrays if x.size), default=0.0)
+    if largest == 0:
+        return 0.0
+    # So that no square overflows, nor all of them become 0.
+    scaled = (np.divide(x, largest, dtype=np.float64) for x in arrays)
+    return largest * math.sqrt(sum(float(np.sum(np.square(x))) for x in scaled))
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    *,
+    engine: Engine,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Array, core.AttentionState | None]:
+    """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
+    if q.shape[-2] == k.shape[-2] == 0:
+        shape = (*q.shape[:-1], v.shape[-1])
+        try:
+            return np.zeros(shape, q.dtype), None
+        except ValueError:  # NumPy has a largest size for arrays of no entries too
+            raise ShapeError(f"out would have shape {shape}, which no array can have") from None
+    return core.attention_forward(q, k, v, key_bias, engine=engine, causal=causal, scale=scale, keep=keep)
+
+
+def attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_bias: Array | None,
+    state: core.AttentionState | None,
+    dout: Array,
+    *,
+    samples: int,
+) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
+    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
+    if state is None:  # neither queries nor keys
+        dkey_bias = None if key_bias is None else np.zeros(key_bias.shape, q.dtype)
+        return (np.zeros(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(v.shape, q.dtype), dkey_bias), []
+    return core.attention_backward(q, k, v, key_bias, state, dout, samples=samples)
+
+
+def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dw, db = core.linear_backward(x, w, has_bias, dy)
+    return dx, {"w": dw} if db is None else {"w": dw, "b": db}
+
+
+def norm_backward(x: Array, gain: Array, has_bias: bool, eps: float, dy: Array) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dgain, dbias = core.norm_backward(x, gain, has_bias, eps, dy)
+    return dx, {"gain": dgain} if dbias is None else {"gain": dgain, "bias": dbias}
+
+
+def feed_forward_backward(
+    x: Array, w_in: Array, w_out: Array, activation: str, dy: Array
+) -> tuple[Array, dict[str, Array]]:
+    """``(dx, grads)``."""
+    dx, dw_in, dw_out = core.feed_forward_backward(x, w_in, w_out, activation, dy)
+    return dx, {"w_in": dw_in, "w_out": dw_out}

@@ -1,0 +1,1 @@
+"""Modules with a pullback, and the transformer that is made of them."""
