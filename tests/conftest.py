@@ -8,6 +8,7 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 from hypothesis import settings
+from pairs import cover
 
 import lingrad_rs as lg
 from lingrad_rs import _lingrad_rs as core
@@ -87,21 +88,66 @@ NUMERIC_BACKENDS = [RUST, GPU_NUMPY, ON_CUPY]
 FAST_BACKENDS = [RUST, ON_CUPY]
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leaves out what tells nothing new, and skips the tests that need a GPU where there is none.
+# All pairs of options, or all combinations: see `pairs`.
+EVERY = "--every-combination"
 
-    The reason is what a user is told who asks for a GPU: no CuPy, no driver, or no device.
-    """
-    config.hook.pytest_deselected(items=[item for item in items if _is_strict_float64(item)])
-    items[:] = [item for item in items if not _is_strict_float64(item)]
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+
+def pytest_addoption(parser):
+    parser.addoption(EVERY, action="store_true", help="run every combination of options, not every pair of them")
+
+
+def pytest_report_header(config):
+    """Says what is left out, and why."""
+    lines = ["array-api-strict: in float32 alone, as it tells of calls and not of numbers"]
+    if not config.getoption(EVERY):
+        lines.append(f"tests of many options: every pair of options is run ({EVERY} runs all)")
+    if _asks_for_gpu(config) or (reason := _why_no_gpu()) is None:
+        return lines
+    return [*lines, f"tests on a GPU are left out: {reason}"]
+
+
+def _asks_for_gpu(config):
+    return "gpu" in config.getoption("markexpr", "")
+
+
+def _why_no_gpu():
+    """What a user is told who asks for a GPU: no CuPy, no driver, or no device. None where there is one."""
     try:
         select.cupy()
-    except lg.DeviceError as error:  # which says what this machine lacks: most have no GPU, and the tests ask for none
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=str(error)))
+    except lg.DeviceError as error:
+        return str(error)
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what tells nothing new (the header says what), and the tests that need a GPU where there is none.
+
+    Who asks for those by ``-m gpu`` sees them skipped, with the reason.
+    """
+    items[:] = [item for item in items if not _is_strict_float64(item)]
+    reason = _why_no_gpu()
+    if reason is not None and not _asks_for_gpu(config):
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+    elif reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+    if not config.getoption(EVERY):
+        items[:] = _pairs_of_options(items)
+
+
+def _pairs_of_options(items):
+    """Of every test, cases enough for every pair of options; those on a GPU by themselves."""
+    groups = {}
+    for item in items:
+        on_gpu = item.get_closest_marker("gpu") is not None
+        groups.setdefault((item.nodeid.partition("[")[0], on_gpu), []).append(item)
+    kept = set()
+    for group in groups.values():
+        # Options are told apart by their identity: all cases have the same objects.
+        cases = [tuple(map(id, item.callspec.params.values())) if hasattr(item, "callspec") else () for item in group]
+        kept.update(id(group[i]) for i in cover(cases))
+    return [item for item in items if id(item) in kept]
 
 
 def _is_strict_float64(item):
