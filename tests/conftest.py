@@ -1,8 +1,12 @@
 """Fixtures. A test that takes `backend` runs on each of BACKENDS; `pytest -m gpu` runs those of a GPU alone."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores already; before NumPy is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import array_api_strict as strict
 import numpy as np
@@ -99,15 +103,17 @@ def pytest_addoption(parser):
 def pytest_report_header(config):
     """Says what is left out, and why."""
     lines = ["array-api-strict: in float32 alone, as it tells of calls and not of numbers"]
+    if not _asks_for(config, "sweep"):
+        lines.append("sweeps over distributions are left out: nox -s sweep, or pytest -m sweep, runs them alone")
     if not config.getoption(EVERY):
         lines.append(f"tests of many options: every pair of options is run ({EVERY} runs all)")
-    if _asks_for_gpu(config) or (reason := _why_no_gpu()) is None:
+    if _asks_for(config, "gpu") or (reason := _why_no_gpu()) is None:
         return lines
     return [*lines, f"tests on a GPU are left out: {reason}"]
 
 
-def _asks_for_gpu(config):
-    return "gpu" in config.getoption("markexpr", "")
+def _asks_for(config, mark):
+    return mark in config.getoption("markexpr", "")
 
 
 def _why_no_gpu():
@@ -125,8 +131,10 @@ def pytest_collection_modifyitems(config, items):
     Who asks for those by ``-m gpu`` sees them skipped, with the reason.
     """
     items[:] = [item for item in items if not _is_strict_float64(item)]
+    if not _asks_for(config, "sweep"):
+        items[:] = [item for item in items if item.get_closest_marker("sweep") is None]
     reason = _why_no_gpu()
-    if reason is not None and not _asks_for_gpu(config):
+    if reason is not None and not _asks_for(config, "gpu"):
         items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
     elif reason is not None:
         for item in items:

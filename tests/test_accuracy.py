@@ -19,6 +19,7 @@ PUBLISHED = {
 DRAWS = 12
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_errors_are_those_of_the_published_table(backend):
     # Entries of q and k are N(0, 1)/sqrt(d) and the scale is 1: scores have standard deviation 1/sqrt(d) = 0.29.
@@ -46,8 +47,8 @@ def float32_errors(backend, rng, engine, *, n, m):
 
 @pytest.mark.parametrize(
     "engine",
-    [Exact(), Polynomial(), Polynomial(gradient="consistent"), Polynomial(degree=4)],
-    ids=["exact", "degree 2", "degree 2, consistent", "degree 4"],
+    [Exact(), Polynomial(), Polynomial(gradient="consistent")],
+    ids=["exact", "degree 2", "degree 2, consistent"],
 )
 @pytest.mark.parametrize("backend", NUMERIC_BACKENDS, indirect=True, ids=lambda backend: backend.name)
 def test_float32_error_does_not_grow_with_the_number_of_keys(engine, backend, rng):

@@ -11,6 +11,7 @@ N = 1000
 NAMED_STD = 0.15
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_a_distribution_is_what_its_name_says(name):
     q, k, v = DISTRIBUTIONS[name](np.random.default_rng(1), N)

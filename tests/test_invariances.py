@@ -66,7 +66,7 @@ def test_equal_values_come_out_as_they_are(engine, causal, backend, dtype, rng):
     assert np.abs(got["dk"]).max() <= CONSTANT_VALUES[dtype]
 
 
-@pytest.mark.parametrize("t", [1, 64, 700, 1100, N - 1])
+@pytest.mark.parametrize("t", [64, 1100, N - 1])
 @engines(CAUSAL)
 def test_later_tokens_do_not_change_earlier_outputs(engine, t, backend, dtype, rng):
     inputs = cast(draw(rng, n=N, heads=(2,)), dtype)
@@ -98,7 +98,7 @@ def test_a_large_later_bias_changes_no_earlier_output(engine, bias, backend, dty
     assert np.array_equal(after, before)
 
 
-@pytest.mark.parametrize("t", [1, 64, 700, 1100, N - 1])
+@pytest.mark.parametrize("t", [64, 1100, N - 1])
 @engines(CAUSAL)
 def test_earlier_outputs_have_no_gradient_in_later_tokens(engine, t, backend, dtype, rng):
     inputs = cast(draw(rng, n=N, heads=(2,)), dtype)

@@ -1,4 +1,7 @@
-"""``out`` and every gradient against the float64 oracle: both dtypes, all engines, sizes around those of tiles."""
+"""``out`` and every gradient against the float64 oracle: both dtypes, all engines, sizes around those of tiles.
+
+Numbers of keys, heads that share them, biases, scales and narrow heads: see test_properties, which draws them.
+"""
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ SHIFTED = {
     "shift, consistent": Polynomial(shift="mean", gradient="consistent"),
     "shift, degree 4, consistent": Polynomial(degree=4, shift="mean", gradient="consistent"),
 }
+SOME = {"exact": Exact(), "closed form": polynomial(), "shift": Polynomial(shift="mean", gradient="consistent")}
 FITTED_ENGINES = {
     "fitted": Polynomial(coefficients="fitted"),
     "fitted, degree 4": Polynomial(degree=4, coefficients="fitted"),
@@ -86,49 +90,13 @@ def test_fitted_engine_matches_a_fit_of_one_s_own(engine, bias, backend, dtype, 
     assert_matches_oracle(backend, dtype, inputs, engine, limits=FITTED)
 
 
-@pytest.mark.parametrize(("n", "m"), [(40, 333), (333, 40), (1, 200), (30, 1), (3, 5)])
-@engines(ENGINES | SHIFTED)
-def test_other_numbers_of_keys_match_the_oracle(engine, n, m, backend, dtype, rng):
-    assert_matches_oracle(backend, dtype, draw(rng, n=n, m=m, size=small_enough(engine)), engine)
-
-
 # With d = 12, degree 4 has 1820 features: other tiles and blocks than below 1024.
-@pytest.mark.parametrize(("d", "dv"), [(1, 1), (1, 7), (7, 1), (12, 3), (16, 40)])
+@pytest.mark.parametrize(("d", "dv"), [(12, 3), (16, 40)])
 @pytest.mark.parametrize("causal", [False, True])
 @engines(ENGINES)
-def test_other_widths_match_the_oracle(engine, causal, d, dv, backend, dtype, rng):
+def test_wide_heads_match_the_oracle(engine, causal, d, dv, backend, dtype, rng):
     inputs = draw(rng, n=300, d=d, dv=dv, size=small_enough(engine) * min(1, (5 / d) ** 0.25))
     assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("heads", [((3,), (3,)), ((6,), (2,)), ((2, 4), (2, 1)), ((2, 1, 4), (2, 1, 2))])
-@engines(ENGINES)
-def test_batches_of_grouped_heads_match_the_oracle(engine, heads, causal, backend, dtype, rng):
-    heads, key_heads = heads
-    inputs = draw(rng, n=70, heads=heads, key_heads=key_heads, size=small_enough(engine))
-    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@engines(ENGINES)
-def test_biased_and_removed_keys_match_the_oracle(engine, causal, backend, dtype, rng):
-    inputs = draw(rng, n=150, heads=(2, 4), key_heads=(2, 2), bias=True, size=small_enough(engine))
-    assert_matches_oracle(backend, dtype, inputs, engine, causal=causal)
-    assert np.isneginf(inputs["key_bias"]).any()
-
-
-@engines(SHIFTED)
-def test_biased_keys_with_a_shift_match_the_oracle(engine, backend, dtype, rng):
-    inputs = draw(rng, n=150, m=90, heads=(4,), key_heads=(2,), bias=True)
-    assert_matches_oracle(backend, dtype, inputs, engine)
-
-
-@pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
-@engines(ENGINES)
-def test_any_scale_matches_the_oracle(engine, scale, backend, dtype, rng):
-    inputs = draw(rng, n=90, size=small_enough(engine) / 2)
-    assert_matches_oracle(backend, dtype, inputs, engine, scale=scale)
 
 
 def test_exact_engine_takes_scores_in_the_thousands(backend, dtype, rng):
@@ -141,7 +109,9 @@ def test_exact_engine_takes_scores_in_the_thousands(backend, dtype, rng):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@engines(ENGINES | {"fitted, exact diagonal": Polynomial(coefficients="fitted")})
+@engines(
+    {"exact": Exact(), "closed form": polynomial()} | {"fitted, exact diagonal": Polynomial(coefficients="fitted")}
+)
 def test_no_queries_and_no_keys_give_empty_results(engine, causal, backend, dtype, rng):
     inputs = cast(draw(rng, n=0, heads=(2,)), dtype)
     got = run_attention(backend, inputs, engine=engine, causal=causal)
@@ -150,7 +120,7 @@ def test_no_queries_and_no_keys_give_empty_results(engine, causal, backend, dtyp
 
 
 @pytest.mark.parametrize("heads", [((0,), (0,)), ((0, 4), (0, 2))], ids=["no heads", "no batch entries"])
-@engines(ENGINES | SHIFTED)
+@engines(SOME)
 def test_no_heads_give_empty_results(engine, heads, backend, dtype, rng):
     inputs = cast(draw(rng, n=7, heads=heads[0], key_heads=heads[1], bias=True), dtype)
     got = run_attention(backend, inputs, engine=engine)
@@ -158,7 +128,7 @@ def test_no_heads_give_empty_results(engine, heads, backend, dtype, rng):
     assert all(got[f"d{name}"].shape == inputs[name].shape for name in ("q", "k", "v", "key_bias"))
 
 
-@engines(ENGINES | SHIFTED)
+@engines(SOME)
 def test_no_queries_leave_keys_without_gradient(engine, backend, dtype, rng):
     got = run_attention(backend, cast(draw(rng, n=0, m=9), dtype), engine=engine)
     assert got["out"].shape == (0, 3)

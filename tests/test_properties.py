@@ -56,7 +56,7 @@ def calls(draw_one):
     return inputs, options
 
 
-@ONE_BACKEND
+@settings(ONE_BACKEND, max_examples=200)
 @given(call=calls(), dtype=DTYPES)
 def test_any_call_matches_the_oracle(backend, call, dtype):
     inputs, options = call

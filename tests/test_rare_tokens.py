@@ -7,6 +7,7 @@ from rare_tokens import FAMILIES, judge
 
 from lingrad_rs import Landmark, Polynomial
 
+pytestmark = pytest.mark.sweep
 N = 4096
 CASES = 6
 # Engines that nobody chose for the data: they may err by much, and the interval must say so.

@@ -274,19 +274,14 @@ impl HeadPlanner {
         })
     }
 
-    /// Whether no engine but the exact one is left.
-    fn is_settled(&self) -> bool {
-        self.planner.is_settled()
-    }
-
     /// Polynomials up to this degree are worth a look.
-    fn degrees(&self) -> usize {
-        self.planner.degrees()
+    fn degrees(&self) -> Outcome<usize> {
+        entry(|| Ok(self.planner.degrees()))
     }
 
     /// Landmarks that are worth drawing.
-    fn ranks(&self) -> Vec<usize> {
-        self.planner.ranks()
+    fn ranks(&self) -> Outcome<Vec<usize>> {
+        entry(|| Ok(self.planner.ranks()))
     }
 
     /// What is to be subtracted from queries and keys, if anything.
@@ -302,8 +297,11 @@ impl HeadPlanner {
     }
 
     /// No polynomial follows the scores.
-    fn scores_are_too_large(&mut self) {
-        self.planner.scores_are_too_large();
+    fn scores_are_too_large(&mut self) -> Outcome<()> {
+        entry(|| {
+            self.planner.scores_are_too_large();
+            Ok(())
+        })
     }
 
     /// The coefficients of each degree that is worth another look, after one at sampled tokens and the sums of all values.

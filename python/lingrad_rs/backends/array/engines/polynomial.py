@@ -71,7 +71,7 @@ def numbers(engine: Polynomial, d: int, d_v: int) -> int:
     r = rank(d, degree)
     if r * (d_v + 1) > core.LARGEST_STATE:
         raise ArgumentError(
-            f"degree = {engine.degree} with d = {d} and d_v = {d_v} needs more monomials (up to degree {degree}) than "
+            f"degree = {engine.degree} with d = {d} and dv = {d_v} needs more monomials (up to degree {degree}) than "
             'memory holds; use a lower degree, gradient="consistent", or Exact()'
         )
     return 8 * r * (d_v + 1 + scan.BLOCK)
