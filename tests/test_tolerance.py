@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import FAST_BACKENDS
+from conftest import FAST_BACKENDS, NUMERIC_BACKENDS
 from distributions import DISTRIBUTIONS
 from helpers import cast, relative_error, run_attention
 from limits import AS_EXACT, OVER_AT_ALL, OVER_BY, SAME_MODEL, STALE_SCORES

@@ -1,0 +1,73 @@
+"""Imports run one way, in both languages: each part knows of those above it in these lists alone."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "lingrad_rs"
+CORE = ROOT / "rust" / "core" / "src"
+pytestmark = pytest.mark.skipif(not CORE.is_dir(), reason="the sources are read, which are not beside these tests")
+
+# A part is a module, or all of those in a folder; the package itself (its names) is the roof of all.
+PYTHON = ["_lingrad_rs", "errors", "backends.select", "_check", "_files", "threads", "spec.engines", "spec.plan", "backends.cpu", "backends.array.libraries", "backends.array.kernels", "backends.array.device", "backends.array.texts", "backends.array.tiles", "backends.array.problem.heads", "backends.array.problem.finite", "backends.array.softmax", "backends.array.linear.monomials", "backends.array.linear.features", "backends.array.linear.passes", "backends.array.linear.scan", "backends.array.engines.sample", "backends.array.engines.exact", "backends.array.engines.polynomial", "backends.array.engines.landmark", "backends.array.engines", "backends.array.measure.guides", "backends.array.measure", "backends.array.plan.rates", "backends.array.plan.cost", "backends.array.plan.moments", "backends.array.plan", "backends.array.tolerance", "backends.array.attention", "backends.array.layers", "backends.array.layers.attention_block", "backends.array.model", "backends.array", "attention", "interchange", "nn.modules", "nn.model", "cli.devices", "cli.timing", "cli.surveys", "cli.app", "cli.bench", "cli.grad", "cli.plan", "cli"]
+RUST = ["error", "context", "memory", "numerics", "problem", "spec", "linear", "engines", "measure", "plan", "tolerance", "attention", "naive", "layers", "model"]
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(path, modules):
+    """The modules of the package that a file imports; functions' own imports count too."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                name = ".".join([*base, alias.name])
+                yield name if name in modules else ".".join(base)
+
+
+def python_imports():
+    files = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    modules = {*files, "_lingrad_rs"}
+    return {module: set(imported_by(path, modules)) for module, path in files.items() if module}
+
+
+def rust_imports():
+    """Of each part of the core, the parts that its files name; tests may name any."""
+    imports = {}
+    for path in CORE.rglob("*.rs"):
+        part = path.relative_to(CORE).with_suffix("").parts[0]
+        if part in ("lib", "tests") or path.stem == "tests" or "tests" in path.relative_to(CORE).parts:
+            continue
+        text = path.read_text().partition("#[cfg(test)]\nmod tests {")[0]
+        text = re.sub(r"//.*", "", text)
+        named = set(re.findall(r"\bcrate::(\w+)", text))
+        for group in re.findall(r"\bcrate::\{(.*?)\};", text, re.S):
+            named |= set(re.findall(r"(?:^|,)\s*(\w+)", re.sub(r"\{[^{}]*\}", "", group)))
+        imports.setdefault(part, set()).update(name for name in named if name.islower())
+    return imports
+
+
+@pytest.mark.parametrize(("imports", "order"), [(python_imports, PYTHON), (rust_imports, RUST)], ids=["Python", "Rust"])
+def test_imports_run_one_way(imports, order):
+    place = {name: i for i, name in enumerate(order)}
+    # Macros, and the names of a folder that holds nothing itself, are nowhere in the order.
+    found = {part: {name for name in named if name in place} - {part} for part, named in imports().items()}
+    upward = [(part, name) for part in found for name in found[part] if place.get(part, -1) <= place[name]]
+    assert upward == []
+
+
+def test_every_part_has_its_place():
+    """So that a new file is put somewhere on purpose."""
+    # These say what their folder holds, and nothing more.
+    titles = {"backends", "spec", "nn", "backends.array.linear", "backends.array.problem"}
+    assert sorted(python_imports().keys() - titles) == sorted({*PYTHON} - {"_lingrad_rs"})
+    assert sorted(rust_imports()) == sorted(RUST)
+    assert all(not imported for part, imported in python_imports().items() if part in titles)
+    assert {part for part, named in python_imports().items() if "" in named} <= {"cli.app", "cli.timing"}
