@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.4"
-nox.options.sessions = ["lint", "rust", "wheel", "types"]
+nox.options.sessions = ["lint", "rust", "wheel", "types", "sweep"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
@@ -63,7 +65,52 @@ def wheel(session: nox.Session) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, outside)
     with session.chdir(outside):
-        session.run("pytest", *(session.posargs or WHOLE))
+        session.run("pytest", "-n", "auto", *(session.posargs or WHOLE))
+
+
+@nox.session(venv_backend="none")
+def develop(session: nox.Session) -> None:
+    """Makes `.venv`: the package as it stands in this checkout, its tests' and developers' tools. Again: compiles anew.
+
+    Python files are read where they lie; after a change of Rust, run it once more: it takes seconds.
+    """
+    python = ROOT / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", str(ROOT / ".venv"), external=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
+        extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+        file.write("\n".join(["numpy", *extras["test"], *extras["dev"]]))
+    session.run(str(python), "-m", "pip", "install", "--quiet", "-r", file.name, external=True)
+    os.unlink(file.name)
+    env = BUILD_ENV | {"VIRTUAL_ENV": str(ROOT / ".venv")}
+    session.run(str(python), "-m", "maturin", "develop", "--profile", "quick", external=True, env=env)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but the sweeps, on a quick build; `nox -s tests -- tests/test_oracle.py -k causal`, say."""
+    quick_build(session)
+    session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """The tests that draw many distributions: tolerances, intervals of measured errors, accuracy. Some minutes."""
+    session.install(".[test]", env=BUILD_ENV)
+    session.run("pytest", "-n", "auto", "-m", "sweep", *session.posargs)
+
+
+@nox.session
+def mutations(session: nox.Session) -> None:
+    """Breaks the core in ten places, one by one, and tells whether the tests notice."""
+    quick_build(session)
+    session.run("python", "tests/mutations.py", *session.posargs, env=BUILD_ENV)
+
+
+def quick_build(session: nox.Session) -> None:
+    """Installs the package with its tests' tools, compiled as `develop` does."""
+    dev_tools(session, "maturin")
+    session.install(".[test]", "--no-build-isolation", "--config-settings", "build-args=--profile quick", env=BUILD_ENV)
 
 
 @nox.session
