@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 BUILD_ENV = {"CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))}
 DIST = ROOT / "dist"
 # Tests that need every part of a wheel: the compiled module, both backends, the sources of kernels, the command.
-WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "cupy", "interchange", "cli", "readme")]
+WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "cupy", "interchange", "cli", "readme", "examples")]
 # It imports, and tells what functions it has, without a GPU too.
 CUPY = "cupy-cuda12x>=14; sys_platform == 'linux'"
 
@@ -30,10 +30,13 @@ def dev_tools(session: nox.Session, *names: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format and lints of both languages."""
-    dev_tools(session, "ruff")
+    """Format and lints of both languages, and of the workflows."""
+    dev_tools(session, "ruff", "check-jsonschema", "zizmor")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    workflows = [str(path) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--no-progress", *workflows)
     session.run("cargo", "fmt", "--all", "--check", external=True)
     session.run("cargo", "clippy", "--workspace", "--all-targets", "--", "-D", "warnings", external=True, env=BUILD_ENV)
 
@@ -50,18 +53,31 @@ def rust(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Builds the sdist, the wheel from it, and tests outside the checkout that this wheel is whole.
 
+    On Linux the wheel is manylinux_2_17, linked by zig, so that it runs on systems with a glibc of 2.17 or later;
+    auditwheel and abi3audit check that, and that one wheel serves Python 3.10 and all later ones.
     `nox -s wheel -- tests` runs all of its tests there.
     """
-    dev_tools(session, "maturin")
+    dev_tools(session, "maturin", "ziglang", "auditwheel", "abi3audit")
     shutil.rmtree(DIST, ignore_errors=True)
     session.run("maturin", "sdist", "--out", str(DIST))
     (sdist,) = DIST.glob("*.tar.gz")
-    session.run("pip", "wheel", "--no-deps", "--wheel-dir", str(DIST), str(sdist), env=BUILD_ENV)
+    unpacked = Path(session.create_tmp()).resolve() / "sdist"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    shutil.unpack_archive(sdist, unpacked)
+    (source,) = unpacked.iterdir()
+    linux = sys.platform == "linux"
+    many = ["--zig", "--compatibility", "manylinux_2_17"] if linux else []
+    with session.chdir(source):
+        session.run("maturin", "build", "--release", "--out", str(DIST), *many, env=BUILD_ENV)
     (built,) = DIST.glob("*.whl")
+    if linux:
+        session.run("auditwheel", "show", str(built))
+        session.run("abi3audit", "--strict", "--summary", str(built))
     session.install(f"{built}[test]", CUPY)
     outside = Path(session.create_tmp()).resolve() / "outside"
     shutil.rmtree(outside, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", outside / "tests")
+    for folder in ("tests", "examples"):
+        shutil.copytree(ROOT / folder, outside / folder)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, outside)
     with session.chdir(outside):
