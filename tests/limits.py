@@ -19,9 +19,8 @@ ORACLE = {FLOAT32: 2e-5, FLOAT64: 1e-11}
 # the root mean square of an entry, not relative to the norm.
 ZERO_NORM = 1e-12
 
-# The oracle fits its own coefficients; the engine adds a ridge of 1e-7 towards Taylor's, which moves them by about
-# the ridge's square times the condition number of the fit (1e4 to 1e6 for degrees 2 to 4), and float32 rounds the
-# scores.
+# The oracle fits its own coefficients; the engine adds 1e-13 to the diagonal of its normal equations, which moves them
+# by about that times the condition number of the fit (1e4 to 1e6 for degrees 2 to 4), and float32 rounds the scores.
 FITTED = {FLOAT32: 5e-5, FLOAT64: 1e-7}
 
 # A five-point central difference with step h errs by about h^4/30 of the fifth derivative, and by 1e-16/h of rounding
