@@ -45,7 +45,7 @@ impl FromStr for ActivationKind {
 pub fn forward<T: Real>(ctx: &Context, kind: ActivationKind, x: &Rows<'_, T>, y: &mut [T]) -> Result<()> {
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * x.d())?;
-    for_each_tile(ctx, rows, [(y, x.d())], [], |tile, [y], [], [x_tile]| {
+    for_each_tile(ctx, rows, x.d(), [(y, x.d())], [], |tile, [y], [], [x_tile]| {
         y.copy_from_slice(load(x, tile, x_tile)?);
         apply(kind, y);
         Ok(())
@@ -64,7 +64,7 @@ pub fn backward<T: Real>(
     expect_rows("dy", dy, x.batch(), x.n(), x.d())?;
     let rows = x.batch() * x.n();
     expect_len("dx", dx.len(), rows * x.d())?;
-    for_each_tile(ctx, rows, [(dx, x.d())], [], |tile, [dx], [], [x_tile, dy_tile]| {
+    for_each_tile(ctx, rows, x.d(), [(dx, x.d())], [], |tile, [dx], [], [x_tile, dy_tile]| {
         let count = tile.len() * x.d();
         load(x, tile.clone(), x_tile)?;
         apply_with_slope(kind, &mut x_tile[..count], dx);

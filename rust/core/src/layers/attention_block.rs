@@ -21,9 +21,9 @@ use std::collections::BTreeMap;
 
 use faer::{Accum, MatRef};
 
-use super::heads::{Part, Projected, Shaping, VIEWS, project, unproject};
+use super::heads::{Part, Projected, Shaping, VIEWS, gradient_of_outputs, project, unproject};
 use super::rope::Rope;
-use super::tiles::{accumulate_transposed, for_each_tile, load, product, rounded};
+use super::tiles::{for_each_tile, product};
 use super::{expect_rows, expect_shape};
 use crate::attention::{Attention, Method};
 use crate::context::Context;
@@ -171,7 +171,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
             y.copy_from_slice(&inside.out.rows);
             return Ok(());
         };
-        for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [buffer]| {
+        for_each_tile(ctx, rows, w_o.nrows(), [(y, e)], [], |tile, [y], [], [buffer]| {
             let count = tile.len();
             let o = inside.out.side_by_side(x.n(), tile, buffer)?;
             product(y, Accum::Replace, view(o, count, w_o.nrows()), w_o);
@@ -226,14 +226,8 @@ impl<'a, T: Real> SelfAttention<'a, T> {
             Weights::Combined { .. } => {
                 grads.remove("");
             }
-            Weights::Heads { w_o, .. } => {
-                let [sum] =
-                    for_each_tile(ctx, rows, [], [w_o.nrows() * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
-                        let count = tile.len();
-                        let o = view(inside.out.side_by_side(n, tile.clone(), o_tile)?, count, w_o.nrows());
-                        accumulate_transposed(sum, o, view(load(dy, tile, dy_tile)?, count, e), buffer)
-                    })?;
-                grads.insert("w_o", rounded(&sum)?);
+            Weights::Heads { .. } => {
+                grads.insert("w_o", gradient_of_outputs(ctx, &inside.out, dy)?);
             }
         }
         Ok((grads, reports))

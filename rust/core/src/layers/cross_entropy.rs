@@ -4,11 +4,14 @@
 //! `dlogits_i = (p - e_t) / N` for the mean loss.
 
 use faer::{Accum, MatRef};
+use rayon::prelude::*;
 
-use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, row_sum, sized};
+use super::panels::{self, Split};
+use super::tiles::{accumulate_transposed, are_many, copy_rows, for_each_tile, load, product, round, row_sum, sized};
 use super::{expect_below, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
+use crate::memory::filled;
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::tile::view;
 use crate::problem::rows::Rows;
@@ -16,24 +19,29 @@ use crate::problem::rows::Rows;
 /// The mean over the tokens of `-log softmax(logits)[target]`, and its gradient.
 ///
 /// `logits (.., vocab)`, `targets` one a token, `dlogits (.., vocab)`. NaN or infinite losses are an error.
-/// Time `O(n vocab)`.
+/// Time `O(n vocab)`; memory beyond the output none.
 pub fn mean<T: Real>(ctx: &Context, logits: &Rows<'_, T>, targets: &[u32], dlogits: &mut [T]) -> Result<f64> {
     let (rows, vocab) = (logits.batch() * logits.n(), logits.d());
     check(rows, targets, vocab)?;
     expect_len("dlogits", dlogits.len(), rows * vocab)?;
-    let [loss] = for_each_tile(ctx, rows, [(dlogits, vocab)], [1], |tile, [dlogits], [loss], [buffer]| {
-        dlogits.copy_from_slice(load(logits, tile.clone(), buffer)?);
+    let [loss] = for_each_tile(ctx, rows, 0, [(dlogits, vocab)], [1], |tile, [dlogits], [loss], []| {
+        copy_rows(logits, tile.clone(), 0..vocab, dlogits);
         loss[0] += differentiate(dlogits, &targets[tile], rows)?;
         Ok(())
     })?;
     mean_of(loss[0], rows)
 }
 
+/// Up to so many float64 sums of `dw`, 512 MiB, are kept at once, and the logits are computed once; with more, twice. That
+/// is one product in four, and more sums are not worth it: a head of 2048 x 32,768 has as many.
+const KEPT_SUMS: usize = 1 << 26;
+
 /// [`mean`] of the logits `x w`, and its gradients with respect to `x` and `w`, tile by tile: the logits of all tokens
 /// never exist at once.
 ///
-/// `x (.., d)`, `w (d, vocab)`, `targets` one a token. Time `O(n d vocab)`; memory beyond the outputs a tile of logits
-/// a thread and `O(d vocab)` a partition of the tokens.
+/// `x (.., d)`, `w (d, vocab)`, `targets` one a token. Time `O(n d vocab)`: three products of the sizes of `x w`, and
+/// four where `d vocab > 2^26`. Memory beyond the outputs, whatever the shape: at most 512 MiB of sums of `dw`, 128 MiB
+/// of logits and copies of tokens, three numbers a token, and a tile a thread.
 pub fn linear_mean<T: Real>(
     ctx: &Context,
     x: &Rows<'_, T>,
@@ -47,8 +55,21 @@ pub fn linear_mean<T: Real>(
     check(rows, targets, vocab)?;
     expect_len("dx", dx.len(), rows * d)?;
     expect_len("dw", dw.len(), d * vocab)?;
-    let [loss, dw_sum] =
-        for_each_tile(ctx, rows, [(dx, d)], [1, d * vocab], |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
+    if are_many(d * vocab) {
+        let sum = if d * vocab <= KEPT_SUMS {
+            linear_mean_in_chunks(ctx, Split::USUAL, x, w, targets, dx, dw)?
+        } else {
+            linear_mean_in_panels(ctx, Split::USUAL, x, w, targets, dx, dw)?
+        };
+        return mean_of(sum, rows);
+    }
+    let [loss, dw_sum] = for_each_tile(
+        ctx,
+        rows,
+        d.max(vocab),
+        [(dx, d)],
+        [1, d * vocab],
+        |tile, [dx], [loss, dw], [x_tile, logits, buffer]| {
             let count = tile.len();
             let x = view(load(x, tile.clone(), x_tile)?, count, d);
             let logits = sized(logits, count * vocab)?;
@@ -58,9 +79,159 @@ pub fn linear_mean<T: Real>(
             accumulate_transposed(dw, x, dlogits, buffer)?;
             product(dx, Accum::Replace, dlogits, w.transpose());
             Ok(())
-        })?;
+        },
+    )?;
     round(&dw_sum, dw);
     mean_of(loss[0], rows)
+}
+
+/// The sum of the losses and the gradients of [`linear_mean`], for a large `w` of which all sums are kept.
+fn linear_mean_in_chunks<T: Real>(
+    ctx: &Context,
+    split: Split,
+    x: &Rows<'_, T>,
+    w: MatRef<'_, T>,
+    targets: &[u32],
+    dx: &mut [T],
+    dw: &mut [T],
+) -> Result<f64> {
+    let (rows, d, vocab) = (x.batch() * x.n(), x.d(), w.ncols());
+    let (mut sums, mut x_chunk, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+    let sum = panels::sums(&mut sums, d * vocab)?;
+    let mut loss = 0.0;
+    for tokens in split.chunks(rows, d + vocab) {
+        let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
+        let logits = sized(&mut logits, tokens.len() * vocab)?;
+        panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+        let losses = (logits.par_chunks_mut(ROWS * vocab), targets[tokens.clone()].par_chunks(ROWS))
+            .into_par_iter()
+            .map(|(logits, targets)| differentiate(logits, targets, rows))
+            .collect::<Result<Vec<f64>>>()?;
+        loss += losses.iter().sum::<f64>();
+        let dlogits = view(logits, tokens.len(), vocab);
+        panels::accumulate(ctx, sum, x, dlogits)?;
+        let dx = &mut dx[tokens.start * d..tokens.end * d];
+        panels::multiply(ctx, dx, Accum::Replace, dlogits, w.transpose())?;
+    }
+    panels::round(sum, dw, vocab, 0..vocab);
+    Ok(loss)
+}
+
+/// [`linear_mean_in_chunks`] for any `w`, by panels of the vocabulary: what a row's softmax divides by is known only after
+/// all of them, so all logits are computed once for that and once more for the gradients.
+fn linear_mean_in_panels<T: Real>(
+    ctx: &Context,
+    split: Split,
+    x: &Rows<'_, T>,
+    w: MatRef<'_, T>,
+    targets: &[u32],
+    dx: &mut [T],
+    dw: &mut [T],
+) -> Result<f64> {
+    let (rows, d, vocab) = (x.batch() * x.n(), x.d(), w.ncols());
+    let (mut sums, mut x_chunk, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+    let mut softmax = filled(rows, Softmax::<T>::NONE, "softmax of tokens")?;
+    for panel in split.panels(vocab, d) {
+        let w = w.subcols(panel.start, panel.len());
+        for tokens in split.chunks(rows, d + panel.len()) {
+            let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
+            let logits = sized(&mut logits, tokens.len() * panel.len())?;
+            panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+            let of_tokens = (&mut softmax[tokens.clone()], &targets[tokens]);
+            (logits.par_chunks_mut(panel.len()), of_tokens.0, of_tokens.1).into_par_iter().for_each(
+                |(row, softmax, target)| {
+                    softmax.add(row, (*target as usize).checked_sub(panel.start));
+                },
+            );
+        }
+    }
+    let mut loss = 0.0;
+    for softmax in &softmax {
+        loss += softmax.loss()?;
+    }
+    for panel in split.panels(vocab, d) {
+        let w = w.subcols(panel.start, panel.len());
+        let sum = panels::sums(&mut sums, d * panel.len())?;
+        let accum = if panel.start == 0 { Accum::Replace } else { Accum::Add };
+        for tokens in split.chunks(rows, d + panel.len()) {
+            let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
+            let logits = sized(&mut logits, tokens.len() * panel.len())?;
+            panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+            (logits.par_chunks_mut(panel.len()), &softmax[tokens.clone()], &targets[tokens.clone()])
+                .into_par_iter()
+                .for_each(|(row, softmax, target)| {
+                    softmax.differentiate(row, (*target as usize).checked_sub(panel.start), rows);
+                });
+            let dlogits = view(logits, tokens.len(), panel.len());
+            panels::accumulate(ctx, sum, x, dlogits)?;
+            let dx = &mut dx[tokens.start * d..tokens.end * d];
+            panels::multiply(ctx, dx, accum, dlogits, w.transpose())?;
+        }
+        panels::round(sum, dw, vocab, panel);
+    }
+    Ok(loss)
+}
+
+/// Rows of logits that one task takes.
+const ROWS: usize = 4;
+
+/// What is known of a row of logits after some of its panels.
+#[derive(Debug, Clone, Copy)]
+struct Softmax<T> {
+    /// The largest logit.
+    max: T,
+    /// The sum of `exp(logit - max)`.
+    sum: f64,
+    at_target: T,
+}
+
+impl<T: Real> Softmax<T> {
+    const NONE: Self = Self { max: T::NEG_INFINITY, sum: 0.0, at_target: T::NEG_INFINITY };
+
+    /// Takes in the next panel of a row, which becomes scratch. `target` is its place, in this panel or a later one.
+    fn add(&mut self, row: &mut [T], target: Option<usize>) {
+        if let Some(x) = target.and_then(|target| row.get(target)) {
+            self.at_target = *x;
+        }
+        vectorised(
+            #[inline(always)]
+            || {
+                let max = self.max.larger(largest(row));
+                if max > self.max {
+                    self.sum *= (self.max - max).exp_nonpositive().to_f64();
+                    self.max = max;
+                }
+                // Without a finite logit yet, NaN must still come through.
+                let max = if self.max > T::NEG_INFINITY { self.max } else { T::ZERO };
+                for x in row.iter_mut() {
+                    *x = (*x - max).exp_nonpositive();
+                }
+                self.sum += row_sum(row, |x| x);
+            },
+        );
+    }
+
+    /// After the last panel.
+    fn loss(&self) -> Result<f64> {
+        let loss = self.sum.ln() + (self.max.to_f64() - self.at_target.to_f64());
+        if loss.is_finite() { Ok(loss) } else { Err(not_finite(loss)) }
+    }
+
+    /// Replaces a panel of the row by `(softmax - e_target) / total`.
+    fn differentiate(&self, row: &mut [T], target: Option<usize>, total: usize) {
+        let factor = T::of((self.sum * total as f64).recip());
+        vectorised(
+            #[inline(always)]
+            || {
+                for x in row.iter_mut() {
+                    *x = (*x - self.max).exp_nonpositive() * factor;
+                }
+            },
+        );
+        if let Some(x) = target.and_then(|target| row.get_mut(target)) {
+            *x -= T::of((total as f64).recip());
+        }
+    }
 }
 
 /// Losses that are finite each may have no sum.

@@ -18,7 +18,7 @@ pub fn forward<T: Real>(ctx: &Context, tokens: &[u32], embed: MatRef<'_, T>, y: 
     let d = embed.ncols();
     expect_below("tokens", tokens, embed.nrows(), "rows of embed")?;
     expect_len("y", y.len(), tokens.len() * d)?;
-    for_each_tile(ctx, tokens.len(), [(y, d)], [], |tile, [y], [], []| {
+    for_each_tile(ctx, tokens.len(), 0, [(y, d)], [], |tile, [y], [], []| {
         for (y, token) in y.chunks_exact_mut(d.max(1)).zip(&tokens[tile]) {
             let row = embed.row(*token as usize);
             y.iter_mut().zip(row.iter()).for_each(|(y, x)| *y = *x);

@@ -6,7 +6,8 @@
 use faer::{Accum, MatRef};
 
 use super::activation::{ActivationKind, apply, apply_with_slope, multiply};
-use super::tiles::{accumulate_transposed, for_each_tile, load, product, round, sized};
+use super::panels::{self, Split};
+use super::tiles::{accumulate_transposed, are_many, for_each_tile, load, product, round, sized};
 use super::{expect_rows, expect_shape};
 use crate::context::Context;
 use crate::error::{Error, Result, expect_len};
@@ -28,7 +29,7 @@ pub fn forward<T: Real>(
     let (d, f, e) = check(x, w_in, w_out)?;
     let rows = x.batch() * x.n();
     expect_len("y", y.len(), rows * e)?;
-    for_each_tile(ctx, rows, [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
+    for_each_tile(ctx, rows, d.max(f), [(y, e)], [], |tile, [y], [], [x_tile, hidden]| {
         let count = tile.len();
         let hidden = sized(hidden, count * f)?;
         product(hidden, Accum::Replace, view(load(x, tile, x_tile)?, count, d), w_in);
@@ -41,7 +42,9 @@ pub fn forward<T: Real>(
 
 /// The gradients of [`forward`] with respect to `x`, `w_in` and `w_out`.
 ///
-/// Time `O(n f (d + e))`; memory beyond the outputs `O(f (d + e))` a partition of the tokens.
+/// Time `O(n f (d + e))`. Memory beyond the outputs, whatever the shape: at most 128 MiB of sums of the weights, in
+/// partitions of the tokens or in panels of hidden units, 128 MiB of copies of tokens and their hidden units, and some
+/// tiles a thread.
 pub fn backward<T: Real>(
     ctx: &Context,
     x: &Rows<'_, T>,
@@ -59,9 +62,13 @@ pub fn backward<T: Real>(
     expect_len("dx", dx.len(), rows * d)?;
     expect_len("dw_in", dw_in.len(), d * f)?;
     expect_len("dw_out", dw_out.len(), f * e)?;
+    if are_many(d * f + f * e) {
+        return backward_in_panels(ctx, Split::USUAL, x, w_in, w_out, kind, dy, dx, dw_in, dw_out);
+    }
     let [in_sum, out_sum] = for_each_tile(
         ctx,
         rows,
+        d.max(f).max(e),
         [(dx, d)],
         [d * f, f * e],
         |tile, [dx], [dw_in, dw_out], [x_tile, dy_tile, hidden, slope, dhidden, buffer]| {
@@ -83,6 +90,49 @@ pub fn backward<T: Real>(
     )?;
     round(&in_sum, dw_in);
     round(&out_sum, dw_out);
+    Ok(())
+}
+
+/// [`backward`] of large weights. Nothing is computed twice: a panel's hidden units need no others.
+fn backward_in_panels<T: Real>(
+    ctx: &Context,
+    split: Split,
+    x: &Rows<'_, T>,
+    w_in: MatRef<'_, T>,
+    w_out: MatRef<'_, T>,
+    kind: ActivationKind,
+    dy: &Rows<'_, T>,
+    dx: &mut [T],
+    dw_in: &mut [T],
+    dw_out: &mut [T],
+) -> Result<()> {
+    let (rows, d, f, e) = (x.batch() * x.n(), x.d(), w_in.ncols(), w_out.ncols());
+    let (mut in_sums, mut out_sums) = (Vec::new(), Vec::new());
+    let (mut x_chunk, mut dy_chunk) = (Vec::new(), Vec::new());
+    let (mut hidden, mut slope, mut dhidden) = (Vec::new(), Vec::new(), Vec::new());
+    for units in split.panels(f, d + e) {
+        let (w_in, w_out) = (w_in.subcols(units.start, units.len()), w_out.subrows(units.start, units.len()));
+        let in_sum = panels::sums(&mut in_sums, d * units.len())?;
+        let out_sum = panels::sums(&mut out_sums, units.len() * e)?;
+        let accum = if units.start == 0 { Accum::Replace } else { Accum::Add };
+        for tokens in split.chunks(rows, d + e + 3 * units.len()) {
+            let (count, len) = (tokens.len(), tokens.len() * units.len());
+            let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
+            let dy = panels::load(ctx, dy, tokens.clone(), 0..e, &mut dy_chunk)?;
+            let (hidden, slope) = (sized(&mut hidden, len)?, sized(&mut slope, len)?);
+            panels::multiply(ctx, hidden, Accum::Replace, x, w_in)?;
+            panels::for_each(hidden, slope, |hidden, slope| apply_with_slope(kind, hidden, slope));
+            panels::accumulate(ctx, out_sum, view(hidden, count, units.len()), dy)?;
+            let dhidden = sized(&mut dhidden, len)?;
+            panels::multiply(ctx, dhidden, Accum::Replace, dy, w_out.transpose())?;
+            panels::for_each(dhidden, slope, |dhidden, slope| multiply(dhidden, slope));
+            let dhidden = view(dhidden, count, units.len());
+            panels::accumulate(ctx, in_sum, x, dhidden)?;
+            panels::multiply(ctx, &mut dx[tokens.start * d..tokens.end * d], accum, dhidden, w_in.transpose())?;
+        }
+        panels::round(out_sum, &mut dw_out[units.start * e..units.end * e], e, 0..e);
+        panels::round(in_sum, dw_in, f, units);
+    }
     Ok(())
 }
 

@@ -5,8 +5,11 @@ use std::ops::Range;
 use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
+use super::panels::{self, Split};
 use super::rope::Rope;
-use super::tiles::{TILE, accumulate_transposed, for_each_tile, load, product, rounded, row_dot, row_sum, sized};
+use super::tiles::{
+    TILE, accumulate_transposed, are_many, for_each_tile, load, product, rounded, row_dot, row_sum, sized,
+};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::memory::{collected, room, zeroed};
@@ -68,7 +71,9 @@ impl<T: Real> Projected<T> {
 
     /// The rows of the tokens `tile`, `(tile, heads * width)`.
     pub(crate) fn side_by_side<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
-        gather(&self.rows, self.heads, self.width, n, tile, buffer, |_, _, _| {})
+        let out = sized(buffer, tile.len() * self.heads * self.width)?;
+        gather(&self.rows, self.heads, self.width, n, tile, out, |_, _, _| {});
+        Ok(out)
     }
 }
 
@@ -172,6 +177,9 @@ fn too_long(name: &str) -> Error {
 
 /// The gradients of the projections `rows = x w` with respect to each `w`, where there is one, and the sum of those
 /// with respect to `x` in `dx`.
+///
+/// Memory beyond the results, whatever the shape: at most 128 MiB of sums of the weights, in partitions of the tokens or
+/// in panels of columns, 128 MiB of copies of tokens, and some tiles a thread.
 pub(crate) fn unproject<T: Real>(
     ctx: &Context,
     x: &Rows<'_, T>,
@@ -180,7 +188,11 @@ pub(crate) fn unproject<T: Real>(
 ) -> Result<[Vec<T>; 3]> {
     let (n, d) = (x.n(), x.d());
     let sizes = parts.map(|part| part.w.map_or(0, |w| w.nrows() * w.ncols()));
-    let sums = for_each_tile(ctx, x.batch() * n, [(dx, d)], sizes, |tile, [dx], sums, [x_tile, dz, buffer]| {
+    if are_many(sizes.iter().sum()) {
+        return unproject_in_panels(ctx, Split::USUAL, x, parts, dx);
+    }
+    let width = parts.map(|part| part.rows.heads * part.rows.width).into_iter().fold(d, usize::max);
+    let sums = for_each_tile(ctx, x.batch() * n, width, [(dx, d)], sizes, |tile, [dx], sums, [x_tile, dz, buffer]| {
         let count = tile.len();
         let x = view(load(x, tile.clone(), x_tile)?, count, d);
         dx.fill(T::ZERO);
@@ -201,11 +213,109 @@ pub(crate) fn unproject<T: Real>(
     Ok([rounded(a)?, rounded(b)?, rounded(c)?])
 }
 
+/// [`unproject`] with large weights, one after another.
+fn unproject_in_panels<T: Real>(
+    ctx: &Context,
+    split: Split,
+    x: &Rows<'_, T>,
+    parts: [Part<'_, T>; 3],
+    dx: &mut [T],
+) -> Result<[Vec<T>; 3]> {
+    let (n, d) = (x.n(), x.d());
+    let mut grads = [const { Vec::new() }; 3];
+    let (mut sums, mut x_chunk, mut dz) = (Vec::new(), Vec::new(), Vec::new());
+    dx.fill(T::ZERO);
+    for (part, grad) in parts.iter().zip(&mut grads) {
+        let columns = part.rows.heads * part.rows.width;
+        let Some(w) = part.w else {
+            for_each_tile(ctx, x.batch() * n, columns, [(&mut *dx, d)], [], |tile, [dx], [], [dz]| {
+                let dz = part.pull_back(n, tile, dz)?;
+                dx.iter_mut().zip(dz).for_each(|(dx, dz)| *dx += *dz);
+                Ok(())
+            })?;
+            continue;
+        };
+        *grad = zeroed(d * columns, "the gradient of a weight")?;
+        for panel in split.panels(columns, d) {
+            let w = w.subcols(panel.start, panel.len());
+            let sum = panels::sums(&mut sums, d * panel.len())?;
+            for tokens in split.chunks(x.batch() * n, d + columns) {
+                let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
+                let dz = part.pull_back_chunk(ctx, n, tokens.clone(), &mut dz)?.subcols(panel.start, panel.len());
+                panels::accumulate(ctx, sum, x, dz)?;
+                let dx = &mut dx[tokens.start * d..tokens.end * d];
+                panels::multiply(ctx, dx, Accum::Add, dz, w.transpose())?;
+            }
+            panels::round(sum, grad, columns, panel);
+        }
+    }
+    Ok(grads)
+}
+
+/// `o^T dy`, the gradient of a weight behind the heads' outputs `o`, side by side; memory as [`unproject`].
+pub(crate) fn gradient_of_outputs<T: Real>(ctx: &Context, out: &Projected<T>, dy: &Rows<'_, T>) -> Result<Vec<T>> {
+    let (rows, n) = (dy.batch() * dy.n(), dy.n());
+    let (width, e) = (out.heads * out.width, dy.d());
+    if are_many(width * e) {
+        return gradient_of_outputs_in_panels(ctx, Split::USUAL, out, dy);
+    }
+    let [sum] =
+        for_each_tile(ctx, rows, width.max(e), [], [width * e], |tile, [], [sum], [o_tile, dy_tile, buffer]| {
+            let count = tile.len();
+            let o = view(out.side_by_side(n, tile.clone(), o_tile)?, count, width);
+            accumulate_transposed(sum, o, view(load(dy, tile, dy_tile)?, count, e), buffer)
+        })?;
+    rounded(&sum)
+}
+
+/// [`gradient_of_outputs`] of a large weight.
+fn gradient_of_outputs_in_panels<T: Real>(
+    ctx: &Context,
+    split: Split,
+    out: &Projected<T>,
+    dy: &Rows<'_, T>,
+) -> Result<Vec<T>> {
+    let (rows, n) = (dy.batch() * dy.n(), dy.n());
+    let (width, e) = (out.heads * out.width, dy.d());
+    let mut grad = zeroed(width * e, "the gradient of a weight")?;
+    let (mut sums, mut o_chunk, mut dy_chunk) = (Vec::new(), Vec::new(), Vec::new());
+    for panel in split.panels(e, width) {
+        let sum = panels::sums(&mut sums, width * panel.len())?;
+        for tokens in split.chunks(rows, width + panel.len()) {
+            let o = panels::filled(ctx, tokens.clone(), width, &mut o_chunk, |tile, o| {
+                gather(&out.rows, out.heads, out.width, n, tile, o, |_, _, _| {});
+            })?;
+            let dy = panels::load(ctx, dy, tokens, panel.clone(), &mut dy_chunk)?;
+            panels::accumulate(ctx, sum, o, dy)?;
+        }
+        panels::round(sum, &mut grad, e, panel);
+    }
+    Ok(grad)
+}
+
 impl<T: Real> Part<'_, T> {
     /// The gradient of the tokens `tile` with respect to the projection, `(tile, heads * width)`.
     fn pull_back<'s>(&self, n: usize, tile: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
+        let out = sized(buffer, tile.len() * self.rows.heads * self.rows.width)?;
+        self.pull_back_into(n, tile, out);
+        Ok(out)
+    }
+
+    /// The same of many tokens, on all threads.
+    fn pull_back_chunk<'s>(
+        &self,
+        ctx: &Context,
+        n: usize,
+        tokens: Range<usize>,
+        buffer: &'s mut Vec<T>,
+    ) -> Result<MatRef<'s, T>> {
+        let width = self.rows.heads * self.rows.width;
+        panels::filled(ctx, tokens, width, buffer, |tile, out| self.pull_back_into(n, tile, out))
+    }
+
+    fn pull_back_into(&self, n: usize, tile: Range<usize>, out: &mut [T]) {
         let Projected { rows, heads, width, inverse_norms } = self.rows;
-        gather(self.gradient, *heads, *width, n, tile, buffer, |index, position, g| {
+        gather(self.gradient, *heads, *width, n, tile, out, |index, position, g| {
             if let Some(inverse) = inverse_norms.get(index) {
                 let u = &rows[index * width..][..*width];
                 let along = T::of(row_dot(u, g, |u, g| u * g));
@@ -216,23 +326,22 @@ impl<T: Real> Part<'_, T> {
             if let Some(rope) = self.rope {
                 rope.turn_back(position, g);
             }
-        })
+        });
     }
 }
 
 /// Copies the rows of the tokens `tile` from head by head to side by side, each passed through
 /// `finish(its index among the rows of all heads, its position, the copy)`.
 #[inline(always)]
-fn gather<'s, T: Real>(
+fn gather<T: Real>(
     rows: &[T],
     heads: usize,
     width: usize,
     n: usize,
     tile: Range<usize>,
-    buffer: &'s mut Vec<T>,
+    out: &mut [T],
     finish: impl Fn(usize, usize, &mut [T]),
-) -> Result<&'s [T]> {
-    let out = sized(buffer, tile.len() * heads * width)?;
+) {
     vectorised(
         #[inline(always)]
         || {
@@ -246,5 +355,4 @@ fn gather<'s, T: Real>(
             }
         },
     );
-    Ok(out)
 }

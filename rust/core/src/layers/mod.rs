@@ -16,6 +16,7 @@ pub mod feed_forward;
 mod heads;
 pub mod linear;
 pub mod norm;
+pub(crate) mod panels;
 mod rope;
 pub(crate) mod tiles;
 

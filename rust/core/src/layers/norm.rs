@@ -81,7 +81,7 @@ fn forward<T: Real>(
         expect_len("bias", bias.len(), d)?;
     }
     expect_len("y", y.len(), rows * d)?;
-    for_each_tile(ctx, rows, [(y, d)], [], |tile, [y], [], [x_tile]| {
+    for_each_tile(ctx, rows, d, [(y, d)], [], |tile, [y], [], [x_tile]| {
         let x = load(x, tile, x_tile)?;
         vectorised(
             #[inline(always)]
@@ -125,7 +125,7 @@ fn backward<T: Real>(
     let centred = dbias.is_some();
     let bias = if centred { d } else { 0 };
     let [dgain_sum, dbias_sum] =
-        for_each_tile(ctx, rows, [(dx, d)], [d, bias], |tile, [dx], [dgain, dbias], [x_tile, dy_tile]| {
+        for_each_tile(ctx, rows, d, [(dx, d)], [d, bias], |tile, [dx], [dgain, dbias], [x_tile, dy_tile]| {
             let len = dx.len();
             load(x, tile.clone(), x_tile)?;
             let dy = load(dy, tile, dy_tile)?;

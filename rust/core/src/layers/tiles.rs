@@ -15,33 +15,49 @@ use crate::problem::rows::Rows;
 
 /// Tokens a tile: enough for a fast product, few enough that a tile of hidden units stays in the cache.
 pub(crate) const TILE: usize = 256;
+/// Numbers of a tile in one buffer at most: rows of more than 32,768 numbers make shorter tiles.
+const TILE_NUMBERS: usize = TILE << 15;
 /// Partitions are run in parallel, the tiles of one in order.
 const PARTITIONS: usize = 32;
-/// The partial sums of all partitions together hold at most so many numbers, as long as that leaves four partitions.
+/// With fewer, many threads would have nothing to do.
+const FEW_PARTITIONS: usize = 4;
+/// The partial sums of all partitions together hold at most so many numbers, 128 MiB. Weights for which that leaves
+/// fewer than four partitions are summed in another way, by [`super::panels`].
 const PARTIAL_SUMS: usize = 1 << 24;
+
+/// Whether so many sums are too many for [`for_each_tile`].
+pub(crate) fn are_many(sums: usize) -> bool {
+    sums > PARTIAL_SUMS / FEW_PARTITIONS
+}
 
 /// Runs `body(tile, outputs, sums, scratch)` on every tile of `rows` tokens.
 ///
 /// An output `(slice, width)` is cut into the tile's own `width` numbers a row. `sums` are float64 accumulators of the
 /// given lengths, returned with the partitions added up in order. `scratch` keeps its allocations from tile to tile.
-/// The partitions depend on sizes alone, so the bits do not depend on the number of threads.
+/// `width` is that of the widest row in a buffer of `scratch`. The partitions depend on sizes alone, so the bits do not
+/// depend on the number of threads.
+///
+/// Memory: the sums once a partition, at most `PARTIAL_SUMS` unless they [`are_many`]; and a thread its scratch, no more
+/// than `TILE_NUMBERS` a buffer that holds rows of tokens.
 pub(crate) fn for_each_tile<T: Real, const OUT: usize, const SUM: usize, const SCRATCH: usize>(
     ctx: &Context,
     rows: usize,
+    width: usize,
     outputs: [(&mut [T], usize); OUT],
     sums: [usize; SUM],
     body: impl Fn(Range<usize>, [&mut [T]; OUT], &mut [Vec<f64>; SUM], &mut [Vec<T>; SCRATCH]) -> Result<()> + Sync,
 ) -> Result<[Vec<f64>; SUM]> {
     // Nothing is written, however many rows of no columns there are.
     let rows = if outputs.iter().all(|(_, width)| *width == 0) && sums == [0; SUM] { 0 } else { rows };
-    let partitions = (PARTIAL_SUMS / sums.iter().sum::<usize>().max(1)).clamp(4, PARTITIONS);
+    let partitions = (PARTIAL_SUMS / sums.iter().sum::<usize>().max(1)).clamp(FEW_PARTITIONS, PARTITIONS);
     let partition = rows.div_ceil(TILE).div_ceil(partitions).max(1) * TILE;
+    let size = (TILE_NUMBERS / width.max(1)).clamp(1, TILE);
     let partials = split(0..rows, partition, outputs)
         .into_par_iter()
         .map(|(range, outputs)| {
             let mut partial = zeros(sums)?;
             let mut scratch = std::array::from_fn(|_| Vec::new());
-            for (tile, outputs) in split(range, TILE, outputs) {
+            for (tile, outputs) in split(range, size, outputs) {
                 ctx.check()?;
                 body(tile, outputs.map(|(slice, _)| slice), &mut partial, &mut scratch)?;
             }
@@ -101,13 +117,19 @@ pub(crate) fn sized<T: Real>(buffer: &mut Vec<T>, len: usize) -> Result<&mut [T]
 
 /// Copies the rows `range` of `x`, its sequences one after the other, to a contiguous buffer.
 pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'s mut Vec<T>) -> Result<&'s [T]> {
-    let d = x.d();
-    let out = sized(buffer, range.len() * d)?;
+    let out = sized(buffer, range.len() * x.d())?;
+    copy_rows(x, range, 0..x.d(), out);
+    Ok(out)
+}
+
+/// Copies some columns of the rows `range` of `x`, its sequences one after the other, to contiguous rows.
+pub(crate) fn copy_rows<T: Real>(x: &Rows<'_, T>, range: Range<usize>, columns: Range<usize>, out: &mut [T]) {
+    let d = columns.len();
     let mut row = range.start;
     while row < range.end && d > 0 {
         let first = row % x.n();
         let count = (x.n() - first).min(range.end - row);
-        let block = x.blocks()[row / x.n()].subrows(first, count);
+        let block = x.blocks()[row / x.n()].submatrix(first, columns.start, count, d);
         let out = &mut out[(row - range.start) * d..][..count * d];
         match block.try_as_row_major() {
             Some(block) => {
@@ -119,7 +141,6 @@ pub(crate) fn load<'s, T: Real>(x: &Rows<'_, T>, range: Range<usize>, buffer: &'
         }
         row += count;
     }
-    Ok(out)
 }
 
 /// `out = lhs rhs`, or `out += lhs rhs`; `out` is row-major.
