@@ -14,7 +14,7 @@ use crate::memory::{copied, filled};
 use crate::numerics::draws;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::problem::scores::{Mask, Scores};
+use crate::problem::scores::Scores;
 use crate::spec::{Landmark, LandmarkConstants, Shift};
 
 /// Sampled tokens of a head, or all of them.
@@ -166,7 +166,7 @@ pub fn landmark_constants<T: Real>(
     seed: u64,
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
-    engine.check(&Mask::causal(tokens.is_causal()))?;
+    engine.check(&tokens.scores.mask)?;
     landmark::draw(ctx, &tokens.as_head()?, &engine)
 }
 
