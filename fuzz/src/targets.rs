@@ -10,7 +10,7 @@ use lingrad_core::measure::{ErrorEstimate, Squares, measure_error};
 use lingrad_core::model::{self as transformer, Config, Input, Norm, Params};
 use lingrad_core::plan::choice::{Costs, DEGREES, Planner, RANKS};
 use lingrad_core::plan::report::HeadPlan;
-use lingrad_core::plan::sampled::{self, Tokens};
+use lingrad_core::plan::sampled::{self, HeadArrays};
 use lingrad_core::spec::{
     Auto, Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift,
 };
@@ -260,7 +260,7 @@ fn measure<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
 fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let (n, m, d) = (s.tokens().min(200), s.tokens().min(200), s.size(&[1, 2, 3, 5]).min(70));
     let (q, k, v, bias) = (s.matrix::<T>(n, d), s.matrix(m, d), s.matrix(m, 2), s.column(m, true));
-    let tokens = Tokens {
+    let arrays = HeadArrays {
         q: q.view(),
         k: k.view(),
         v: s.flag().then(|| v.view()),
@@ -306,7 +306,7 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         }
         3 => {
             let degree = s.size(&[1, 2, 3]).min(40);
-            if let Ok(a) = sampled::fitted_coefficients(&tokens, degree, [ends(s), ends(s)]) {
+            if let Ok(a) = sampled::fitted_coefficients(&arrays, degree, [ends(s), ends(s)]) {
                 finite("coefficients", &a)?;
             }
         }
@@ -314,12 +314,12 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
             let degree = s.size(&[1, 2, 3]).min(40);
             let (queries, keys): (Vec<usize>, Vec<usize>) = ((0..s.near(n)).collect(), (0..s.near(m)).collect());
             let positions = s.flag().then_some([&queries[..], &keys[..]]);
-            if let Ok(fits) = sampled::fitted_polynomials(&tokens, degree, [ends(s), ends(s)], positions) {
+            if let Ok(fits) = sampled::fitted_polynomials(&arrays, degree, [ends(s), ends(s)], positions) {
                 fits.coefficients.iter().flatten().try_for_each(|a| finite("coefficients", a))?;
             }
         }
         5 => {
-            if let Ok(found) = sampled::landmark_constants(&ctx, &tokens, s.size(&[1, 4, 32]), s.bits()) {
+            if let Ok(found) = sampled::landmark_constants(&ctx, &arrays, s.size(&[1, 4, 32]), s.bits()) {
                 finite("matrix", &found.matrix)?;
             }
         }
@@ -335,8 +335,8 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
                 moments: costs(DEGREES + 1),
             };
             let mut planner = Planner::new(&auto, s.flag(), costs);
-            let _ = planner.look_at_tokens(&tokens, None, s.number(&[0.1, 1.0]));
-            let _ = planner.look_for_landmarks(&ctx, &tokens, auto.gradients, auto.seed);
+            let _ = planner.look_at_tokens(&arrays, None, s.number(&[0.1, 1.0]));
+            let _ = planner.look_for_landmarks(&ctx, &arrays, auto.gradients, auto.seed);
             planner.finish();
         }
     }

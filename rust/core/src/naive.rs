@@ -113,3 +113,6 @@ pub fn relative_error(a: &[f64], b: &[f64]) -> f64 {
     let size: f64 = b.iter().map(|b| b * b).sum();
     if error == 0.0 { 0.0 } else { (error / size).sqrt() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,12 +204,17 @@ impl Engine {
     }
 }
 
-/// An error where a mask is one that scans over blocks do not have.
-fn check_scan(mask: &Mask) -> Result<()> {
-    match mask {
-        Mask::None | Mask::Causal { offset: 0 } => Ok(()),
-        _ => Err(Error::Argument(format!("this engine has no {mask}; use Exact()"))),
+/// Whether the low-rank engines compute attention under this mask: the exact engine has every mask, they have two.
+pub(crate) fn is_low_rank_mask(mask: &Mask) -> bool {
+    matches!(mask, Mask::None | Mask::Causal { offset: 0 })
+}
+
+/// An error where the low-rank engines do not have the mask.
+fn check_low_rank_mask(mask: &Mask) -> Result<()> {
+    if is_low_rank_mask(mask) {
+        return Ok(());
     }
+    Err(Error::Argument(format!("this engine has no {mask}; use Exact()")))
 }
 
 impl Landmark {
@@ -218,13 +223,13 @@ impl Landmark {
         if self.rank == 0 || self.rank > LARGEST_RANK {
             return Err(Error::Argument(format!("rank is {}; expected an integer of 1 to {LARGEST_RANK}", self.rank)));
         }
-        check_scan(mask)
+        check_low_rank_mask(mask)
     }
 }
 
 impl Polynomial {
     fn check(&self, mask: &Mask) -> Result<()> {
-        check_scan(mask)?;
+        check_low_rank_mask(mask)?;
         let causal = !mask.is_none();
         if self.degree == 0 {
             return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));

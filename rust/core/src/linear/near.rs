@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use faer::MatRef;
 
-use super::pass::{FarLevel, Pass};
+use super::levels::FarLevel;
+use super::pass::Pass;
 use super::shifts::PREFIX;
 use crate::error::Result;
 use crate::memory::zeroed;
@@ -45,8 +46,8 @@ impl NearKeys {
         if self.from_prefix { PREFIX.div_ceil(BLOCK) } else { 0 }
     }
 
-    /// Near keys of a block at the most, of `n` tokens.
-    pub fn most(&self, n: usize) -> usize {
+    /// Near keys of a block at the most, where there are `n` tokens.
+    pub fn longest(&self, n: usize) -> usize {
         (BLOCK + self.window.min(n)).max(self.prefix_blocks() * BLOCK).min(n)
     }
 }
@@ -142,7 +143,7 @@ impl<T: Real> Near<T> {
         self.out[d_v * bq..(d_v + 1) * bq].copy_from_slice(&self.sums[..bq]);
     }
 
-    /// Adds those of the far keys, each query's times its factor.
+    /// Adds the numerators and denominators `far` of the far keys, `(e, queries)`, each query's times its factor.
     pub fn add_far(&mut self, far: MatRef<'_, T>, factor: impl Fn(usize) -> T) {
         let mut factors = [T::ZERO; NEAR_TILE];
         factors.iter_mut().enumerate().take(far.ncols()).for_each(|(t, by)| *by = factor(t));
@@ -241,7 +242,7 @@ impl<T: Real> Near<T> {
         }
     }
 
-    /// Fills `ds`: the gradients of the scores, from `f`.
+    /// Fills `ds` with the gradients of the scores, `slope_ij (dout_i.v_j - delta_i)`, where the slope is `f` unless it differs.
     pub fn score_gradients(
         &mut self,
         pass: &Pass<'_, T>,
@@ -268,7 +269,7 @@ impl<T: Real> Near<T> {
         );
     }
 
-    /// Adds dq.
+    /// Adds `dq_i = c sum_j ds_ij k'_j` over the near keys.
     pub fn add_query_gradients(&self, pass: &Pass<'_, T>, keys: &Range<usize>, dq: &mut [T]) {
         let head = pass.tokens.head;
         let (d, scale) = (head.d(), T::of(head.scores.scale));
@@ -285,7 +286,8 @@ impl<T: Real> Near<T> {
         }
     }
 
-    /// Adds dk, dv and db of the keys `part` of `keys`.
+    /// Adds what some queries give the keys `part` of `keys`: `dk_j = c sum_i ds_ij q_i`, `dv_j = sum_i f_ij dout_i` and
+    /// `db_j = sum_i f_ij (dout_i.v_j - delta_i)`.
     pub fn add_key_gradients(
         &self,
         pass: &Pass<'_, T>,

@@ -1,34 +1,36 @@
-//! The polynomial engine under a causal mask: forward and reverse scans over blocks of tokens.
+//! A head's pass under a causal mask: forward and reverse scans over blocks of tokens.
 //!
-//! The sequence is cut in blocks. A query of block `c` meets the *near* keys, those from `start_c` on (the engine's
-//! window before the block, and the block itself) one by one: with `diagonal="exact"` by `exp`, with
-//! `diagonal="polynomial"` (then there is no window) by the polynomial. In the first `prefix` blocks, which fitted
-//! coefficients are taken from, all keys are near. Earlier keys it meets through their state `S_c` of the polynomial.
-//! Numerators and denominators of both parts add up, each row scaled by `e^{-M_i}` and the state relative to its
+//! The sequence is cut into blocks. The keys from `start_c` on are *near* block `c`: those of the block and, where weights
+//! of near keys are exact, those of the engine's window before it. Queries meet near keys one by one, and all earlier keys,
+//! the *far* ones, through the state `S_c` of these. In the first blocks, which constants of the engine may be taken from,
+//! all keys are near.
+//!
+//! Numerators and denominators of both parts add up. Each row is scaled by `e^{-M_i}`, and a state is relative to its
 //! *level* `l`, the largest bias of its keys, so that biases of any range fit. `M_i` is the largest of `l` and the near
-//! scores (of the near biases, where the near scores go through the polynomial):
+//! scores, or the near biases where a polynomial makes weights of the near scores too:
 //!
 //! ```text
-//! [N_i, D_i] = e^{l - M_i} φ(q_i)^T diag(ω_p) S_c + sum_{near j} e^{-M_i} A_ij [v_j, 1]
+//! [N_i, D_i] = e^{l - M_i} S_c W^T φ(q_i) + sum_{near j} e^{-M_i} A_ij [v_j, 1]
 //! ```
 //!
-//! The backward pass is that of `polynomial.rs` for the far part and of `exact.rs` for the near one, with the same
-//! `D_i`. With the keys `K_c` from `start_{c-1}` to `start_c`, `S_c` is `S_{c-1}` and the keys `K_c`; and these are met
-//! through the state by the queries of blocks `c` and later, so that their state `R_c` is `R_{c+1}` and the queries of
-//! block `c`.
+//! The backward pass is that of [`pass`](super::pass) for far keys and that of the [exact engine](crate::engines::exact)
+//! for near ones, with the same `D_i`. Let `K_c` be the keys from `start_{c-1}` to `start_c`. `S_c` is `S_{c-1}` and the
+//! keys `K_c`. The queries of the blocks from `c` on meet `K_c` through a state, so the state `R_c` of these queries is
+//! `R_{c+1}` and the queries of block `c`.
 //!
 //! Blocks are taken in segments, one after the other. In a segment each block's own part of the state is summed first,
-//! then a scan makes of the parts, in place, the weighted states that the blocks meet, then the blocks go on by
-//! themselves: the first and the last step in parallel over blocks, the second over the rows of the state. Every sum
-//! has an order that depends on the sizes alone.
+//! in parallel over blocks. A scan then turns the parts, in place, into the weighted states that the blocks meet, in
+//! parallel over the rows of the state. Then the blocks go on independently of each other. Every sum has an order that
+//! depends on the sizes alone.
 
 use std::ops::Range;
 
 use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
-use super::features::{Purpose, Side, TokenRows, Weightings};
-use super::floor::floors;
+use super::features::{Purpose, Side, Tile, TokenRows, Weightings};
+use super::floor::{Floor, floors};
+use super::levels::FarLevel;
 use super::near::{BLOCK, NEAR_TILE, Near, NearKeys, Row};
 use super::pass::Pass;
 use super::state::{LARGEST_STATE, STATE, Weighting, decay};
@@ -40,12 +42,12 @@ use crate::problem::grads::{HeadGrads, Upstream};
 
 /// Numbers in the states of a segment that stay in a shared cache.
 const SEGMENT_NUMBERS: usize = 1 << 20;
-/// Blocks of a segment at the least, for as many threads, and at the most.
+/// Blocks of a segment: at the least as many as threads can share, and at the most.
 const SEGMENT_BLOCKS: [usize; 2] = [32, 256];
-/// Numbers in the states of a segment at the most, as long as that leaves eight blocks, and in their halos.
+/// Numbers in the states of a segment at the most, as long as that leaves eight blocks; and in the halos of its blocks.
 const SEGMENT_LIMIT: usize = 1 << 25;
 
-/// The cutting of the sequence.
+/// How the sequence is cut into blocks.
 struct Cut {
     n: usize,
     blocks: usize,
@@ -83,21 +85,21 @@ impl Cut {
         self.start(c.saturating_sub(1))..self.start(c)
     }
 
-    /// Segments of blocks, for a state of so many numbers, and so many gradients of a key.
-    fn segments(&self, state: usize, key: usize) -> Vec<Range<usize>> {
+    /// Segments of blocks, for states of `numbers` numbers and keys whose gradients have `key_numbers`.
+    fn segments(&self, numbers: usize, key_numbers: usize) -> Vec<Range<usize>> {
         let [least, most] = SEGMENT_BLOCKS;
-        let halo = key * self.near.window.max(self.near.prefix_blocks() * BLOCK).min(self.n);
-        let blocks = (SEGMENT_NUMBERS / state)
+        let halo = key_numbers * self.near.window.max(self.near.prefix_blocks() * BLOCK).min(self.n);
+        let blocks = (SEGMENT_NUMBERS / numbers)
             .clamp(least, most)
-            .min((SEGMENT_LIMIT / state).max(8))
-            .min(LARGEST_STATE / state)
+            .min((SEGMENT_LIMIT / numbers).max(8))
+            .min(LARGEST_STATE / numbers)
             .min(SEGMENT_LIMIT / halo.max(1))
             .max(1);
         (0..self.blocks).step_by(blocks).map(|first| first..(first + blocks).min(self.blocks)).collect()
     }
 }
 
-/// The states of a segment's blocks, and what they are a scan of.
+/// A running sum over tokens, and the weighted states that it gives the blocks of a segment.
 struct Scan<'a, T> {
     e: usize,
     /// Features in the sum.
@@ -106,16 +108,16 @@ struct Scan<'a, T> {
     sum: Vec<f64>,
     /// What the sum is multiplied by for the blocks.
     weighting: Weighting<'a>,
-    /// The same for the first features, where a second weighting of them is asked for.
+    /// A second weighting, of the first features alone: that of the values where gradients have another.
     second_weights: Option<Vec<f64>>,
-    /// A state a block of the segment, in the order of the scan.
+    /// The state of each block of the segment, in the order of the scan, `(blocks, e, r)`.
     states: Vec<T>,
-    /// The same with the second weights.
-    second: Vec<T>,
+    /// The same with the second weights, `(blocks, e, second_columns)`.
+    second_states: Vec<T>,
 }
 
 impl<'a, T: Real> Scan<'a, T> {
-    /// At its start, and the segments of its blocks.
+    /// A scan at its start, and the segments that it goes through.
     fn new(
         pass: &Pass<'a, T>,
         cut: &Cut,
@@ -126,20 +128,20 @@ impl<'a, T: Real> Scan<'a, T> {
         let (e, r) = (pass.tokens.e(), pass.features.rank(purpose));
         let segments = cut.segments(e * r, pass.tokens.head.d() + e);
         let blocks = segments[0].len();
-        let second = second_weights.as_ref().map_or(0, Vec::len);
+        let second_columns = second_weights.as_ref().map_or(0, Vec::len);
         let scan = Self {
             e,
             r,
             sum: zeroed(e * r, STATE)?,
             states: zeroed(blocks * e * r, "the states of a segment's blocks")?,
-            second: zeroed(blocks * e * second, "the states of a segment's blocks")?,
+            second_states: zeroed(blocks * e * second_columns, "the states of a segment's blocks")?,
             weighting,
             second_weights,
         };
         Ok((scan, segments))
     }
 
-    /// Numbers in a state.
+    /// Numbers in a state: `e r`.
     fn len(&self) -> usize {
         self.sum.len()
     }
@@ -149,26 +151,27 @@ impl<'a, T: Real> Scan<'a, T> {
         self.second_weights.as_ref().map_or(0, Vec::len)
     }
 
-    /// Moves on by a segment: `part(i, state)` writes what is the own of the i-th block, and `decays[i]` is what the sum
-    /// is multiplied by before. Afterwards [`state`](Self::state) is the weighted sum with the i-th block.
+    /// Moves on by a segment: for each of its blocks, `sum = decays[i] sum + part_i`, where `part(i, state)` writes `part_i`
+    /// to `state`. Afterwards [`state`](Self::state) is the weighted sum up to and with the i-th block.
     fn advance<B: Send>(
         &mut self,
         decays: &[f64],
         buffers: impl Fn() -> Result<B> + Sync + Send,
         part: impl Fn(usize, &mut [T], &mut B) -> Result<()> + Sync,
     ) -> Result<()> {
-        let (len, r, second_r) = (self.len(), self.r, self.second_columns());
+        let (len, r, second_columns) = (self.len(), self.r, self.second_columns());
         let count = decays.len();
         self.states[..count * len]
             .par_chunks_mut(len)
             .enumerate()
             .try_for_each_init(buffers, |buffers, (i, state)| part(i, state, made(buffers)?))?;
+        // A row of the sum, with the same row of every block's state and of its second one.
         let mut rows: Vec<_> = self.sum.chunks_mut(r).map(|sum| (sum, Vec::new(), Vec::new())).collect();
         for state in self.states[..count * len].chunks_mut(len) {
             rows.iter_mut().zip(state.chunks_mut(r)).for_each(|(row, part)| row.1.push(part));
         }
-        for state in self.second.chunks_mut((self.e * second_r).max(1)).take(count) {
-            rows.iter_mut().zip(state.chunks_mut(second_r)).for_each(|(row, part)| row.2.push(part));
+        for state in self.second_states.chunks_mut((self.e * second_columns).max(1)).take(count) {
+            rows.iter_mut().zip(state.chunks_mut(second_columns)).for_each(|(row, part)| row.2.push(part));
         }
         let (weighting, weights) = (&self.weighting, self.second_weights.as_deref());
         rows.into_par_iter()
@@ -180,16 +183,16 @@ impl<'a, T: Real> Scan<'a, T> {
         view(&self.states[i * self.len()..], self.e, self.r)
     }
 
-    /// The same with the second weights, or the same.
+    /// The same with the second weights; [`state`](Self::state) where there are none.
     fn second_state(&self, i: usize) -> MatRef<'_, T> {
         match self.second_columns() {
             0 => self.state(i),
-            r => view(&self.second[i * self.e * r..], self.e, r),
+            r => view(&self.second_states[i * self.e * r..], self.e, r),
         }
     }
 }
 
-/// Writes the sum of what `add` adds for every tile of a range to a state that it may replace.
+/// Sums tiles of a range of tokens: `add` adds one, `(start, len)`, to `state`, or replaces what `state` held by it.
 fn sum_tiles<T: Real>(
     state: &mut [T],
     tokens: Range<usize>,
@@ -232,6 +235,8 @@ fn advance_keys<T: Real>(
 }
 
 /// Writes `out` and the row factors of one head.
+///
+/// Time `O(n r (d_v + 1))`, what `r` features of `n` tokens cost, and that of exact attention for the near pairs.
 pub(crate) fn forward<T: Real>(
     pass: &Pass<'_, T>,
     out: &mut [T],
@@ -253,130 +258,177 @@ pub(crate) fn forward<T: Real>(
             .into_par_iter()
             .enumerate()
             .try_for_each_init(
-                || Ok((pass.tile(purpose, false)?, Near::new(pass, cut.near.most(cut.n))?, Vec::new())),
+                || ForwardBuffers::new(pass, &cut),
                 |buffers, (i, (out, max, scale))| {
-                    let (tile, near, far) = made(buffers)?;
-                    pass.ctx.check()?;
                     let c = segment.start + i;
-                    let (level, first) = (cut.levels[c], cut.queries(c).start);
-                    for (start, len) in tiles(cut.queries(c), pass.tile_len(purpose)) {
-                        if level > f64::NEG_INFINITY {
-                            pass.tokens.load_queries(start, len, &mut tile.x);
-                            pass.features.apply(Side::Queries, purpose, scan.state(i), tile, len);
-                            let floor = floors.as_ref().map(|floors| &floors[c]);
-                            pass.far_levels(level, floor, start, &tile.out[d_v * len..(d_v + 1) * len], far)?;
-                        }
-                        for (query, count) in tiles(start..start + len, NEAR_TILE) {
-                            let (queries, keys) = (query..query + count, cut.start(c)..query + count);
-                            let rows = query - first..query - first + count;
-                            let (max, scale) = (&mut max[rows.clone()], &mut scale[rows.clone()]);
-                            near.load_queries(pass, queries.clone());
-                            let far = (level > f64::NEG_INFINITY).then(|| &far[query - start..][..count]);
-                            near.weigh(pass, queries, keys.clone(), Row::Find { max, far });
-                            near.sum(pass, keys, count);
-                            if let Some(far) = far {
-                                near.add_far(view(&tile.out, d_v + 1, len).subcols(query - start, count), |t| {
-                                    T::of(far[t].level - max[t].to_f64()).exp_nonpositive() * T::of(far[t].scale)
-                                });
-                            }
-                            for (t, scale) in scale.iter_mut().enumerate() {
-                                *scale = pass.inverse(near.out[d_v * count + t], query + t)?;
-                            }
-                            store_transposed(&near.out, count, d_v, &mut out[rows.start * d_v..rows.end * d_v], |t| {
-                                scale[t]
-                            });
-                        }
-                    }
-                    Ok(())
+                    let floor = floors.as_ref().map(|floors| &floors[c]);
+                    forward_block(pass, &cut, c, (scan.state(i), floor), made(buffers)?, BlockRows { out, max, scale })
                 },
             )?;
     }
     Ok(())
 }
 
-/// Adds one head's gradients.
-pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
-    let HeadGrads { dq, dk, dv, mut dkey_bias } = grads;
-    let cut = Cut::new(pass)?;
-    pull_back_queries(pass, &cut, &up, dq, dk, dv, dkey_bias.as_deref_mut())?;
-    pull_back_far_keys(pass, &cut, &up, dk, dv, dkey_bias)
+/// One thread's buffers for blocks of a forward pass.
+struct ForwardBuffers<T> {
+    tile: Tile<T>,
+    near: Near<T>,
+    far: Vec<FarLevel>,
 }
 
-/// Queries, forward: dq whole, and what the near queries give dk, dv and db.
-fn pull_back_queries<T: Real>(
+impl<T: Real> ForwardBuffers<T> {
+    fn new(pass: &Pass<'_, T>, cut: &Cut) -> Result<Self> {
+        let near = Near::new(pass, cut.near.longest(cut.n))?;
+        Ok(Self { tile: pass.tile(Purpose::Weights, false)?, near, far: Vec::new() })
+    }
+}
+
+/// A block's rows of the results of a forward pass.
+struct BlockRows<'a, T> {
+    /// `(rows, d_v)`.
+    out: &'a mut [T],
+    max: &'a mut [T],
+    scale: &'a mut [T],
+}
+
+/// The forward pass of block `c`, from the weighted state of its far keys and their floor.
+fn forward_block<T: Real>(
     pass: &Pass<'_, T>,
     cut: &Cut,
-    up: &Upstream<'_, T>,
-    dq: &mut [T],
-    dk: &mut [T],
-    dv: &mut [T],
-    mut db: Option<&mut [T]>,
+    c: usize,
+    (state, floor): (MatRef<'_, T>, Option<&Floor>),
+    buffers: &mut ForwardBuffers<T>,
+    rows: BlockRows<'_, T>,
 ) -> Result<()> {
-    let (purpose, d, d_v) = (Purpose::Gradient, pass.tokens.head.d(), pass.tokens.head.d_v());
-    let (mut scan, segments) =
-        Scan::new(pass, cut, purpose, pass.features.backward_weightings(Side::Keys)?.gradient, None)?;
-    for segment in segments {
-        advance_keys(pass, cut, &mut scan, &segment, purpose)?;
-        let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
-        let mut own_db: Vec<_> = match &mut db {
-            Some(db) => db[tokens.clone()].chunks_mut(BLOCK).map(Some).collect(),
-            None => segment.clone().map(|_| None).collect(),
-        };
-        let halos = (
-            dq[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
-            dk[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
-            dv[tokens.start * d_v..tokens.end * d_v].par_chunks_mut(BLOCK * d_v),
-            own_db.par_iter_mut(),
-        )
-            .into_par_iter()
-            .enumerate()
-            .map_init(
-                || Ok((pass.tile(purpose, true)?, Near::new(pass, cut.near.most(cut.n))?)),
-                |buffers, (i, (dq, dk, dv, db))| {
-                    let (tile, near) = made(buffers)?;
-                    pass.ctx.check()?;
-                    let c = segment.start + i;
-                    let (level, queries) = (cut.levels[c], cut.queries(c));
-                    if level > f64::NEG_INFINITY {
-                        let factor = pass.far_factor(up, level);
-                        for (start, count) in tiles(queries.clone(), pass.tile_len(purpose)) {
-                            pass.tokens.load_queries(start, count, &mut tile.x);
-                            pass.tokens.load_upstream(up, start, count, &mut tile.values);
-                            pass.features.pull_back(Side::Queries, purpose, scan.state(i), tile, count);
-                            let dq = &mut dq[(start - queries.start) * d..][..count * d];
-                            store_transposed(&tile.dx, count, d, dq, |t| factor(start + t));
-                        }
-                    } else {
-                        dq.fill(T::ZERO);
-                    }
-                    // What falls to keys before the block's own is handed back, and added afterwards.
-                    let mut halo = Halo::new(cut.start(c)..queries.start, d, d_v)?;
-                    for (query, count) in tiles(queries.clone(), NEAR_TILE) {
-                        let (some, keys) = (query..query + count, cut.start(c)..query + count);
-                        let rows = (query - queries.start) * d..(query - queries.start + count) * d;
-                        near.load_queries(pass, some.clone());
-                        near.weigh(pass, some.clone(), keys.clone(), Row::Known(up));
-                        near.score_gradients(pass, up, some.clone(), keys.clone());
-                        near.add_query_gradients(pass, &keys, &mut dq[rows]);
-                        let before = halo.grads(db.is_some());
-                        near.add_key_gradients(pass, up, &some, &keys, keys.start..queries.start, before);
-                        let own = HeadGrads { dq: &mut [], dk: &mut *dk, dv: &mut *dv, dkey_bias: db.as_deref_mut() };
-                        near.add_key_gradients(pass, up, &some, &keys, queries.start..keys.end, own);
-                    }
-                    Ok(halo)
-                },
-            )
-            .collect::<Result<Vec<_>>>()?;
-        drop(own_db);
-        for halo in halos {
-            halo.add_to(d, d_v, dk, dv, db.as_deref_mut());
+    pass.ctx.check()?;
+    let (purpose, d_v) = (Purpose::Weights, pass.tokens.head.d_v());
+    let ForwardBuffers { tile, near, far } = buffers;
+    let (level, first) = (cut.levels[c], cut.queries(c).start);
+    let has_far = level > f64::NEG_INFINITY;
+    for (start, len) in tiles(cut.queries(c), pass.tile_len(purpose)) {
+        if has_far {
+            pass.tokens.load_queries(start, len, &mut tile.x);
+            pass.features.apply(Side::Queries, purpose, state, tile, len);
+            pass.far_levels(level, floor, start, &tile.out[d_v * len..(d_v + 1) * len], far)?;
+        }
+        for (query, count) in tiles(start..start + len, NEAR_TILE) {
+            let (queries, keys) = (query..query + count, cut.start(c)..query + count);
+            let local = query - first..query - first + count;
+            let (max, scale) = (&mut rows.max[local.clone()], &mut rows.scale[local.clone()]);
+            near.load_queries(pass, queries.clone());
+            let far = has_far.then(|| &far[query - start..][..count]);
+            near.weigh(pass, queries, keys.clone(), Row::Find { max, far });
+            near.sum(pass, keys, count);
+            if let Some(far) = far {
+                near.add_far(view(&tile.out, d_v + 1, len).subcols(query - start, count), |t| {
+                    T::of(far[t].level - max[t].to_f64()).exp_nonpositive() * T::of(far[t].scale)
+                });
+            }
+            for (t, scale) in scale.iter_mut().enumerate() {
+                *scale = pass.inverse(near.out[d_v * count + t], query + t)?;
+            }
+            let out = &mut rows.out[local.start * d_v..local.end * d_v];
+            store_transposed(&near.out, count, d_v, out, |t| scale[t]);
         }
     }
     Ok(())
 }
 
-/// Keys, in reverse: what the far queries give dk, dv and db.
-fn pull_back_far_keys<T: Real>(
+/// Adds one head's gradients.
+pub(crate) fn backward<T: Real>(pass: &Pass<'_, T>, up: Upstream<'_, T>, mut grads: HeadGrads<'_, T>) -> Result<()> {
+    let cut = Cut::new(pass)?;
+    add_query_gradients(pass, &cut, &up, &mut grads)?;
+    let HeadGrads { dk, dv, dkey_bias, .. } = grads;
+    add_far_key_gradients(pass, &cut, &up, dk, dv, dkey_bias)
+}
+
+/// Goes through the queries in order: writes dq, and adds what near queries give dk, dv and db.
+fn add_query_gradients<T: Real>(
+    pass: &Pass<'_, T>,
+    cut: &Cut,
+    up: &Upstream<'_, T>,
+    grads: &mut HeadGrads<'_, T>,
+) -> Result<()> {
+    let (purpose, d, d_v) = (Purpose::Gradient, pass.tokens.head.d(), pass.tokens.head.d_v());
+    let weighting = pass.features.backward_weightings(Side::Keys)?.gradient;
+    let (mut scan, segments) = Scan::new(pass, cut, purpose, weighting, None)?;
+    for segment in segments {
+        advance_keys(pass, cut, &mut scan, &segment, purpose)?;
+        let tokens = segment.start * BLOCK..cut.queries(segment.end - 1).end;
+        let mut db_of_blocks: Vec<_> = match &mut grads.dkey_bias {
+            Some(db) => db[tokens.clone()].chunks_mut(BLOCK).map(Some).collect(),
+            None => segment.clone().map(|_| None).collect(),
+        };
+        let halos = (
+            grads.dq[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
+            grads.dk[tokens.start * d..tokens.end * d].par_chunks_mut(BLOCK * d),
+            grads.dv[tokens.start * d_v..tokens.end * d_v].par_chunks_mut(BLOCK * d_v),
+            db_of_blocks.par_iter_mut(),
+        )
+            .into_par_iter()
+            .enumerate()
+            .map_init(
+                || Ok((pass.tile(purpose, true)?, Near::new(pass, cut.near.longest(cut.n))?)),
+                |buffers, (i, (dq, dk, dv, db))| {
+                    let grads = HeadGrads { dq, dk, dv, dkey_bias: db.as_deref_mut() };
+                    backward_block(pass, cut, segment.start + i, scan.state(i), up, made(buffers)?, grads)
+                },
+            )
+            .collect::<Result<Vec<_>>>()?;
+        drop(db_of_blocks);
+        for halo in halos {
+            halo.add_to([d, d_v], grads);
+        }
+    }
+    Ok(())
+}
+
+/// The gradients that the queries of block `c` get, and those that they give to near keys: to the block's own in `grads`,
+/// whose rows are those of the block, and to earlier ones in the halo, which is returned.
+fn backward_block<T: Real>(
+    pass: &Pass<'_, T>,
+    cut: &Cut,
+    c: usize,
+    state: MatRef<'_, T>,
+    up: &Upstream<'_, T>,
+    (tile, near): &mut (Tile<T>, Near<T>),
+    grads: HeadGrads<'_, T>,
+) -> Result<Halo<T>> {
+    pass.ctx.check()?;
+    let HeadGrads { dq, dk, dv, dkey_bias: mut db } = grads;
+    let (purpose, d, d_v) = (Purpose::Gradient, pass.tokens.head.d(), pass.tokens.head.d_v());
+    let (level, queries) = (cut.levels[c], cut.queries(c));
+    if level > f64::NEG_INFINITY {
+        let factor = pass.far_factor(up, level);
+        for (start, count) in tiles(queries.clone(), pass.tile_len(purpose)) {
+            pass.tokens.load_queries(start, count, &mut tile.x);
+            pass.tokens.load_upstream(up, start, count, &mut tile.values);
+            pass.features.pull_back(Side::Queries, purpose, state, tile, count);
+            let dq = &mut dq[(start - queries.start) * d..][..count * d];
+            store_transposed(&tile.dx, count, d, dq, |t| factor(start + t));
+        }
+    } else {
+        dq.fill(T::ZERO);
+    }
+    // Other blocks add to earlier keys at the same time.
+    let mut halo = Halo::new(cut.start(c)..queries.start, [d, d_v])?;
+    for (query, count) in tiles(queries.clone(), NEAR_TILE) {
+        let (near_queries, keys) = (query..query + count, cut.start(c)..query + count);
+        let rows = (query - queries.start) * d..(query - queries.start + count) * d;
+        near.load_queries(pass, near_queries.clone());
+        near.weigh(pass, near_queries.clone(), keys.clone(), Row::Known(up));
+        near.score_gradients(pass, up, near_queries.clone(), keys.clone());
+        near.add_query_gradients(pass, &keys, &mut dq[rows]);
+        let earlier = halo.grads(db.is_some());
+        near.add_key_gradients(pass, up, &near_queries, &keys, keys.start..queries.start, earlier);
+        let of_block = HeadGrads { dq: &mut [], dk: &mut *dk, dv: &mut *dv, dkey_bias: db.as_deref_mut() };
+        near.add_key_gradients(pass, up, &near_queries, &keys, queries.start..keys.end, of_block);
+    }
+    Ok(halo)
+}
+
+/// Goes through the keys in reverse: adds what far queries give dk, dv and db.
+fn add_far_key_gradients<T: Real>(
     pass: &Pass<'_, T>,
     cut: &Cut,
     up: &Upstream<'_, T>,
@@ -429,7 +481,14 @@ fn pull_back_far_keys<T: Real>(
                         dv: &mut grads.dv[local.start * d_v..local.end * d_v],
                         dkey_bias: grads.dkey_bias.as_deref_mut().map(|db| &mut db[local]),
                     };
-                    pass.key_gradients(start, cut.levels[blocks[i]], scan.state(i), scan.second_state(i), tile, grads)?;
+                    pass.add_key_gradients(
+                        start,
+                        cut.levels[blocks[i]],
+                        scan.state(i),
+                        scan.second_state(i),
+                        tile,
+                        grads,
+                    )?;
                 }
                 Ok(())
             },
@@ -445,7 +504,7 @@ fn take_from<'a, T>(slice: &mut &'a mut [T], start: usize, len: usize) -> &'a mu
     &mut rest[..len]
 }
 
-/// Gradients of the near keys before a block's own.
+/// Gradients of the near keys that come before a block.
 struct Halo<T> {
     start: usize,
     dk: Vec<T>,
@@ -454,23 +513,24 @@ struct Halo<T> {
 }
 
 impl<T: Real> Halo<T> {
-    fn new(keys: Range<usize>, d: usize, dv: usize) -> Result<Self> {
+    fn new(keys: Range<usize>, [d, d_v]: [usize; 2]) -> Result<Self> {
         let zeros = |width: usize| zeroed(keys.len() * width, "gradients of near keys");
-        Ok(Self { start: keys.start, dk: zeros(d)?, dv: zeros(dv)?, db: zeros(1)? })
+        Ok(Self { start: keys.start, dk: zeros(d)?, dv: zeros(d_v)?, db: zeros(1)? })
     }
 
     fn grads(&mut self, with_bias: bool) -> HeadGrads<'_, T> {
         HeadGrads { dq: &mut [], dk: &mut self.dk, dv: &mut self.dv, dkey_bias: with_bias.then_some(&mut self.db[..]) }
     }
 
-    fn add_to(self, d: usize, dv: usize, dk: &mut [T], grad_v: &mut [T], db: Option<&mut [T]>) {
-        let into = |total: &mut [T], own: &[T], width: usize| {
-            total[self.start * width..].iter_mut().zip(own).for_each(|(t, &o)| *t += o);
+    /// Adds them to those of all keys of the head.
+    fn add_to(self, [d, d_v]: [usize; 2], grads: &mut HeadGrads<'_, T>) {
+        let add = |total: &mut [T], part: &[T], width: usize| {
+            total[self.start * width..].iter_mut().zip(part).for_each(|(total, &part)| *total += part);
         };
-        into(dk, &self.dk, d);
-        into(grad_v, &self.dv, dv);
-        if let Some(db) = db {
-            into(db, &self.db, 1);
+        add(grads.dk, &self.dk, d);
+        add(grads.dv, &self.dv, d_v);
+        if let Some(db) = &mut grads.dkey_bias {
+            add(db, &self.db, 1);
         }
     }
 }

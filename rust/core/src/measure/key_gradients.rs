@@ -137,8 +137,8 @@ pub(crate) fn key_gradients<T: Real>(
             |first: usize, columns: usize| matrix(count, columns, KEY_GRADIENTS, |j, c| sums[(first + c) * count + j]);
         Ok(KeyGradients { dk: part(0, d)?, dv: part(d, d_v)?, db: part(d + d_v, 1)? })
     };
-    let (exact, own) = sums.split_at(width * count);
-    Ok((kind(exact)?, weights.map(|_| kind(own)).transpose()?))
+    let (exact, of_engine) = sums.split_at(width * count);
+    Ok((kind(exact)?, weights.map(|_| kind(of_engine)).transpose()?))
 }
 
 /// Pairs of drawn queries and keys, row-major `(queries, keys)`, and what is known of the queries.
@@ -153,21 +153,23 @@ pub struct Pairs<'a> {
     /// `ln D_i` and `dout_i.out_i`, exact.
     pub exact: [&'a [f64]; 2],
     /// The same of the engine.
-    pub own: [&'a [f64]; 2],
+    pub engine: [&'a [f64]; 2],
     /// `|c q_i|^2` and `|dout_i|^2`.
     pub squares: [&'a [f64]; 2],
 }
 
-/// What row sums of the engine, in place of exact ones, are expected to add to the squared errors of `[dk, dv, db]` of
-/// each key, from queries that were not drawn: a row's part in a key's gradient changes by
+/// Adds to `all`, which has an entry for each key, what the engine's row sums in place of exact ones are expected to add to
+/// the squared errors of `[dk, dv, db]`, from queries that were not drawn.
+///
+/// With the engine's sums the part of query `i` in the gradient of key `j` changes by
 ///
 /// ```text
-/// t_ij = f_ij (dout_i.v_j - delta_i) - (the same with the engine's sums),   or   f_ij - (the same)  for dv
+/// t_ij = f_ij (dout_i.v_j - delta_i) - (the same with the engine's sums)       for dk and db
+/// t_ij = f_ij - (the same with the engine's sums)                              for dv
 /// ```
 ///
-/// and as parts of different queries have no common direction, their squares add up: `sum_i (w_i - 1) t_ij^2 |c q_i|^2`.
-///
-/// Added to `all`, which has an entry a key.
+/// times `c q_i`, 1 or `dout_i`. The parts of different queries have no common direction, so their squares add up: for dk to
+/// `sum_i (w_i - 1) t_ij^2 |c q_i|^2`, where the drawn query `i` stands for `w_i - 1` others.
 pub fn unseen_row_sums(pairs: &Pairs<'_>, all: &mut [[f64; 3]]) {
     let keys = all.len();
     for i in 0..pairs.weights.len() {
@@ -175,10 +177,10 @@ pub fn unseen_row_sums(pairs: &Pairs<'_>, all: &mut [[f64; 3]]) {
         let row = i * keys..(i + 1) * keys;
         let seen = |((_, s), _): &((&mut [f64; 3], &f64), &f64)| **s > f64::NEG_INFINITY; // what others hold may be anything
         for ((all, &s), &e) in all.iter_mut().zip(&pairs.scores[row.clone()]).zip(&pairs.upstream[row]).filter(seen) {
-            let (f, own) = ((s - pairs.exact[0][i]).exp(), (s - pairs.own[0][i]).exp());
-            let t = f * (e - pairs.exact[1][i]) - own * (e - pairs.own[1][i]);
+            let (f, f_engine) = ((s - pairs.exact[0][i]).exp(), (s - pairs.engine[0][i]).exp());
+            let t = f * (e - pairs.exact[1][i]) - f_engine * (e - pairs.engine[1][i]);
             all[0] += unseen * t * t * pairs.squares[0][i];
-            all[1] += unseen * (f - own).powi(2) * pairs.squares[1][i];
+            all[1] += unseen * (f - f_engine).powi(2) * pairs.squares[1][i];
             all[2] += unseen * t * t;
         }
     }

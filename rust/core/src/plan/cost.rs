@@ -10,6 +10,7 @@ use crate::linear::shifts::PREFIX;
 use crate::linear::state::LARGEST_STATE;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
+use crate::problem::scores::Mask;
 use crate::spec::Polynomial;
 
 /// Operations that a monomial costs in a forward pass, and in a backward one, beside those of the states that it is added
@@ -27,6 +28,8 @@ struct Size {
     m: usize,
     d: usize,
     d_v: usize,
+    /// Queries and keys that see each other.
+    pairs: f64,
     causal: bool,
     gradients: bool,
 }
@@ -38,8 +41,7 @@ pub(super) fn costs<T: Real>(
     strict: bool,
     polynomial: impl Fn(usize) -> Polynomial,
 ) -> Costs {
-    let (n, m, d, d_v) = (head.n(), head.m(), head.d(), head.d_v());
-    let size = Size { n, m, d, d_v, causal: !head.scores.mask.is_none(), gradients };
+    let (n, size) = (head.n(), Size::new(head, gradients));
     Costs {
         exact: size.exact::<T>(),
         polynomials: (1..=DEGREES).map(|degree| size.polynomial::<T>(&polynomial(degree))).collect(),
@@ -49,10 +51,21 @@ pub(super) fn costs<T: Real>(
     }
 }
 
+/// The cost of a head by the exact engine, under any mask.
+pub(super) fn exact<T: Real>(head: &Head<'_, T>, gradients: bool) -> f64 {
+    Size::new(head, gradients).exact::<T>()
+}
+
 impl Size {
-    fn pairs(&self) -> f64 {
-        let pairs = self.n as f64 * self.m as f64;
-        if self.causal { pairs / 2.0 } else { pairs }
+    fn new<T: Real>(head: &Head<'_, T>, gradients: bool) -> Self {
+        let (n, m, d, d_v, mask) = (head.n(), head.m(), head.d(), head.d_v(), &head.scores.mask);
+        let all = n as f64 * m as f64;
+        let pairs = match mask {
+            Mask::None => all,
+            Mask::Causal { offset: 0 } => all / 2.0,
+            _ => (0..n).map(|i| mask.seen(i, m).len() as f64).sum(),
+        };
+        Self { n, m, d, d_v, pairs, causal: !mask.is_none(), gradients }
     }
 
     /// Seconds of one thread for so many operations.
@@ -69,7 +82,7 @@ impl Size {
             flops += 2.0 * (3.0 * d + 2.0 * d_v);
             exps += 1.0;
         }
-        Self::seconds::<T>(flops * self.pairs(), exps * self.pairs())
+        Self::seconds::<T>(flops * self.pairs, exps * self.pairs)
     }
 
     /// The near pairs of a low-rank engine under a causal mask.
@@ -78,8 +91,8 @@ impl Size {
             return 0.0;
         }
         let pairs = self.n as f64 * (near.window as f64 + self.span(near));
-        let whole = Self { n: 1, m: 1, causal: false, ..*self };
-        pairs.min(self.pairs()) * whole.exact::<T>()
+        let one_pair = Self { pairs: 1.0, ..*self };
+        pairs.min(self.pairs) * one_pair.exact::<T>()
     }
 
     /// The average length of the near keys beyond the window.

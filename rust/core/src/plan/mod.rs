@@ -20,7 +20,7 @@ use crate::measure::guides::Known;
 use crate::numerics::draws::uniform;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::spec::Auto;
+use crate::spec::{Auto, is_low_rank_mask};
 
 pub mod choice;
 mod cost;
@@ -46,7 +46,12 @@ pub(crate) fn random_dout(rows: usize, d_v: usize, seed: u64) -> Mat<f64> {
 
 /// Plans one head; and what was found out about its rows, where that was needed.
 pub(crate) fn plan_head<T: Real>(ctx: &Context, head: &Head<'_, T>, auto: &Auto) -> Result<(HeadPlan, Option<Known>)> {
-    let causal = !head.scores.mask.is_none();
+    let mask = &head.scores.mask;
+    if !is_low_rank_mask(mask) {
+        let reason = format!("no low-rank engine has a {mask}");
+        return Ok((HeadPlan { reason, ..HeadPlan::exact(cost::exact(head, auto.gradients)) }, None));
+    }
+    let causal = !mask.is_none();
     let strict = causal && auto.strict_causal;
     let costs = cost::costs(head, auto.gradients, strict, |degree| Planner::polynomial(degree, strict));
     let mut planner = Planner::new(auto, causal, costs);

@@ -1,11 +1,13 @@
-//! Moments of the scores of drawn queries, of which every polynomial's rows are made.
+//! Moments of the scores of drawn queries: from them follow the rows of out and dq by any polynomial, which need not run.
+//!
+//! For a drawn query `i`, with the shifted scores `s'_ij` and the weights `w_j` of keys, the moments of the far keys are
 //!
 //! ```text
 //! U_l = sum_j w_j s'_ij^l [1, v_j, k'_j]        V_l = sum_j w_j s'_ij^l (dout_i.v_j) k'_j
 //! ```
 //!
-//! Of these, and of the same sums under exact weights, output and dq of every polynomial `p(s) = sum_l a_l s^l` are linear
-//! combinations: numerators and denominators are `sum_l a_l U_l`.
+//! Numerators and denominators by a polynomial `p(s) = sum_l a_l s^l` are `sum_l a_l U_l`, and its dq is made of `U` and `V`
+//! in the same way. The same sums under exact weights are added for the near keys, and give the exact rows to compare with.
 
 use std::ops::Range;
 
@@ -31,8 +33,8 @@ const KEYS_A_TASK: usize = 16 * TILE;
 /// What errors call them.
 const MOMENTS: &str = "moments of rows";
 
-/// Sums over the keys of some queries. Each matrix has a column a query, and the rows `[1, v, k', (dout.v) k']`, the last
-/// two where a gradient is given.
+/// Sums over the keys of some queries. Each matrix has a column for each query, and the rows `[1, v, k', (dout.v) k']`, the
+/// last two where a gradient is given: `(1 + d_v + 2 d, queries)`.
 #[derive(Debug, Clone)]
 pub struct Moments {
     d: usize,
@@ -46,11 +48,12 @@ pub struct Moments {
     powers: Vec<Mat<f64>>,
 }
 
-/// The rows of out, and of dq where a gradient is given.
+/// The rows of out, `(rows, d_v)`, and of dq, `(rows, d)`, where a gradient is given.
 type Rows = (Mat<f64>, Option<Mat<f64>>);
 
 impl Moments {
-    /// Of drawn rows of a head, up to `degree`. `None` where scores are so large that sums may overflow.
+    /// The moments of drawn rows of a head, up to the power `degree`. `None` where scores are so large that sums may
+    /// overflow. Time `O(rows m (d + d_v) degree)`, in float64.
     pub(crate) fn new<T: Real>(
         ctx: &Context,
         head: &Head<'_, T>,
@@ -87,8 +90,9 @@ impl Moments {
         Self::from_sums([head.d(), head.d_v(), count, kinds], head.scores.scale, dout.cloned(), entry).map(Some)
     }
 
-    /// From the sums `entry(kind, row, query)` of `[d, d_v, queries, kinds]`: the kinds are those under the exact weights of
-    /// near keys and of far ones, and under the powers; for the rest see [`Moments`].
+    /// The moments whose sums are `entry(kind, row, query)`. The kinds are the sums under the exact weights of near keys,
+    /// those under the exact weights of far keys, and those under the powers from 0 on; rows are as in [`Moments`]. An error
+    /// where `dout` is not `(count, d_v)`.
     pub fn from_sums(
         [d, d_v, count, kinds]: [usize; 4],
         scale: f64,
@@ -99,9 +103,9 @@ impl Moments {
             expect_len("dout", dout.nrows() * dout.ncols(), count * d_v)?;
         }
         let width = 1 + d_v + if dout.is_some() { 2 * d } else { 0 };
-        let of_kind = |kind: usize| matrix(width, count, MOMENTS, |row, query| entry(kind, row, query));
-        let powers = (2..kinds).map(of_kind).collect::<Result<_>>()?;
-        Ok(Self { d, d_v, scale, dout, near: of_kind(0)?, far_exact: of_kind(1)?, powers })
+        let sums = |kind: usize| matrix(width, count, MOMENTS, |row, query| entry(kind, row, query));
+        let powers = (2..kinds).map(sums).collect::<Result<_>>()?;
+        Ok(Self { d, d_v, scale, dout, near: sums(0)?, far_exact: sums(1)?, powers })
     }
 
     /// The gradient that was given.
@@ -115,17 +119,19 @@ impl Moments {
         self.rows(&sums, &sums)
     }
 
-    /// The same by a polynomial beyond the near keys; `None` where a denominator is not positive.
+    /// The rows by the polynomial with the coefficients `a` for far keys, and exactly for near ones; `None` where a
+    /// denominator is not positive.
     pub fn polynomial(&self, a: &[f64], consistent: bool) -> Option<Rows> {
         let sums = self.combine(a);
         if (0..sums.ncols()).any(|i| sums[(0, i)] <= 0.0 || sums[(0, i)].is_nan()) {
             return None;
         }
         let slope: Vec<f64> = a.iter().enumerate().skip(1).map(|(l, a)| l as f64 * a).collect();
-        let scored = if consistent { self.combine(&slope) } else { sums.clone() };
-        Some(self.rows(&sums, &scored))
+        let slopes = if consistent { self.combine(&slope) } else { sums.clone() };
+        Some(self.rows(&sums, &slopes))
     }
 
+    /// The sums under exact weights of near keys, and under a polynomial of the scores of far ones.
     fn combine(&self, a: &[f64]) -> Mat<f64> {
         let mut sums = self.near.clone();
         for (a, power) in a.iter().zip(&self.powers) {
@@ -134,7 +140,8 @@ impl Moments {
         sums
     }
 
-    /// Rows of out from sums under weights, and of dq from sums under the weights' slopes.
+    /// Rows of out from sums under weights, and of dq from sums under the weights' slopes:
+    /// `dq_i = (c / D_i) sum_j slope_ij (dout_i.v_j - delta_i) k'_j`.
     fn rows(&self, sums: &Mat<f64>, slopes: &Mat<f64>) -> Rows {
         let (d_v, d, count) = (self.d_v, self.d, sums.ncols());
         let out = Mat::from_fn(count, d_v, |i, c| sums[(1 + c, i)] / sums[(0, i)]);
@@ -153,13 +160,13 @@ struct Drawn<'a, T> {
     head: &'a Head<'a, T>,
     shifts: &'a Shifts<T>,
     rows: &'a [usize],
-    /// Less their shift.
+    /// The queries less their shift, `(rows, d)`.
     q: Mat<f64>,
-    /// The first near key of each.
+    /// The first near key of each query.
     near_starts: Vec<usize>,
-    /// Of keys, less the largest; `None` where all are 1.
+    /// The weights of keys, of which the largest is 1; `None` where all are.
     weights: Option<Vec<f64>>,
-    /// No score exceeds it.
+    /// No shifted score is larger.
     bound: f64,
     dout: Option<&'a Mat<f64>>,
 }
@@ -216,16 +223,18 @@ impl<'a, T: Real> Drawn<'a, T> {
 struct TileOfKeys {
     queries: usize,
     keys: usize,
-    /// Less their shift, `(keys, d)`.
+    /// The keys less their shift, `(keys, d)`.
     k: Vec<f64>,
     /// `[1, v, k']`, `(keys, e)`.
     values: Vec<f64>,
-    /// Scores, and `dout_i.v_j`.
+    /// Shifted scores.
     scores: Vec<f64>,
+    /// `dout_i.v_j`.
     upstream: Vec<f64>,
-    /// Exact weights of near keys, where there are any, and of the others.
+    /// Exact weights of near keys, 0 of the others. Of use where `has_near`.
     near: Vec<f64>,
-    some_near: bool,
+    has_near: bool,
+    /// Exact weights of far keys, 0 of the others.
     far_exact: Vec<f64>,
     /// A power of the scores of far keys, times their weights.
     power: Vec<f64>,
@@ -244,29 +253,47 @@ impl TileOfKeys {
             scores: tile()?,
             upstream: tile()?,
             near: tile()?,
-            some_near: false,
+            has_near: false,
             far_exact: tile()?,
             power: tile()?,
             weighted: tile()?,
         })
     }
 
+    /// Loads some keys, and fills the tiles of pairs: the power is the 0th.
     fn load<T: Real>(&mut self, drawn: &Drawn<'_, T>, keys: Range<usize>) {
+        self.load_keys(drawn, keys.clone());
+        self.weigh(drawn, keys.start);
+        let causal = !drawn.head.scores.mask.is_none();
+        self.has_near = causal && drawn.near_starts.iter().any(|&start| start < keys.end);
+        if self.has_near {
+            self.separate_near(drawn, keys);
+        }
+    }
+
+    /// Fills `k` and `values`, in float64.
+    fn load_keys<T: Real>(&mut self, drawn: &Drawn<'_, T>, keys: Range<usize>) {
         let head = drawn.head;
-        let (d, d_v, e, bk, count) = (head.d(), head.d_v(), drawn.e(), keys.len(), self.queries);
-        self.keys = bk;
+        let (d, d_v, e) = (head.d(), head.d_v(), drawn.e());
+        self.keys = keys.len();
         self.k = widened_keys(head, head.k, keys.clone());
-        let v = widened_keys(head, head.v, keys.clone());
+        let v = widened_keys(head, head.v, keys);
         for k in self.k.chunks_exact_mut(d) {
             k.iter_mut().zip(&drawn.shifts.key).for_each(|(k, shift)| *k -= shift.to_f64());
         }
-        self.values = vec![1.0; bk * e];
+        self.values = vec![1.0; self.keys * e];
         for (t, values) in self.values.chunks_exact_mut(e).enumerate() {
             values[1..=d_v].copy_from_slice(&v[t * d_v..(t + 1) * d_v]);
             if drawn.dout.is_some() {
                 values[1 + d_v..].copy_from_slice(&self.k[t * d..(t + 1) * d]);
             }
         }
+    }
+
+    /// Fills the tiles of pairs, as if all keys were far, for the keys from `first` on.
+    fn weigh<T: Real>(&mut self, drawn: &Drawn<'_, T>, first: usize) {
+        let head = drawn.head;
+        let (d, d_v, e, bk, count) = (head.d(), head.d_v(), drawn.e(), self.keys, self.queries);
         let scale = head.scores.scale;
         product(view_mut(&mut self.scores, bk, count), view(&self.k, bk, d), drawn.q.transpose(), scale);
         if let Some(dout) = drawn.dout {
@@ -278,7 +305,7 @@ impl TileOfKeys {
             #[inline(always)]
             || {
                 for j in 0..bk {
-                    let (w, row) = (drawn.weight(keys.start + j), j * count..(j + 1) * count);
+                    let (w, row) = (drawn.weight(first + j), j * count..(j + 1) * count);
                     if w == 0.0 {
                         // Whatever a removed key holds.
                         scores[row.clone()].fill(0.0);
@@ -290,11 +317,6 @@ impl TileOfKeys {
                 }
             },
         );
-        let causal = !head.scores.mask.is_none();
-        self.some_near = causal && drawn.near_starts.iter().any(|&start| start < keys.end);
-        if self.some_near {
-            self.separate_near(drawn, keys);
-        }
     }
 
     /// Moves the weights of near keys out of those of far ones, and clears those that are not seen.
@@ -311,7 +333,8 @@ impl TileOfKeys {
         }
     }
 
-    /// Adds the tile's sums, of each kind `len` numbers.
+    /// Adds the tile's sums, of each kind `len` numbers, in the order of [`Moments::from_sums`]. Exact weights are relative to
+    /// `e^bound`.
     fn add_to<T: Real>(&mut self, drawn: &Drawn<'_, T>, sums: &mut [f64], len: usize) {
         let Self { queries, keys, k, values, scores, upstream, near, far_exact, power, weighted, .. } = self;
         let (d, e, bk, count) = (drawn.head.d(), drawn.e(), *keys, *queries);
@@ -325,9 +348,9 @@ impl TileOfKeys {
                 add_product(view_mut(scored, d, count), k, view(weighted, bk, count), 1.0);
             }
         };
-        let (near_sums, sums) = sums.split_at_mut(len);
-        let (exact_sums, power_sums) = sums.split_at_mut(len);
-        if self.some_near {
+        let (near_sums, far_sums) = sums.split_at_mut(len);
+        let (exact_sums, power_sums) = far_sums.split_at_mut(len);
+        if self.has_near {
             add(near, near_sums);
         }
         add(far_exact, exact_sums);
@@ -340,7 +363,7 @@ impl TileOfKeys {
     }
 }
 
-/// The weights of a polynomial, pair by pair, in rows that sum to `e^log_sums`.
+/// The weights `f_ij` by a polynomial, pair by pair, where the logarithms of row sums are `log_sums`.
 pub(crate) struct PolynomialWeights<'a, T> {
     pub head: &'a Head<'a, T>,
     pub form: &'a Form<T>,
@@ -354,19 +377,19 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
         let dot = |x: faer::RowRef<'_, T>, y: &[T]| {
             scale * x.iter().zip(y).map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>()
         };
-        let start = if head.scores.mask.is_none() { usize::MAX } else { near.start_of_query(i) };
+        let near_start = if head.scores.mask.is_none() { usize::MAX } else { near.start_of_query(i) };
         let seen = head.seen(i);
-        let row = dot(head.q.row(i), &shifts.key);
+        let row_constant = dot(head.q.row(i), &shifts.key); // c q_i.β
         for ((&j, score), f) in keys.iter().zip(scores).zip(f) {
-            if j >= start || !seen.contains(&j) || head.removed(j) {
+            if j >= near_start || !seen.contains(&j) || head.removed(j) {
                 *score = *f;
                 continue;
             }
             // c α.k'_j
             let along = dot(head.k.row(j), &shifts.query)
                 - scale * shifts.query.iter().zip(&shifts.key).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>();
-            let s = *score - row - along;
-            let w = (head.bias(j) + along + row - self.log_sums[i]).exp();
+            let s = *score - row_constant - along;
+            let w = (head.bias(j) + along + row_constant - self.log_sums[i]).exp();
             let (mut p, mut slope) = (0.0, 0.0);
             for a in coefficients.iter().rev() {
                 slope = slope * s + p;

@@ -1,5 +1,5 @@
-//! What a backend that keeps its arrays elsewhere takes from here: everything that is decided by samples of a head's
-//! tokens, or by sums over them, which it hands over as arrays of their own.
+//! For a backend that keeps its arrays elsewhere: everything that is decided by samples of a head's tokens, or by sums over
+//! them. The backend copies these to arrays that the CPU can read, and hands them over.
 
 use faer::{ColRef, Mat, MatRef};
 
@@ -14,12 +14,12 @@ use crate::memory::{copied, filled};
 use crate::numerics::draws;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::problem::scores::{Mask, Scores};
+use crate::problem::scores::Scores;
 use crate::spec::{Landmark, LandmarkConstants, Shift};
 
-/// Sampled tokens of a head, or all of them.
+/// The arrays of a head's sampled tokens, or of all of them.
 #[derive(Debug, Clone)]
-pub struct Tokens<'a, T> {
+pub struct HeadArrays<'a, T> {
     /// `(n, d)`.
     pub q: MatRef<'a, T>,
     /// `(m, d)`.
@@ -34,7 +34,7 @@ pub struct Tokens<'a, T> {
     pub head: usize,
 }
 
-impl<T: Real> Tokens<'_, T> {
+impl<T: Real> HeadArrays<'_, T> {
     fn as_head(&self) -> Result<Head<'_, T>> {
         let (m, d) = self.k.shape();
         let v = self.v.unwrap_or_else(|| self.k.subcols(0, 0));
@@ -60,7 +60,8 @@ impl<T: Real> Tokens<'_, T> {
     }
 }
 
-/// Rows drawn by guides, each a number for every one of `total` rows, as errors are measured on; and their weights.
+/// Draws the rows that an error is measured on, by `guides` with a number for each of `total` rows: the rows in order, and
+/// their weights.
 pub fn draw_rows(total: usize, guides: &[Vec<f64>], samples: usize, seed: u64) -> Result<(Vec<usize>, Vec<f64>)> {
     if total == 0 || samples == 0 {
         return Err(Error::Argument(format!(
@@ -74,7 +75,8 @@ pub fn draw_rows(total: usize, guides: &[Vec<f64>], samples: usize, seed: u64) -
     Ok((draw.rows, draw.weights))
 }
 
-/// The estimate from the squares of rows drawn by [`draw_rows`] out of `total`, and those of all given rows together.
+/// The estimate of a relative error from the squares of rows that [`draw_rows`] drew out of `total`. `given` is the sum of
+/// the squares of all given rows, where it is known.
 pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given: Option<f64>) -> Result<ErrorEstimate> {
     expect_len("weights", weights.len(), squares.len())?;
     let draw =
@@ -82,8 +84,9 @@ pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given:
     Ok(draw.estimate(squares, given))
 }
 
-/// What row sums of queries that were not drawn may add to the squared errors of drawn keys: see `Pairs`. The last three
-/// hold two numbers a query, the first ones of all before the second ones.
+/// What row sums of queries that were not drawn may add to the squared errors of the gradients of drawn keys, `(keys, 3)`:
+/// see [`key_gradients::unseen_row_sums`] for the equation and [`Pairs`] for the arguments. `exact`, `own` (those of the
+/// engine) and `squares` hold two numbers for each query: the first numbers of all queries, then the second ones.
 pub fn unseen_row_sums(
     scores: &[f64],
     upstream: &[f64],
@@ -98,9 +101,9 @@ pub fn unseen_row_sums(
     if scores.len().checked_rem(count) != Some(0) {
         return Err(Error::Shape(format!("scores holds {} numbers; expected a multiple of {count}", scores.len())));
     }
-    let [exact, own, squares] = [exact, own, squares].map(|x| <[_; 2]>::from(x.split_at(count)));
+    let [exact, engine, squares] = [exact, own, squares].map(|x| <[_; 2]>::from(x.split_at(count)));
     let mut all = filled(scores.len() / count, [0.0; 3], "drawn keys")?;
-    key_gradients::unseen_row_sums(&Pairs { scores, upstream, weights, exact, own, squares }, &mut all);
+    key_gradients::unseen_row_sums(&Pairs { scores, upstream, weights, exact, engine, squares }, &mut all);
     Ok(all)
 }
 
@@ -118,39 +121,43 @@ pub struct Fits {
     pub error: f64,
 }
 
-/// The scores that coefficients are fitted to: of up to 256 queries and keys of those given, drawn evenly. `positions`
-/// are those of the queries and of the keys, where they are not all tokens from the first on.
+/// The scores that coefficients are fitted to: those of up to 256 of the queries and keys, drawn evenly. `positions` are
+/// the places of the queries, and of the keys, in the sequence; `None` where all tokens are there.
 fn fit_sample<T: Real>(
-    tokens: &Tokens<'_, T>,
+    arrays: &HeadArrays<'_, T>,
     shift: [Vec<f64>; 2],
     positions: Option<[&[usize]; 2]>,
 ) -> Result<polynomial::Sample> {
-    let head = tokens.as_head()?;
+    let head = arrays.as_head()?;
     let [query, key] = shift;
     let shift = if query.is_empty() && key.is_empty() { Shift::None } else { Shift::Given(query, key) };
     let shifts = polynomial::shifts(&head, &shift)?;
     let Some([queries, keys]) = positions else {
-        return polynomial::fit_sample(&head, &shifts, false, |i, j| !tokens.is_causal() || j <= i);
+        return polynomial::fit_sample(&head, &shifts, false, |i, j| !arrays.is_causal() || j <= i);
     };
     expect_len("queries", queries.len(), head.q.nrows())?;
     expect_len("keys", keys.len(), head.k.nrows())?;
-    polynomial::fit_sample(&head, &shifts, false, |i, j| !tokens.is_causal() || keys[j] <= queries[i])
+    polynomial::fit_sample(&head, &shifts, false, |i, j| !arrays.is_causal() || keys[j] <= queries[i])
 }
 
 /// Coefficients `a_0 .. a_degree` fitted to the scores of these tokens less their shifts, which may be empty: those of
 /// [`Coefficients::Fitted`](crate::spec::Coefficients::Fitted).
-pub fn fitted_coefficients<T: Real>(tokens: &Tokens<'_, T>, degree: usize, shift: [Vec<f64>; 2]) -> Result<Vec<f64>> {
-    fit_sample(tokens, shift, None)?.fit(degree)
+pub fn fitted_coefficients<T: Real>(
+    arrays: &HeadArrays<'_, T>,
+    degree: usize,
+    shift: [Vec<f64>; 2],
+) -> Result<Vec<f64>> {
+    fit_sample(arrays, shift, None)?.fit(degree)
 }
 
 /// The same for all degrees up to `degree`, of sampled tokens at these `positions`, for planning.
 pub fn fitted_polynomials<T: Real>(
-    tokens: &Tokens<'_, T>,
+    arrays: &HeadArrays<'_, T>,
     degree: usize,
     shift: [Vec<f64>; 2],
     positions: Option<[&[usize]; 2]>,
 ) -> Result<Fits> {
-    let sample = fit_sample(tokens, shift, positions)?;
+    let sample = fit_sample(arrays, shift, positions)?;
     let coefficients: Vec<_> = (1..=degree).map(|degree| sample.fit(degree).ok()).collect();
     let last = coefficients.last().and_then(Option::as_ref);
     let error = last.map_or(f64::INFINITY, |a| sample.error(a));
@@ -161,20 +168,21 @@ pub fn fitted_polynomials<T: Real>(
 /// 1024.
 pub fn landmark_constants<T: Real>(
     ctx: &Context,
-    tokens: &Tokens<'_, T>,
+    arrays: &HeadArrays<'_, T>,
     rank: usize,
     seed: u64,
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
-    engine.check(&Mask::causal(tokens.is_causal()))?;
-    landmark::draw(ctx, &tokens.as_head()?, &engine)
+    engine.check(&arrays.scores.mask)?;
+    landmark::draw(ctx, &arrays.as_head()?, &engine)
 }
 
 impl Planner {
-    /// The first look at polynomials, on sampled tokens at these `positions`; those of each degree that are worth another.
+    /// The first look at polynomials, on sampled tokens at these `positions`: the coefficients of each degree that is worth
+    /// another look, none where polynomials are given up.
     pub fn look_at_tokens<T: Real>(
         &mut self,
-        tokens: &Tokens<'_, T>,
+        arrays: &HeadArrays<'_, T>,
         positions: Option<[&[usize]; 2]>,
         spread: f64,
     ) -> Result<Vec<Option<Vec<f64>>>> {
@@ -182,7 +190,7 @@ impl Planner {
             Shift::Given(query, key) => [query, key],
             _ => [Vec::new(), Vec::new()],
         };
-        match fitted_polynomials(tokens, self.degrees(), shift, positions) {
+        match fitted_polynomials(arrays, self.degrees(), shift, positions) {
             Ok(Fits { coefficients, error }) => {
                 self.look_at_weights(error, || Ok(spread))?;
                 Ok(coefficients)
@@ -195,7 +203,8 @@ impl Planner {
         }
     }
 
-    /// Takes a polynomial from fitted coefficients, and the moments of drawn rows of `total` with these weights.
+    /// Chooses a polynomial with one of the fitted coefficients, if one is within the tolerance on the rows that `moments`
+    /// are of: rows drawn out of `total`, with these weights.
     pub fn try_fitted(
         &mut self,
         moments: &Moments,
@@ -213,20 +222,20 @@ impl Planner {
     pub fn look_for_landmarks<T: Real>(
         &mut self,
         ctx: &Context,
-        tokens: &Tokens<'_, T>,
+        arrays: &HeadArrays<'_, T>,
         gradients: bool,
         seed: u64,
     ) -> Result<()> {
         let ranks = self.ranks();
         let Some(&most) = ranks.last() else { return Ok(()) };
-        let (head, hopes) = (tokens.as_head()?, self.hopes());
+        let (head, hopes) = (arrays.as_head()?, self.hopes());
         let found = landmark::Sample::new(&head, self.is_strict(), most, seed)
             .and_then(|sample| sample.candidates(ctx, &ranks, gradients, hopes));
         self.try_landmarks(found)
     }
 }
 
-/// A random gradient of the outputs of rows that a plan is made from, `(rows, d_v)`.
+/// A random dout of the rows that a plan is made from, `(rows, d_v)`.
 pub fn random_dout(rows: usize, d_v: usize, seed: u64) -> Mat<f64> {
     super::random_dout(rows, d_v, seed)
 }

@@ -135,7 +135,7 @@ impl Mask {
         self.is_none() || self.seen(i, m).contains(&j)
     }
 
-    /// The keys, of `m`, that any of some queries sees, and a few between them.
+    /// The keys, of `m`, that any of some consecutive queries sees: they are consecutive too.
     pub fn seen_by(&self, queries: Range<usize>, m: usize) -> Range<usize> {
         if queries.is_empty() {
             return 0..0;
@@ -196,46 +196,80 @@ pub const NO_KEY_REMEDY: &str = "leave such rows out, pad on the right where cau
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    fn masks(n: usize) -> Vec<(Mask, usize)> {
-        let segments = |causal| Mask::Segments { starts: [0, 3, 4, 9].into(), causal };
-        let window = |offset, width| (Mask::Window { offset, width }, n + offset);
-        vec![
-            (Mask::None, n + 5),
-            (Mask::Causal { offset: 0 }, n),
-            (Mask::Causal { offset: 4 }, n + 4),
-            window(0, 1),
-            window(0, 3),
-            window(7, 5),
-            window(2, 100),
-            (segments(false), n),
-            (segments(true), n),
-        ]
+    /// Any mask of up to 40 queries, which it fits, and its keys.
+    fn mask() -> impl Strategy<Value = (Mask, usize, usize)> {
+        (1usize..=40, 0usize..60, 0usize..60, 1usize..60, proptest::collection::vec(any::<bool>(), 40), any::<bool>())
+            .prop_flat_map(|(n, m, offset, width, cuts, causal)| {
+                let starts: Arc<[usize]> = (0..n).filter(|&i| i == 0 || cuts[i]).collect();
+                prop_oneof![
+                    Just((Mask::None, n, m)),
+                    Just((Mask::Causal { offset }, n, n + offset)),
+                    Just((Mask::Window { offset, width }, n, n + offset)),
+                    Just((Mask::Segments { starts, causal }, n, n)),
+                ]
+            })
     }
 
-    #[test]
-    fn coverage_and_hidden_scores_are_those_of_every_pair() {
-        let n = 12;
-        for (mask, m) in masks(n) {
-            mask.check(n, m).expect("sizes that fit");
-            for (i0, i1, j0, j1) in
-                [(0, 5, 0, 4), (0, 12, 0, m), (3, 4, 3, 4), (5, 12, 0, 3), (2, 9, 4, 11), (0, 2, 9, 12)]
-            {
-                let pairs: Vec<bool> =
-                    (j0..j1).flat_map(|j| (i0..i1).map(move |i| (i, j))).map(|(i, j)| mask.sees(i, j, m)).collect();
-                let mut scores = vec![1.0f64; pairs.len()];
-                mask.hide(i0..i1, j0..j1, m, &mut scores);
-                let expected: Vec<f64> = pairs.iter().map(|&seen| if seen { 1.0 } else { f64::NEG_INFINITY }).collect();
-                assert_eq!(scores, expected, "{mask:?} {:?}", (i0, i1, j0, j1));
-                match mask.coverage(i0..i1, j0..j1, m) {
-                    Coverage::Full => assert!(pairs.iter().all(|&seen| seen), "{mask:?}"),
-                    Coverage::Empty => assert!(pairs.iter().all(|&seen| !seen), "{mask:?}"),
-                    Coverage::Part => {}
-                }
-                let some = mask.seen_by(i0..i1, m);
-                assert!((0..m).all(|j| some.contains(&j) || (i0..i1).all(|i| !mask.sees(i, j, m))), "{mask:?}");
+    /// Whether query `i` sees key `j`, by the masks' definitions.
+    fn sees_by_definition(mask: &Mask, i: usize, j: usize) -> bool {
+        match mask {
+            Mask::None => true,
+            Mask::Causal { offset } => j <= i + offset,
+            Mask::Window { offset, width } => j <= i + offset && j + width > i + offset,
+            Mask::Segments { starts, causal } => {
+                let segment = |token: usize| starts.iter().filter(|&&start| start <= token).count();
+                segment(i) == segment(j) && (!causal || j <= i)
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_mask_says_of_rows_tiles_and_scores_is_what_it_says_of_every_pair(
+            (mask, n, m) in mask(),
+            corners in proptest::array::uniform4(any::<proptest::sample::Index>()),
+        ) {
+            prop_assert!(mask.check(n, m).is_ok());
+            let sees = |i: usize, j: usize| sees_by_definition(&mask, i, j);
+            for (i, j) in (0..n).flat_map(|i| (0..m).map(move |j| (i, j))) {
+                prop_assert_eq!(mask.sees(i, j, m), sees(i, j));
+                prop_assert_eq!(mask.seen(i, m).contains(&j), sees(i, j));
+            }
+            for i in 1..n {
+                let (before, seen) = (mask.seen(i - 1, m), mask.seen(i, m));
+                prop_assert!(before.start <= seen.start && before.end <= seen.end);
+            }
+            prop_assert!(mask.seen_by(0..0, m).is_empty());
+
+            let between = |a: &proptest::sample::Index, b: &proptest::sample::Index, count: usize| {
+                let (a, b) = (a.index(count + 1), b.index(count + 1));
+                a.min(b)..a.max(b)
+            };
+            let [a, b, c, d] = &corners;
+            let (queries, keys) = (between(a, b, n), between(c, d, m));
+            let seen_by = mask.seen_by(queries.clone(), m);
+            for j in 0..m {
+                prop_assert_eq!(seen_by.contains(&j), queries.clone().any(|i| sees(i, j)));
+            }
+            if queries.is_empty() || keys.is_empty() {
+                return Ok(());
+            }
+            let pairs: Vec<bool> = keys.clone().flat_map(|j| queries.clone().map(move |i| (i, j))).map(|(i, j)| sees(i, j)).collect();
+            let seen = pairs.iter().filter(|&&seen| seen).count();
+            let expected = match seen {
+                0 => Coverage::Empty,
+                _ if seen == pairs.len() => Coverage::Full,
+                _ => Coverage::Part,
+            };
+            prop_assert_eq!(mask.coverage(queries.clone(), keys.clone(), m), expected);
+            let mut scores = vec![1.0f64; pairs.len()];
+            mask.hide(queries, keys, m, &mut scores);
+            let expected: Vec<f64> = pairs.iter().map(|&seen| if seen { 1.0 } else { f64::NEG_INFINITY }).collect();
+            prop_assert_eq!(scores, expected);
         }
     }
 

@@ -326,7 +326,7 @@ impl<'a> RowSums<'a> {
                 upstream,
                 weights: &self.draw.weights[some.clone()],
                 exact: [&self.exact[some.clone()], &self.delta[some.clone()]],
-                own: [&self.own[some.clone()], &own_delta[some.clone()]],
+                engine: [&self.own[some.clone()], &own_delta[some.clone()]],
                 squares: [&squares[0][some.clone()], &squares[1][some]],
             };
             unseen_row_sums(&pairs, &mut all);

@@ -6,7 +6,7 @@ use lingrad_core::plan::choice::{ColumnSums, Costs, Planner};
 use lingrad_core::plan::moments::Moments;
 use lingrad_core::plan::rates::{self, Rates};
 use lingrad_core::plan::report::HeadReport;
-use lingrad_core::plan::sampled::{self, Tokens};
+use lingrad_core::plan::sampled::{self, HeadArrays};
 use lingrad_core::spec::{Auto, LandmarkConstants};
 use lingrad_core::{Error, Mask, Scores, plan, tolerance};
 use numpy::ndarray::ArrayView1;
@@ -45,8 +45,8 @@ impl<'py, T: Scalar> Inputs<'py, T> {
         })
     }
 
-    fn tokens(&self, causal: bool, scale: f64, head: usize) -> Result<Tokens<'_, T>> {
-        Ok(Tokens {
+    fn arrays(&self, causal: bool, scale: f64, head: usize) -> Result<HeadArrays<'_, T>> {
+        Ok(HeadArrays {
             q: self.q.matrix()?,
             k: self.k.matrix()?,
             v: self.v.as_ref().map(View::matrix).transpose()?,
@@ -104,7 +104,7 @@ pub fn estimate_error(
     })
 }
 
-/// `(keys, 3)` from pairs `(queries, keys)` and queries: see `lingrad_core::measure::unseen_row_sums`. `exact`, `own` and
+/// `(keys, 3)` from pairs `(queries, keys)` and queries: see `lingrad_core::plan::sampled::unseen_row_sums`. `exact`, `own` and
 /// `squares` have two rows of as many numbers as there are queries.
 #[pyfunction]
 pub fn unseen_row_sums<'py>(
@@ -185,9 +185,9 @@ pub fn fitted_coefficients<'py>(
     entry(|| {
         by_dtype!(q, T => {
             let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-            let tokens = inputs.tokens(causal, scale, head)?;
+            let arrays = inputs.arrays(causal, scale, head)?;
             let shift = [query_shift.read()?, key_shift.read()?];
-            run(py, None, |_| sampled::fitted_coefficients(&tokens, degree, shift))
+            run(py, None, |_| sampled::fitted_coefficients(&arrays, degree, shift))
         })
     })
 }
@@ -210,8 +210,8 @@ pub fn landmark_constants<'py>(
     entry(|| {
         let constants: LandmarkConstants = by_dtype!(q, T => {
             let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-            let tokens = inputs.tokens(causal, scale, head)?;
-            run(py, None, |ctx| sampled::landmark_constants(ctx, &tokens, rank, seed))?
+            let arrays = inputs.arrays(causal, scale, head)?;
+            run(py, None, |ctx| sampled::landmark_constants(ctx, &arrays, rank, seed))?
         });
         constants_dict(py, &constants)
     })
@@ -324,9 +324,9 @@ impl HeadPlanner {
             let spread = column_sums(&values.read()?)?.spread();
             by_dtype!(q, T => {
                 let inputs = Inputs::<T>::new(q, k, None, key_bias)?;
-                let tokens = inputs.tokens(self.causal, self.scale, self.head)?;
+                let arrays = inputs.arrays(self.causal, self.scale, self.head)?;
                 let positions = positions.as_ref().map(|[q, k]| [&q[..], &k[..]]);
-                run(py, None, |_| self.planner.look_at_tokens(&tokens, positions, spread))
+                run(py, None, |_| self.planner.look_at_tokens(&arrays, positions, spread))
             })
         })
     }
@@ -386,9 +386,9 @@ impl HeadPlanner {
         entry(|| {
             by_dtype!(q, T => {
                 let inputs = Inputs::<T>::new(q, k, Some(v), key_bias)?;
-                let tokens = inputs.tokens(self.causal, self.scale, self.head)?;
+                let arrays = inputs.arrays(self.causal, self.scale, self.head)?;
                 let (gradients, seed) = (self.auto.gradients, self.auto.seed);
-                run(py, None, |ctx| self.planner.look_for_landmarks(ctx, &tokens, gradients, seed))
+                run(py, None, |ctx| self.planner.look_for_landmarks(ctx, &arrays, gradients, seed))
             })
         })
     }

@@ -29,9 +29,11 @@ pub(crate) use self::sample::{Candidate, Hopes, Sample, fit_size};
 use super::{Engine, Prepared};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::linear::full;
 use crate::linear::gaussians::Gaussians;
+use crate::linear::levels;
 use crate::linear::near::{NearKeys, NearWeights, Nearby};
-use crate::linear::pass::{self, Pass};
+use crate::linear::pass::Pass;
 use crate::linear::scan;
 use crate::linear::shifts::Shifts;
 use crate::linear::state::LARGEST_STATE;
@@ -120,7 +122,7 @@ impl<T: Real> Prepared<T> for OfHead<T> {
     ) -> Result<()> {
         let pass = self.pass(ctx, head)?;
         if head.scores.mask.is_none() {
-            pass.forward(out, row_max, row_scale).map(drop)
+            full::forward(&pass, out, row_max, row_scale).map(drop)
         } else {
             scan::forward(&pass, out, row_max, row_scale)
         }
@@ -128,10 +130,14 @@ impl<T: Real> Prepared<T> for OfHead<T> {
 
     fn backward(&self, ctx: &Context, head: &Head<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
         let pass = self.pass(ctx, head)?;
-        if head.scores.mask.is_none() { pass.backward(None, up, grads) } else { scan::backward(&pass, up, grads) }
+        if head.scores.mask.is_none() {
+            full::backward(&pass, None, up, grads)
+        } else {
+            scan::backward(&pass, up, grads)
+        }
     }
 
     fn log_row_sums(&self, head: &Head<'_, T>, rows: RowFactors<'_, T>) -> Result<Vec<f64>> {
-        pass::log_row_sums(head, &self.shifts, Some(&self.features), rows)
+        levels::log_row_sums(head, &self.shifts, Some(&self.features), rows)
     }
 }

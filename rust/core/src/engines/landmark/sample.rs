@@ -18,29 +18,29 @@ use crate::spec::LandmarkConstants;
 
 /// Queries, and keys, that landmarks are drawn from.
 const POOL: usize = 512;
-/// Queries, and keys, that `M` is fitted to at the least and at the most, and so many a landmark.
+/// Queries, and keys, that `M` is fitted to, at the least and at the most; between these so many for each landmark.
 const FIT: [usize; 2] = [512, 2048];
 const FIT_A_LANDMARK: usize = 4;
-/// Below this remainder, relative to 1, a point is resolved by the landmarks.
+/// Landmarks resolve a point where they leave less than this of its kernel value, which is 1.
 const RESOLVED: f64 = 1e-14;
-/// Ridges that are tried, relative to the mean diagonal.
+/// Ridges that are tried in inverses, relative to the mean of the diagonal.
 const RIDGES: [f64; 2] = [1e-8, 1e-13];
-/// Queries, and keys, that matrices of up to so many landmarks are fitted to.
+/// Queries, and keys, that matrices of up to `rank` landmarks are fitted to.
 pub(crate) fn fit_size(rank: usize) -> usize {
     (FIT_A_LANDMARK * rank).clamp(FIT[0], FIT[1])
 }
 
-/// What landmarks must not exceed to be looked at further.
+/// What the largest number of landmarks must not exceed: where it does, smaller numbers are not tried.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Hopes {
-    /// The root of the part of the points' weight that the most of them leave.
+    /// The root of the part of the points' weight that the landmarks leave unresolved.
     pub unresolved: f64,
-    /// The error of the most of them.
+    /// Their error on the sample.
     pub error: f64,
 }
 
 impl Hopes {
-    /// Everything is looked at.
+    /// Everything is tried.
     pub const ALL: Self = Self { unresolved: f64::INFINITY, error: f64::INFINITY };
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Candidate {
     pub constants: LandmarkConstants,
     /// The relative error of outputs.
     pub out: f64,
-    /// The larger of those of dq and dk for a random dout, where they were asked for.
+    /// The larger of the relative errors of dq and dk for a random dout, where that was asked for.
     pub gradients: Option<f64>,
 }
 
@@ -66,19 +66,24 @@ pub(crate) struct Sample<'a, T> {
     pub head: &'a Head<'a, T>,
     pub scale: f64,
     pub seed: u64,
+    /// `α` and `β`, `(d,)` each.
     pub shifts: [Vec<f64>; 2],
+    /// `t`.
     pub balance: f64,
-    /// Tokens that may be drawn: the first so many queries, and those keys whose bias leaves them a weight.
+    /// The first so many queries may be drawn.
     queries: usize,
+    /// The keys that may be drawn: those whose bias leaves them a weight.
     keys: Vec<usize>,
-    most: usize,
+    /// Queries, and keys, that matrices are fitted to.
+    fit_size: usize,
 }
 
 impl<'a, T: Real> Sample<'a, T> {
-    /// Of the first [`PREFIX`] tokens where `prefix`; for up to `rank` landmarks.
+    /// A sample for up to `rank` landmarks, of the first [`PREFIX`] tokens alone where `prefix`. An error where there is no
+    /// key to attend to, or where sizes overflow.
     pub fn new(head: &'a Head<'a, T>, prefix: bool, rank: usize, seed: u64) -> Result<Self> {
-        let seen = |all: usize| if prefix { all.min(PREFIX) } else { all };
-        let (queries, keys) = (seen(head.q.nrows()), live_keys(head, seen(head.k.nrows()))?);
+        let limit = |tokens: usize| if prefix { tokens.min(PREFIX) } else { tokens };
+        let (queries, keys) = (limit(head.n()), live_keys(head, limit(head.m()))?);
         if queries == 0 || keys.is_empty() {
             return Err(Error::Denominator(format!("head {} has no key to attend to", head.index)));
         }
@@ -88,20 +93,21 @@ impl<'a, T: Real> Sample<'a, T> {
             mean(sums_and_square(head.q, 0..queries).0, queries),
             mean(sums_and_square(head.k, keys.iter().copied()).0, keys.len()),
         ];
-        let size = |x: MatRef<'_, T>, rows: Vec<usize>, by: &[f64]| {
-            let square = |&i: &usize| x.row(i).iter().zip(by).map(|(x, by)| (x.to_f64() - by).powi(2)).sum::<f64>();
+        let size = |x: MatRef<'_, T>, rows: Vec<usize>, shift: &[f64]| {
+            let square = |&i: &usize| x.row(i).iter().zip(shift).map(|(x, s)| (x.to_f64() - s).powi(2)).sum::<f64>();
             (rows.iter().map(square).sum::<f64>() / rows.len() as f64).sqrt()
         };
-        let some = |of: usize| stratified(of, POOL, seed);
-        let of_q = size(head.q, some(queries), &shifts[0]);
-        let of_k = size(head.k, some(keys.len()).into_iter().map(|i| keys[i]).collect(), &shifts[1]);
-        let balance = if of_q > 0.0 && of_k > 0.0 { (of_q / of_k).sqrt() } else { 1.0 };
+        let drawn = |count: usize| stratified(count, POOL, seed);
+        let size_q = size(head.q, drawn(queries), &shifts[0]);
+        let size_k = size(head.k, drawn(keys.len()).into_iter().map(|i| keys[i]).collect(), &shifts[1]);
+        let balance = if size_q > 0.0 && size_k > 0.0 { (size_q / size_k).sqrt() } else { 1.0 };
         if !balance.is_finite() || balance == 0.0 {
             return Err(Error::NonFinite(format!("queries or keys of head {} overflow", head.index)));
         }
-        Ok(Self { head, scale: head.scores.scale, seed, shifts, balance, queries, keys, most: fit_size(rank) })
+        Ok(Self { head, scale: head.scores.scale, seed, shifts, balance, queries, keys, fit_size: fit_size(rank) })
     }
 
+    /// The error of a sample that no landmarks resolve.
     pub fn no_landmarks(&self) -> Error {
         Error::Denominator(format!(
             "head {}: no landmarks resolve a sample of its scores; use another engine",
@@ -109,9 +115,10 @@ impl<'a, T: Real> Sample<'a, T> {
         ))
     }
 
-    /// Sampled rows of one side, shifted and balanced.
+    /// `count` sampled tokens of one side, or all: which they are, and the points `q̂` or `k̂`, `(count, d)`. Every `salt` has
+    /// a sample of its own.
     pub fn points(&self, side: Side, count: usize, salt: u64) -> Result<(Vec<usize>, Mat<f64>)> {
-        let (x, all, by) = match side {
+        let (x, all, shift) = match side {
             Side::Queries => (self.head.q, self.queries, &self.shifts[0]),
             Side::Keys => (self.head.k, self.keys.len(), &self.shifts[1]),
         };
@@ -123,26 +130,28 @@ impl<'a, T: Real> Sample<'a, T> {
         if side == Side::Keys {
             rows.iter_mut().for_each(|i| *i = self.keys[*i]);
         }
-        let entry = |i: usize, c: usize| factor * (x[(rows[i], c)].to_f64() - by[c]);
+        let entry = |i: usize, c: usize| factor * (x[(rows[i], c)].to_f64() - shift[c]);
         let points = matrix(rows.len(), x.ncols(), "sampled tokens", entry)?;
         Ok((rows, points))
     }
 
-    /// `ln w_j` of sampled keys: `b_j + c α.k'_j + |c| |k̂_j|^2 / 2`, less their largest bias.
+    /// `ln w_j = b_j + c α.k'_j + |c| |k̂_j|^2 / 2` of the sampled keys `rows`, less their largest bias.
     pub fn log_weights(&self, rows: &[usize], points: &Mat<f64>) -> Vec<f64> {
         let alpha = &self.shifts[0];
         let bias = |j: usize| self.head.key_bias.map_or(0.0, |b| b[j].to_f64());
         let largest = rows.iter().map(|&j| bias(j)).fold(f64::NEG_INFINITY, f64::max);
         (rows.iter().enumerate())
             .map(|(i, &j)| {
-                let own = bias(j) - largest;
+                let relative_bias = bias(j) - largest;
                 let along: f64 = (0..alpha.len()).map(|c| alpha[c] * points[(i, c)]).sum();
-                own + self.scale * along / self.balance + self.scale.abs() / 2.0 * square(points.row(i).iter())
+                relative_bias
+                    + self.scale * along / self.balance
+                    + self.scale.abs() / 2.0 * square(points.row(i).iter())
             })
             .collect()
     }
 
-    /// `g(x_i, y_j)`.
+    /// `g(x_i, y_j) = e^{-|c| |x_i - y_j|^2 / 2}`, `(rows of x, rows of y)`.
     pub fn kernel(&self, x: &Mat<f64>, y: &Mat<f64>) -> Result<Mat<f64>> {
         let mut kernel = multiplied(x.as_ref(), y.transpose(), "a kernel matrix")?;
         let squares = |x: &Mat<f64>| (0..x.nrows()).map(|i| square(x.row(i).iter())).collect::<Vec<_>>();
@@ -154,7 +163,7 @@ impl<'a, T: Real> Sample<'a, T> {
         Ok(kernel)
     }
 
-    /// Turns `x_i.y` into `g(x_i, y)`, given the squares of both.
+    /// Turns `x_i.y` into `g(x_i, y)`, given `|x_i|^2` and `|y|^2`.
     fn gaussian(&self, products: &mut [f64], xx: &[f64], yy: f64) {
         let c = self.scale.abs();
         vectorised(
@@ -167,12 +176,13 @@ impl<'a, T: Real> Sample<'a, T> {
         );
     }
 
-    /// The landmarks of each of the `ranks`, in increasing order, that err least on a sample; fewer landmarks where fewer
-    /// resolve the sample, and fewer candidates where there is no hope of more.
+    /// For each of the `ranks`, which increase, the landmarks that err least on a sample of their own. There are fewer
+    /// landmarks where fewer resolve the sample, and candidates of the largest ranks alone, or none, where these exceed the
+    /// `hopes`. Time `O(s^2 (d + r) + s r^2 + r^3)` for the largest rank `r` and [`fit_size`] `s`.
     pub fn candidates(&self, ctx: &Context, ranks: &[usize], gradients: bool, hopes: Hopes) -> Result<Vec<Candidate>> {
-        let most = ranks.iter().copied().max().unwrap_or(0);
-        let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * most), 1)?;
-        let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * most), 2)?;
+        let largest = ranks.iter().copied().max().unwrap_or(0);
+        let (_, pool_q) = self.points(Side::Queries, POOL.max(2 * largest), 1)?;
+        let (pool_rows, pool_k) = self.points(Side::Keys, POOL.max(2 * largest), 2)?;
         if pool_k.nrows() == 0 || pool_q.nrows() == 0 {
             return Err(self.no_landmarks());
         }
@@ -184,7 +194,7 @@ impl<'a, T: Real> Sample<'a, T> {
             .par_iter()
             .map(|weights| {
                 ctx.check()?;
-                let (pivots, left) = self.pivots(&pool, weights, most)?;
+                let (pivots, left) = self.pivots(&pool, weights, largest)?;
                 let points = || matrix(pivots.len(), pool.ncols(), "landmarks", |i, c| pool[(pivots[i], c)]);
                 (left <= hopes.unresolved && !pivots.is_empty()).then(points).transpose()
             })
@@ -202,14 +212,14 @@ impl<'a, T: Real> Sample<'a, T> {
             })
             .collect::<Result<Vec<_>>>()?;
         let best = (0..ranks.len()).filter_map(|i| {
-            let of_rank = tried.iter().filter_map(|tried| tried[i].as_ref());
-            of_rank.reduce(|a, b| if b.worst() < a.worst() { b } else { a }).cloned()
+            let candidates = tried.iter().filter_map(|tried| tried[i].as_ref());
+            candidates.reduce(|a, b| if b.worst() < a.worst() { b } else { a }).cloned()
         });
         Ok(best.collect())
     }
 
-    /// The best candidate of each rank among the first of these landmarks. The most come first: where they err more than
-    /// `hopeless`, there are no others.
+    /// For each rank the best candidate among the first `rank` of these landmarks. The largest rank is tried first: where it
+    /// errs more than `hopeless`, smaller ones are not tried.
     fn tried(
         &self,
         fit: &Fit,
@@ -218,26 +228,28 @@ impl<'a, T: Real> Sample<'a, T> {
         ranks: &[usize],
         hopeless: f64,
     ) -> Result<Vec<Option<Candidate>>> {
-        let scaled = |x: &Mat<f64>, by: &[f64]| {
+        // Least squares: with Φ_q the features of queries times 1/D_i, Φ_k those of keys times w_j, and the target G,
+        // M = (Φ_q^T Φ_q)^-1 (Φ_q^T G Φ_k) (Φ_k^T Φ_k)^-1.
+        let scaled = |x: &Mat<f64>, factors: &[f64]| {
             let mut features = self.kernel(x, landmarks)?;
             for column in features.col_iter_mut() {
-                column.iter_mut().zip(by).for_each(|(x, by)| *x *= by);
+                column.iter_mut().zip(factors).for_each(|(x, factor)| *x *= factor);
             }
             Ok(features)
         };
-        let (of_q, of_k) = (scaled(&fit.queries, &fit.row_weights)?, scaled(&fit.keys, &fit.key_weights)?);
+        let (phi_q, phi_k) = (scaled(&fit.queries, &fit.row_weights)?, scaled(&fit.keys, &fit.key_weights)?);
         let times = |a, b| multiplied(a, b, "products of landmarks' features");
-        let gram = [times(of_q.transpose(), of_q.as_ref())?, times(of_k.transpose(), of_k.as_ref())?];
-        let cross = times(of_q.transpose(), times(fit.target.as_ref(), of_k.as_ref())?.as_ref())?;
-        let own = self.kernel(landmarks, landmarks)?;
+        let gram = [times(phi_q.transpose(), phi_q.as_ref())?, times(phi_k.transpose(), phi_k.as_ref())?];
+        let cross = times(phi_q.transpose(), times(fit.target.as_ref(), phi_k.as_ref())?.as_ref())?;
+        let kernel = self.kernel(landmarks, landmarks)?;
         let mut best: Vec<Option<Candidate>> = ranks.iter().map(|_| None).collect();
         for (&rank, best) in ranks.iter().zip(&mut best).rev() {
             let r = rank.min(landmarks.nrows());
-            let head = |x: &Mat<f64>| x.submatrix(0, 0, r, r).to_owned();
-            let inverses = RIDGES.iter().filter_map(|&ridge| inverse(head(&own), ridge));
+            let of_first = |x: &Mat<f64>| x.submatrix(0, 0, r, r).to_owned();
+            let inverses = RIDGES.iter().filter_map(|&ridge| inverse(of_first(&kernel), ridge));
             let fitted = RIDGES.iter().filter_map(|&ridge| {
-                let [q, k] = [inverse(head(&gram[0]), ridge), inverse(head(&gram[1]), ridge)];
-                Some(q? * head(&cross) * k?)
+                let [q, k] = [inverse(of_first(&gram[0]), ridge), inverse(of_first(&gram[1]), ridge)];
+                Some(q? * of_first(&cross) * k?)
             });
             judge.best(landmarks.subrows(0, r), fitted.chain(inverses).collect(), best)?;
             if best.as_ref().is_none_or(|best| best.worst() > hopeless) {
@@ -247,8 +259,8 @@ impl<'a, T: Real> Sample<'a, T> {
         Ok(best)
     }
 
-    /// The square of the largest share that each point may have in a row of attention: `1/D_i` of a query, `w_j` of a key,
-    /// both scaled to a sum of 1.
+    /// For each point, queries first, the square of the largest share that it may have in a row of attention: `1/D_i^2` of a
+    /// query, `w_j^2` of a key. Those of either side are scaled to a sum of 1.
     fn shares(&self, queries: &Mat<f64>, keys: &Mat<f64>, log_weights: &[f64]) -> Result<Vec<f64>> {
         let mut kernel = self.kernel(queries, keys)?;
         let (rows, keys) = normalise(&mut kernel, log_weights);
@@ -259,13 +271,14 @@ impl<'a, T: Real> Sample<'a, T> {
         Ok([part(&rows), part(&keys)].concat())
     }
 
-    /// Points chosen by randomly pivoted Cholesky, up to `most`; and the root of the part of all weights that they leave.
-    fn pivots(&self, x: &Mat<f64>, weights: &[f64], most: usize) -> Result<(Vec<usize>, f64)> {
+    /// Up to `rank` of the points, chosen by randomly pivoted Cholesky; and the root of the part of all weights that they
+    /// leave unresolved. Time `O(n rank (d + rank))`.
+    fn pivots(&self, x: &Mat<f64>, weights: &[f64], rank: usize) -> Result<(Vec<usize>, f64)> {
         let n = x.nrows();
         let squares: Vec<f64> = (0..n).map(|i| square(x.row(i).iter())).collect();
         let mut rest = vec![1.0; n];
         let (mut pivots, mut factor) = (Vec::new(), Vec::<Vec<f64>>::new());
-        while pivots.len() < most {
+        while pivots.len() < rank {
             let total: f64 = rest.iter().zip(weights).map(|(r, w)| r * w).sum();
             if !(rest.iter().any(|&r| r > RESOLVED) && total > 0.0) {
                 break;
@@ -289,13 +302,13 @@ impl<'a, T: Real> Sample<'a, T> {
             let product = MatMut::from_column_major_slice_mut(&mut column, n, 1);
             matmul(product, Accum::Replace, x, p.transpose().as_mat(), 1.0, Par::Seq);
             self.gaussian(&mut column, &squares, squares[pivot]);
-            for before in &factor {
-                let by = before[pivot];
-                column.iter_mut().zip(before).for_each(|(x, b)| *x -= by * b);
+            for earlier in &factor {
+                let at_pivot = earlier[pivot];
+                column.iter_mut().zip(earlier).for_each(|(x, earlier)| *x -= at_pivot * earlier);
             }
-            let by = 1.0 / column[pivot].max(RESOLVED).sqrt();
+            let inverse = 1.0 / column[pivot].max(RESOLVED).sqrt();
             for (column, rest) in column.iter_mut().zip(&mut rest) {
-                *column *= by;
+                *column *= inverse;
                 *rest = (*rest - *column * *column).max(0.0);
             }
             rest[pivot] = 0.0;
@@ -307,19 +320,23 @@ impl<'a, T: Real> Sample<'a, T> {
     }
 }
 
-/// The sample that matrices are fitted to: its points, and `w_j g_ij / D_i` with the factors `1/D_i` and `w_j`.
+/// The sample that matrices are fitted to.
 struct Fit {
+    /// Points, `(s, d)`.
     queries: Mat<f64>,
     keys: Mat<f64>,
+    /// `w_j g_ij / D_i`, `(s, s)`.
     target: Mat<f64>,
+    /// `1 / D_i`.
     row_weights: Vec<f64>,
+    /// `w_j`.
     key_weights: Vec<f64>,
 }
 
 impl Fit {
     fn new<T: Real>(sample: &Sample<'_, T>) -> Result<Self> {
-        let (_, queries) = sample.points(Side::Queries, sample.most, 3)?;
-        let (rows, keys) = sample.points(Side::Keys, sample.most, 4)?;
+        let (_, queries) = sample.points(Side::Queries, sample.fit_size, 3)?;
+        let (rows, keys) = sample.points(Side::Keys, sample.fit_size, 4)?;
         if rows.is_empty() {
             return Err(sample.no_landmarks());
         }
@@ -333,7 +350,7 @@ fn square<'a>(x: impl Iterator<Item = &'a f64>) -> f64 {
     x.map(|x| x * x).sum()
 }
 
-/// Multiplies column j of a kernel by `w_j` and then each row by `1/D_i`, so that it sums to 1; returns both factors.
+/// Multiplies column j of a kernel by `w_j`, and then row i by `1/D_i`, so that it sums to 1. Returns all `1/D_i` and `w_j`.
 pub(super) fn normalise(kernel: &mut Mat<f64>, log_weights: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let level = log_weights.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
     let weights: Vec<f64> = log_weights.iter().map(|w| (w - level).exp()).collect();
@@ -348,16 +365,17 @@ pub(super) fn normalise(kernel: &mut Mat<f64>, log_weights: &[f64]) -> (Vec<f64>
     // A query that no sampled key reaches has no say.
     rows.iter_mut().for_each(|sum| *sum = if *sum > f64::MIN_POSITIVE { 1.0 / *sum } else { 0.0 });
     for column in kernel.col_iter_mut() {
-        column.iter_mut().zip(&rows).for_each(|(x, by)| *x *= by);
+        column.iter_mut().zip(&rows).for_each(|(x, factor)| *x *= factor);
     }
     (rows, weights)
 }
 
-/// The inverse of a symmetric positive matrix with a ridge of so much of its mean diagonal, if there is one.
+/// The inverse of a symmetric positive matrix whose diagonal is raised by `ridge` times its mean; `None` where rounding
+/// leaves none.
 fn inverse(mut x: Mat<f64>, ridge: f64) -> Option<Mat<f64>> {
     let r = x.nrows();
-    let by = ridge * (0..r).map(|i| x[(i, i)]).sum::<f64>() / r as f64;
-    (0..r).for_each(|i| x[(i, i)] += by);
+    let raise = ridge * (0..r).map(|i| x[(i, i)]).sum::<f64>() / r as f64;
+    (0..r).for_each(|i| x[(i, i)] += raise);
     let factor = x.llt(Half::Lower).ok()?;
     Some(factor.solve(Mat::<f64>::identity(r, r)))
 }

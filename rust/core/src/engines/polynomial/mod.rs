@@ -28,9 +28,11 @@ use self::fit::taylor;
 use super::{Engine, Prepared};
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::linear::full;
+use crate::linear::levels;
 use crate::linear::monomials::{self, Monomials};
 use crate::linear::near::{NearKeys, NearWeights, Nearby};
-use crate::linear::pass::{self, Pass};
+use crate::linear::pass::Pass;
 use crate::linear::polynomials::Polynomials;
 use crate::linear::scan;
 use crate::linear::shifts::{PREFIX, Relative, Shifts, biases, live_keys, mean};
@@ -181,7 +183,7 @@ impl<T: Real> Prepared<T> for OfHead<T> {
             if !head.scores.mask.is_none() {
                 return scan::forward(&pass, out, row_max, row_scale).map(|()| None);
             }
-            let state = pass.forward(out, row_max, row_scale)?;
+            let state = full::forward(&pass, out, row_max, row_scale)?;
             // Only where it is smaller than the keys and values that it stands for.
             let small = state.sum.len() <= head.m() * (head.d() + head.d_v());
             Ok((small && self.form.consistent).then_some(state))
@@ -194,15 +196,15 @@ impl<T: Real> Prepared<T> for OfHead<T> {
             if !head.scores.mask.is_none() {
                 scan::backward(&pass, up, grads)
             } else if self.options.shift == Shift::Mean && self.form.consistent {
-                pass.backward_through_means(self.of_keys.as_ref(), up, grads)
+                full::backward_through_means(&pass, self.of_keys.as_ref(), up, grads)
             } else {
-                pass.backward(self.of_keys.as_ref(), up, grads)
+                full::backward(&pass, self.of_keys.as_ref(), up, grads)
             }
         })
     }
 
     fn log_row_sums(&self, head: &Head<'_, T>, rows: RowFactors<'_, T>) -> Result<Vec<f64>> {
-        pass::log_row_sums(head, &self.form.shifts, None, rows)
+        levels::log_row_sums(head, &self.form.shifts, None, rows)
     }
 
     fn error_bound(&self, head: &Head<'_, T>, out: &[T]) -> Option<f64> {

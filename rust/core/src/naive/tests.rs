@@ -1,0 +1,331 @@
+//! The exact engine under every mask: its results, their measured errors and their bits.
+
+use faer::{ColRef, Mat, MatRef};
+
+use super::Naive;
+use crate::attention::Attention;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::measure::{ErrorEstimate, measure_error};
+use crate::numerics::draws::uniform;
+use crate::numerics::real::Real;
+use crate::plan::report::HeadReport;
+use crate::problem::grads::AttentionGrads;
+use crate::problem::heads::Heads;
+use crate::problem::scores::Mask;
+use crate::spec::{Auto, Diagonal, Engine, Landmark, Polynomial};
+
+const D: usize = 5;
+const D_V: usize = 3;
+const SCALE: f64 = 0.4;
+/// Query heads, which share one key head.
+const GROUP: usize = 2;
+
+/// Sums of at most 4600 terms and scores of up to 20, whose rounding the exponential passes on: measured below 1e-13.
+const LIMIT_F64: f64 = 1e-12;
+/// The same for float32: the largest error of out and dv here is 4e-7, that of the others, whose terms cancel, 2.7e-6.
+const LIMIT_F32: f64 = 5e-6;
+
+/// Tokens at which tiles of 112 end, and those of other engines.
+const SIZES: [usize; 9] = [1, 7, 63, 64, 65, 111, 112, 113, 200];
+
+fn window(offset: usize, width: usize) -> Mask {
+    Mask::Window { offset, width }
+}
+
+fn segments(starts: impl IntoIterator<Item = usize>, causal: bool) -> Mask {
+    Mask::Segments { starts: starts.into_iter().collect::<Vec<_>>().into(), causal }
+}
+
+/// Every kind of mask for `n` queries, with its keys.
+fn masks(n: usize) -> Vec<(Mask, usize)> {
+    let mut all: Vec<_> = SIZES.iter().map(|&m| (Mask::None, m)).collect();
+    for offset in [0, 1, 7, 64, 112, 200] {
+        all.push((Mask::Causal { offset }, n + offset));
+        all.extend([1, 2, 64, 65, 112, 1000].map(|width| (window(offset, width), n + offset)));
+    }
+    for causal in [false, true] {
+        // One segment, segments of one token, across and at the ends of tiles, and all lengths from 1 on.
+        let cut = |starts: &[usize]| segments(starts.iter().copied().filter(|&start| start < n), causal);
+        let triangles = (0..).map(|i| i * (i + 1) / 2).take_while(|&start| start < n);
+        all.extend(
+            [cut(&[0]), cut(&[0, 1, 2, 60, 61, 130]), cut(&[0, 112]), cut(&[0, 64, 111, 113])].map(|mask| (mask, n)),
+        );
+        all.extend([segments(0..n, causal), segments(triangles, causal)].map(|mask| (mask, n)));
+    }
+    all
+}
+
+/// A call on numbers of variance 1. Where it is biased, a third of the keys weigh next to nothing beside the others, and
+/// every fifth is removed.
+#[derive(Debug, Clone)]
+struct Call {
+    mask: Mask,
+    n: usize,
+    m: usize,
+    biased: bool,
+}
+
+struct Arrays<T> {
+    q: Vec<Mat<T>>,
+    k: Mat<T>,
+    v: Mat<T>,
+    bias: Option<Vec<T>>,
+    dout: Vec<Mat<T>>,
+}
+
+/// `out`, and the gradients by name.
+type Results<T> = [(&'static str, Vec<T>); 5];
+
+impl Call {
+    fn new((mask, m): (Mask, usize), n: usize, biased: bool) -> Self {
+        mask.check(n, m).expect("sizes that fit");
+        Self { mask, n, m, biased }
+    }
+
+    /// The arrays, of numbers that float32 holds exactly: both types have the same ones.
+    fn arrays<T: Real>(&self) -> Arrays<T> {
+        let number = |array: u64, at: usize| 12f64.sqrt() * (uniform(array, at as u64) - 0.5);
+        let rows = |array: u64, n: usize, d: usize| {
+            Mat::from_fn(n, d, |i, c| T::of(f64::from(number(array, i * d + c) as f32)))
+        };
+        // No key is removed that some query sees alone; every other query sees more keys than removed ones.
+        let removed = |j: usize| {
+            let seen_alone = |i: usize| self.mask.seen(i, self.m) == (j..j + 1);
+            j % 5 == 3 && !(0..self.n).any(seen_alone)
+        };
+        let bias = |j: usize| match j {
+            j if removed(j) => f64::NEG_INFINITY,
+            j => f64::from(number(9, j) as f32) - if j % 3 == 0 { 20.0 } else { 0.0 },
+        };
+        Arrays {
+            q: (0..GROUP as u64).map(|h| rows(10 + h, self.n, D)).collect(),
+            k: rows(2, self.m, D),
+            v: rows(3, self.m, D_V),
+            bias: self.biased.then(|| (0..self.m).map(|j| T::of(bias(j))).collect()),
+            dout: (0..GROUP as u64).map(|h| rows(20 + h, self.n, D_V)).collect(),
+        }
+    }
+
+    fn attention(&self, engine: Engine) -> Attention {
+        Attention::new(engine, self.mask.clone(), SCALE)
+    }
+
+    /// The exact engine's results, in arrays that held NaN before, and its reports of errors measured on all tokens.
+    fn run<T: Real>(&self, arrays: &Arrays<T>) -> Result<(Results<T>, Vec<HeadReport>)> {
+        let nan = |len: usize| vec![T::of(f64::NAN); len];
+        let (mut out, mut dq) = (nan(GROUP * self.n * D_V), nan(GROUP * self.n * D));
+        let (mut dk, mut dv, mut db) = (nan(self.m * D), nan(self.m * D_V), nan(self.m));
+        let (ctx, heads, attention) = (Context::new(), arrays.heads(), self.attention(Engine::Exact));
+        let saved = attention.forward(&ctx, &heads, &mut out)?;
+        let dout: Vec<_> = arrays.dout.iter().map(Mat::as_ref).collect();
+        let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: Some(&mut db) };
+        let reports = attention.backward(&ctx, &heads, &saved, &out, &dout, self.n.max(self.m), grads)?;
+        Ok(([("out", out), ("dq", dq), ("dk", dk), ("dv", dv), ("dkey_bias", db)], reports))
+    }
+
+    fn oracle(&self) -> Results<f64> {
+        let arrays = self.arrays::<f64>();
+        let flat =
+            |x: &Mat<f64>| x.row_iter().flat_map(|row| row.iter().copied().collect::<Vec<_>>()).collect::<Vec<_>>();
+        let (mut out, mut dq) = (Vec::new(), Vec::new());
+        let (mut dk, mut dv, mut db) = (Mat::zeros(self.m, D), Mat::zeros(self.m, D_V), vec![0.0; self.m]);
+        for (q, dout) in arrays.q.iter().zip(&arrays.dout) {
+            let naive = Naive {
+                q: q.as_ref(),
+                k: arrays.k.as_ref(),
+                v: arrays.v.as_ref(),
+                key_bias: arrays.bias.as_deref().unwrap_or_default(),
+                mask: self.mask.clone(),
+                scale: SCALE,
+                polynomial: None,
+            };
+            out.extend(flat(&naive.forward()));
+            let grads = naive.backward(dout.as_ref());
+            dq.extend(flat(&grads.dq));
+            dk += grads.dk;
+            dv += grads.dv;
+            db.iter_mut().zip(grads.dkey_bias).for_each(|(sum, x)| *sum += x);
+        }
+        [("out", out), ("dq", dq), ("dk", flat(&dk)), ("dv", flat(&dv)), ("dkey_bias", db)]
+    }
+
+    fn check<T: Real>(&self, limit: f64) {
+        let (got, _) = self.run(&self.arrays::<T>()).expect("every row sees a key");
+        for ((name, got), (_, want)) in got.iter().zip(self.oracle()) {
+            let got: Vec<f64> = got.iter().map(|x| x.to_f64()).collect();
+            let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+            // Where one key has nearly all of a row's weight, terms of size 1 cancel in its gradient, and rounding stays:
+            // that of one row for each query, and for each key that of the rows that weigh it.
+            let rows = if name.starts_with("dk") { (GROUP * self.n).div_ceil(self.m) } else { 1 };
+            let least = ((want.len() * rows) as f64).sqrt() / 8.0;
+            let difference: Vec<f64> = got.iter().zip(&want).map(|(got, want)| got - want).collect();
+            let error = norm(&difference) / norm(&want).max(least);
+            assert!(error <= limit, "{name}: error {error:.2e} over {limit:.0e} in {self:?}");
+        }
+    }
+}
+
+impl<T: Real> Arrays<T> {
+    fn heads(&self) -> Heads<'_, T> {
+        Heads {
+            q: self.q.iter().map(Mat::as_ref).collect(),
+            k: vec![self.k.as_ref()],
+            v: vec![self.v.as_ref()],
+            key_bias: self.bias.as_ref().map(|bias| vec![ColRef::from_slice(bias)]),
+        }
+    }
+}
+
+fn calls(n: usize) -> impl Iterator<Item = Call> {
+    masks(n).into_iter().flat_map(move |mask| [false, true].map(|biased| Call::new(mask.clone(), n, biased)))
+}
+
+/// What takes more than one square of the backward pass, and more than one task of measured rows.
+fn long_calls() -> Vec<Call> {
+    let n = 2100;
+    let masks = [
+        Mask::Causal { offset: 2500 },
+        window(0, 1),
+        window(1500, 700),
+        segments([0, 1, 3, 700, 1792, 1793], false),
+        segments([0, 500, 2016, 2099], true),
+    ];
+    let keys = |mask: &Mask| match mask {
+        Mask::Causal { offset } | Mask::Window { offset, .. } => n + offset,
+        _ => n,
+    };
+    masks.into_iter().map(|mask| (keys(&mask), mask)).map(|(m, mask)| Call::new((mask, m), n, true)).collect()
+}
+
+#[test]
+fn exact_attention_and_its_gradients_match_the_oracle_under_every_mask() {
+    for call in SIZES.into_iter().flat_map(calls).chain(long_calls()) {
+        call.check::<f64>(LIMIT_F64);
+        call.check::<f32>(LIMIT_F32);
+    }
+}
+
+#[test]
+fn results_have_the_same_bits_for_any_number_of_threads_under_every_mask() {
+    let on = |threads: usize, call: &Call| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        pool.install(|| call.run(&call.arrays::<f32>())).expect("every row sees a key").0
+    };
+    for call in calls(200).chain(long_calls()) {
+        let (one, two) = (on(1, &call), on(2, &call));
+        for ((name, one), (_, two)) in one.iter().zip(&two) {
+            assert!(one.iter().zip(two).all(|(one, two)| one.to_bits() == two.to_bits()), "{name} in {call:?}");
+        }
+    }
+}
+
+#[test]
+fn a_row_whose_keys_are_all_removed_is_an_error_that_names_it() {
+    // The keys of row 130: by a window that holds removed ones alone, by its segment, and by all that come before.
+    for (mask, m, removed) in [
+        (window(0, 2), 200, 129..131),
+        (window(50, 1), 250, 180..181),
+        (segments([0, 130, 131], false), 200, 130..131),
+        (segments([0, 120, 180], true), 200, 120..131),
+        (Mask::Causal { offset: 5 }, 205, 0..136),
+    ] {
+        let call = Call::new((mask, m), 200, true);
+        let mut arrays = call.arrays::<f64>();
+        arrays.bias = Some((0..m).map(|j| if removed.contains(&j) { f64::NEG_INFINITY } else { 0.0 }).collect());
+        let first = (0..200).find(|&i| call.mask.seen(i, m).all(|j| removed.contains(&j))).expect("such a row");
+        let Err(Error::Denominator(text)) = call.run(&arrays) else { panic!("no such error in {call:?}") };
+        assert!(text.contains(&format!("row {first} of head")) && text.contains("no key to attend to"), "{text}");
+    }
+}
+
+#[test]
+fn measured_errors_of_exact_results_are_rounding_and_those_of_others_are_found_under_every_mask() {
+    let rounding = |error: ErrorEstimate| error.relative <= 1e-11;
+    for call in calls(130).chain(long_calls()) {
+        let arrays = call.arrays::<f64>();
+        let (results, reports) = call.run(&arrays).expect("every row sees a key");
+        let single = (0..call.n).all(|i| call.mask.seen(i, call.m).len() == 1);
+        for errors in reports.iter().map(|report| &report.errors) {
+            let measured = [errors.out, errors.dv].map(|error| error.expect("a measurement"));
+            assert!(measured.into_iter().all(rounding), "{measured:?} in {call:?}");
+            let measured = [errors.dq, errors.dk].map(|error| error.expect("a measurement"));
+            assert!(single || measured.into_iter().all(rounding), "{measured:?} in {call:?}");
+        }
+        let doubled: Vec<f64> = results[0].1.iter().map(|x| 2.0 * x).collect();
+        let views: Vec<_> =
+            doubled.chunks(call.n * D_V).map(|x| MatRef::from_row_major_slice(x, call.n, D_V)).collect();
+        let scores = call.attention(Engine::Exact).scores;
+        let error = measure_error(&Context::new(), &arrays.heads(), &scores, &views, usize::MAX, 0).expect("rows");
+        assert!((error.relative - 1.0).abs() <= 1e-11, "{error:?} in {call:?}");
+    }
+}
+
+fn low_rank_engines() -> [Engine; 3] {
+    let landmark = Landmark { rank: 8, seed: 0, constants: None };
+    let polynomial = Polynomial { diagonal: Diagonal::Polynomial, ..Polynomial::default() };
+    [Engine::Polynomial(Polynomial::default()), Engine::Polynomial(polynomial), Engine::Landmark(landmark)]
+}
+
+#[test]
+fn low_rank_engines_refuse_masks_that_they_do_not_have() {
+    for call in calls(65) {
+        let served = matches!(call.mask, Mask::None | Mask::Causal { offset: 0 });
+        for engine in low_rank_engines() {
+            let mut out = vec![0.0; GROUP * call.n * D_V];
+            let arrays = call.arrays::<f64>();
+            let result = call.attention(engine).forward(&Context::new(), &arrays.heads(), &mut out);
+            // Eight landmarks need not resolve a head, which is another error.
+            match result {
+                Err(Error::Argument(text)) => {
+                    assert!(!served && text.contains(&call.mask.to_string()) && text.contains("Exact()"), "{text}");
+                }
+                _ => assert!(served, "{call:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tolerance_is_met_by_the_exact_engine_under_masks_that_no_other_has() {
+    // Scores that a polynomial of degree 1 follows, at a length where it would be much cheaper.
+    let n = 6000;
+    for (mask, m) in [
+        (Mask::Causal { offset: 3 }, n + 3),
+        (window(0, 3000), n),
+        (window(9, n), n + 9),
+        (segments([0], true), n),
+        (segments([0, 10], false), n),
+    ] {
+        let row = |i: usize, c: usize| 0.01 * (uniform(1, (2 * i + c) as u64) - 0.5);
+        let (q, k) = (Mat::from_fn(n, 2, row), Mat::from_fn(m, 2, row));
+        let v = Mat::from_fn(m, 1, |j, _| 1.0 + uniform(2, j as u64));
+        let heads = Heads { q: vec![q.as_ref()], k: vec![k.as_ref()], v: vec![v.as_ref()], key_bias: None };
+        let auto = Auto { tol: 1e-2, gradients: false, strict_causal: false, seed: 0 };
+        let attention = Attention { method: crate::Method::Auto(auto), ..Attention::new(Engine::Exact, mask, 1.0) };
+        let mut out = vec![f64::NAN; n];
+        let saved = attention.forward(&Context::new(), &heads, &mut out).expect("exact attention");
+        let report = &saved.reports[0];
+        assert!(report.plan.engine == Engine::Exact && report.missed.is_none(), "{report:?}");
+        assert!(report.plan.reason.contains(&attention.scores.mask.to_string()), "{report:?}");
+    }
+}
+
+#[test]
+fn queries_and_keys_that_do_not_fit_a_mask_are_refused() {
+    let call = Call::new((Mask::None, 9), 7, false);
+    let arrays = call.arrays::<f64>();
+    for mask in [
+        Mask::Causal { offset: 0 },
+        // Fewer keys than queries come before query 0: no offset stands for that.
+        Mask::Causal { offset: 1 },
+        window(3, 4),
+        window(usize::MAX, 4),
+        window(2, 0),
+        segments([0], true),
+    ] {
+        let attention = Attention::new(Engine::Exact, mask, SCALE);
+        let result = attention.forward(&Context::new(), &arrays.heads(), &mut vec![0.0; GROUP * 7 * D_V]);
+        assert!(matches!(result, Err(Error::Shape(_) | Error::Argument(_))), "{:?}", attention.scores.mask);
+    }
+}
