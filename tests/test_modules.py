@@ -14,9 +14,10 @@ from helpers import (
     relative_error,
     run_vjp,
 )
-from limits import DIFFERENCE, GOLDEN, KINK_DIFFERENCE, KINK_STEP, MODULE, SAME_MODEL, SMALL_STEP
+from limits import DIFFERENCE, GOLDEN, KINK_DIFFERENCE, KINK_STEP, MODULE, REORDERED, SAME_MODEL, SMALL_STEP
 
 import lingrad_rs as lg
+from lingrad_rs.backends.array import layers
 
 D = 6
 
@@ -137,6 +138,22 @@ def test_pullback_of_an_embedding_is_the_adjoint_of_its_derivative(backend, rng)
         return float(np.sum(dy * vjp(backend, embedding, {"embed": embed}, tokens)[0]))
 
     assert difference_error(value, embed, grads["embed"], rng) <= DIFFERENCE
+
+
+def test_rare_and_frequent_tokens_of_a_large_vocabulary_get_their_sums(backend, dtype, rng, monkeypatch):
+    # One-hot rows of that many numbers would take products of n vocab d.
+    monkeypatch.setattr(layers, "add_products", None)
+    vocab, n = 300_000, 3000
+    tokens = np.concatenate([np.full(n // 2, 7), rng.integers(0, vocab, n // 2 - 2), [0, vocab - 1]])
+    rng.shuffle(tokens)
+    dy = (1 + rng.standard_normal((n, 3))).astype(dtype)
+    _, pullback = vjp(backend, embedding, {"embed": np.ones((vocab, 3), dtype)}, tokens)
+    want = np.zeros((vocab, 3))
+    np.add.at(want, tokens, dy.astype(np.float64))
+    got = pullback(dy)[1]["embed"]
+    assert got.dtype == dtype
+    assert relative_error(got, want) <= REORDERED[dtype]
+    assert not got[np.setdiff1d(np.arange(vocab), tokens)].any()
 
 
 def chain(params):
