@@ -76,7 +76,7 @@ pub fn measure_error<T: Real>(
 fn of_all_heads<T: Real>(heads: &Heads<'_, T>, scores: &Scores, out: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
     let of_head = |i: usize| {
         let head = heads.head(i, scores);
-        let mut guides = Known::new(&head)?.of_queries(&head, None)?;
+        let mut guides = Known::new(&head)?.query_guides(&head, None)?;
         guides.push(guides::squares(out[i])?);
         Ok(guides)
     };

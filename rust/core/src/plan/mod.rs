@@ -100,7 +100,7 @@ fn polynomials<T: Real>(
     if planner.degrees() == 0 {
         return Ok(());
     }
-    let draw = Draw::new(head.n(), rows(head.n()), auto.seed ^ 0x9A, &known.of_queries(head, None)?)?;
+    let draw = Draw::new(head.n(), rows(head.n()), auto.seed ^ 0x9A, &known.query_guides(head, None)?)?;
     let dout = auto.gradients.then(|| random_dout(draw.rows.len(), head.d_v(), auto.seed));
     let near = polynomial::near_keys(&Planner::polynomial(1, strict));
     let Some(moments) = Moments::new(ctx, head, &draw.rows, &shifts, near, planner.degrees(), dout.as_ref())? else {

@@ -220,7 +220,7 @@ impl<T: Real> Group<'_, '_, T> {
         seed: u64,
         grads: Option<&HeadGrads<'_, T>>,
     ) -> Result<Draw> {
-        let of_head = |i: usize| known[i].of_keys(&self.head(self.first + i), &dout[i]);
+        let of_head = |i: usize| known[i].key_guides(&self.head(self.first + i), &dout[i]);
         let mut all = of_head(0)?;
         for i in 1..self.group {
             for (all, own) in all.iter_mut().zip(of_head(i)?) {
@@ -354,7 +354,7 @@ impl Check {
         for i in of.indices() {
             let (head, prepared) = (of.head(i), &of.saved.heads[i]);
             let log_sums = prepared.log_row_sums(&head, of.saved.rows(i))?;
-            let mut guides = known[i - of.first].of_queries(&head, Some(&sizes[i - of.first]))?;
+            let mut guides = known[i - of.first].query_guides(&head, Some(&sizes[i - of.first]))?;
             if let Some((dq, _)) = results {
                 let rows = of.rows() * d;
                 guides.push(guides::squares_of(&dq[(i - of.first) * rows..(i - of.first + 1) * rows], d)?);

@@ -115,7 +115,7 @@ pub(crate) fn forward<T: Real>(
             Ok(prepared) => {
                 // Not the rows that the engine was chosen by.
                 let known = known.map_or_else(|| Known::new(head), Ok)?;
-                let mut guides = known.of_queries(head, None)?;
+                let mut guides = known.query_guides(head, None)?;
                 guides.push(guides::squares_of(out, head.d_v())?);
                 let draw = Draw::new(head.n(), samples(head.n()), auto.seed ^ 0xF0, &guides)?;
                 let exact = exact_rows(ctx, head, &draw.rows, None)?.out;
