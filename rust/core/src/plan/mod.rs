@@ -67,8 +67,8 @@ pub(crate) fn plan_head<T: Real>(ctx: &Context, head: &Head<'_, T>, auto: &Auto)
         polynomials(ctx, head, auto, &known, &keys, &mut planner)?;
     }
     let ranks = planner.ranks();
-    if let Some(&most) = ranks.last() {
-        let found = landmark::Sample::new(head, strict, most, auto.seed)
+    if let Some(&largest) = ranks.last() {
+        let found = landmark::Sample::new(head, strict, largest, auto.seed)
             .and_then(|sample| sample.candidates(ctx, &ranks, auto.gradients, planner.hopes()));
         planner.try_landmarks(found)?;
     }
