@@ -287,7 +287,7 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         1 => {
             let count = s.below(20);
             let numbers = s.numbers::<f64>(3 * count);
-            let row = |x: &[f64]| Squares { error: x[0].abs(), exact: x[1].abs(), given: x[2].abs(), more: 0.0 };
+            let row = |x: &[f64]| Squares { error: x[0].abs(), exact: x[1].abs(), given: x[2].abs(), unseen: 0.0 };
             let squares: Vec<_> = numbers.chunks_exact(3).map(row).collect();
             let count = s.near(count);
             let weights: Vec<f64> = s.numbers::<f64>(count).iter().map(|x| 1.0 + x.abs()).collect();

@@ -146,10 +146,10 @@ impl<T: Real> Near<T> {
     /// Adds the numerators and denominators `far` of the far keys, `(e, queries)`, each query's times its factor.
     pub fn add_far(&mut self, far: MatRef<'_, T>, factor: impl Fn(usize) -> T) {
         let mut factors = [T::ZERO; NEAR_TILE];
-        factors.iter_mut().enumerate().take(far.ncols()).for_each(|(t, by)| *by = factor(t));
+        factors.iter_mut().enumerate().take(far.ncols()).for_each(|(t, to)| *to = factor(t));
         for (out, far) in self.out.chunks_exact_mut(far.ncols()).zip(far.row_iter()) {
-            for ((out, &far), &by) in out.iter_mut().zip(far.iter()).zip(&factors) {
-                *out += far * by;
+            for ((out, &far), &factor) in out.iter_mut().zip(far.iter()).zip(&factors) {
+                *out += far * factor;
             }
         }
     }
@@ -164,7 +164,7 @@ impl<T: Real> Near<T> {
                 *constant = T::of(pass.tokens.row_constant(i));
             }
             for row in f.chunks_exact_mut(bq) {
-                row.iter_mut().zip(&constants).for_each(|(s, &by)| *s -= by);
+                row.iter_mut().zip(&constants).for_each(|(s, &constant)| *s -= constant);
             }
         }
         if let Some(bias) = pass.tokens.head.key_bias {
@@ -226,17 +226,17 @@ impl<T: Real> Near<T> {
             for i in 0..bq {
                 let seen = keys.start + j <= queries.start + i;
                 let w = if seen { pass.tokens.weight(keys.start + j, max[i].to_f64()) } else { T::ZERO };
-                let (s, by) = (f[i], w * scale.map_or(T::ONE, |s| s[i]));
+                let (s, factor) = (f[i], w * scale.map_or(T::ONE, |s| s[i]));
                 let (mut p, mut dp) = (T::ZERO, T::ZERO);
                 for &a in a.iter().rev() {
                     dp = dp * s + p;
                     p = p * s + a;
                 }
                 let used = w != T::ZERO;
-                f[i] = if used { p * by } else { T::ZERO };
+                f[i] = if used { p * factor } else { T::ZERO };
                 self.sums[i] += f[i];
                 if let Some(slope) = &mut slope {
-                    slope[i] = if used { dp * by } else { T::ZERO };
+                    slope[i] = if used { dp * factor } else { T::ZERO };
                 }
             }
         }

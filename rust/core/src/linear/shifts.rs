@@ -172,8 +172,8 @@ impl<'a, T: Real> Shifted<'a, T> {
         load_rows(up.dout, start, len, &[], e, &mut tokens.values);
         for (i, values) in (start..start + len).zip(tokens.values.chunks_exact_mut(e)) {
             values[e - 1] = -up.delta[i];
-            let by = factor(i);
-            values.iter_mut().for_each(|v| *v *= by);
+            let factor = factor(i);
+            values.iter_mut().for_each(|v| *v *= factor);
         }
     }
 }

@@ -131,7 +131,7 @@ impl Draw {
         let largest = squares.iter().fold(0.0, |largest: f64, s| largest.max(s.error).max(s.exact));
         let unit = if largest > 0.0 { largest } else { 1.0 };
         let weighted = || squares.iter().zip(&self.weights);
-        let error: f64 = weighted().map(|(s, w)| w * ((s.error + s.more) / unit)).sum();
+        let error: f64 = weighted().map(|(s, w)| w * ((s.error + s.unseen) / unit)).sum();
         let plain: f64 = weighted().map(|(s, w)| w * (s.exact / unit)).sum();
         let difference = |s: &Squares| s.exact / unit - s.given / unit;
         // What is known of all given rows is of use where they are near the exact ones.
@@ -146,11 +146,11 @@ impl Draw {
             return exactly(f64::INFINITY);
         }
         let r = error / size;
-        // What is expected is exceeded by more the fewer rows it is a sum over: by chi-square with so many degrees of
-        // freedom; and it may lie along the error.
-        let more = |power: i32| weighted().map(|(s, w)| (w * (s.more / unit)).powi(power)).sum::<f64>();
-        let along: f64 = weighted().map(|(s, w)| w * w * (s.error / unit) * (s.more / unit)).sum();
-        let beyond = 2.0 * NORMAL_95 * (more(2).sqrt() + along.sqrt()) / size;
+        // The sum of the unseen errors scatters as chi-square does, the more the fewer rows it is over; and they may lie
+        // along the seen ones.
+        let squared: f64 = weighted().map(|(s, w)| (w * (s.unseen / unit)).powi(2)).sum::<f64>();
+        let along: f64 = weighted().map(|(s, w)| w * w * (s.error / unit) * (s.unseen / unit)).sum();
+        let beyond = 2.0 * NORMAL_95 * (squared.sqrt() + along.sqrt()) / size;
         if rows == self.total {
             return ErrorEstimate { relative: r.sqrt(), low: r.sqrt(), high: (r + beyond).sqrt(), rows };
         }
@@ -180,28 +180,28 @@ impl Draw {
         self.compare_with(exact, given, width, |_| 0.0)
     }
 
-    /// The same, with more squared error expected in some of the rows, of unknown direction.
+    /// The same, where a squared error `unseen(i)` of unknown direction is expected beside that of the i-th drawn row.
     pub fn compare_with<T: Real>(
         &self,
         exact: &Mat<f64>,
         given: &[T],
         width: usize,
-        more: impl Fn(usize) -> f64,
+        unseen: impl Fn(usize) -> f64,
     ) -> Result<ErrorEstimate> {
         let all = given.par_chunks(NUMBERS_A_TASK).map(|x| x.iter().map(|x| x.to_f64().powi(2)).sum::<f64>());
         let all: Vec<f64> = all.collect();
         let mut squares = squares(exact, |i, c| given[self.rows[i] * width + c].to_f64())?;
-        squares.iter_mut().enumerate().for_each(|(i, squares)| squares.more = more(i));
+        squares.iter_mut().enumerate().for_each(|(i, squares)| squares.unseen = unseen(i));
         Ok(self.estimate(&squares, Some(all.iter().sum())))
     }
 
-    /// The same for rows that are both in the order of [`rows`](Self::rows), where the others are not known.
+    /// The estimate for rows that are in the order of [`rows`](Self::rows) too, where the others are not known.
     pub fn compare_drawn(&self, exact: &Mat<f64>, got: &Mat<f64>) -> Result<ErrorEstimate> {
         Ok(self.estimate(&squares(exact, |i, c| got[(i, c)])?, None))
     }
 }
 
-/// The numbers of the `count` largest of a guide.
+/// The rows with the `count` largest numbers of a guide, in no order; none of those whose number is 0.
 pub(crate) fn first_rows(guide: &[f64], count: usize) -> Result<Vec<usize>> {
     let mut rows = room(guide.len(), DRAWN)?;
     rows.extend((0..guide.len()).filter(|&i| guide[i] > 0.0));
@@ -221,8 +221,8 @@ pub struct Squares {
     pub exact: f64,
     /// `|given|^2`.
     pub given: f64,
-    /// What is expected to be missing in `error`: the mean square of a change whose direction is not known.
-    pub more: f64,
+    /// The squared error that is expected beside `error`: the mean square of a change whose direction is not known.
+    pub unseen: f64,
 }
 
 pub(super) fn squares(exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> Result<Vec<Squares>> {
@@ -231,7 +231,7 @@ pub(super) fn squares(exact: &Mat<f64>, given: impl Fn(usize, usize) -> f64) -> 
         error: sum(&|c| (exact[(i, c)] - given(i, c)).powi(2)),
         exact: sum(&|c| exact[(i, c)] * exact[(i, c)]),
         given: sum(&|c| given(i, c) * given(i, c)),
-        more: 0.0,
+        unseen: 0.0,
     });
     collected(rows, DRAWN)
 }

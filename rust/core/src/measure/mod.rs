@@ -27,12 +27,12 @@ pub use self::draw::{ErrorEstimate, Squares};
 /// Tokens that one task goes through.
 const TOKENS_A_TASK: usize = 32 * TILE;
 
-/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows drawn at random (see the top of
-/// this file), each computed exactly, in float64.
+/// Estimates `‖out - exact‖_F / ‖exact‖_F` over all heads together, from `samples` rows that are drawn at random and computed
+/// exactly, in float64. The top of `measure/draw.rs` says how rows are drawn, and what the interval is; it is a point where
+/// all rows are drawn.
 ///
-/// The standard error of the ratio's square is that of `sum e_i - R x_i` over `sum x_i`, less the finite-population
-/// factor, and the interval is taken on its logarithm. All rows sampled: the interval is a point. Time `O(samples m (d +
-/// dv))`.
+/// Time `O(samples m (d + d_v) + (n + m) d^2)` a head. Errors: shapes that do not fit, `samples` of 0, numbers that are not
+/// finite, and rows without a key to attend to.
 pub fn measure_error<T: Real>(
     ctx: &Context,
     heads: &Heads<'_, T>,
@@ -52,13 +52,13 @@ pub fn measure_error<T: Real>(
     }
     heads.check_finite()?;
     check_finite("out", out)?;
-    let draw = Draw::new(h * n, samples, seed, &of_all_heads(heads, scores, out)?)?;
+    let draw = Draw::new(h * n, samples, seed, &guides_of_all_heads(heads, scores, out)?)?;
     let of_heads: Vec<&[usize]> = draw.rows.chunk_by(|a, b| a / n == b / n).collect();
     let exact = of_heads
         .into_par_iter()
         .map(|rows| {
-            let own = collected(rows.iter().map(|i| i % n), DRAWN)?;
-            exact_rows(ctx, &heads.head(rows[0] / n, scores), &own, None)
+            let of_head = collected(rows.iter().map(|i| i % n), DRAWN)?;
+            exact_rows(ctx, &heads.head(rows[0] / n, scores), &of_head, None)
         })
         .collect::<Result<Vec<_>>>()?;
     let mut rows = room(draw.rows.len(), DRAWN)?;
@@ -72,23 +72,23 @@ pub fn measure_error<T: Real>(
     Ok(draw.estimate(&squares(&exact, given)?, Some(all)))
 }
 
-/// What rows of all heads together are drawn by.
-fn of_all_heads<T: Real>(heads: &Heads<'_, T>, scores: &Scores, out: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
+/// The guides that rows of all heads together are drawn by, head after head.
+fn guides_of_all_heads<T: Real>(heads: &Heads<'_, T>, scores: &Scores, out: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
     let of_head = |i: usize| {
         let head = heads.head(i, scores);
-        let mut guides = Known::new(&head)?.of_queries(&head, None)?;
+        let mut guides = Known::new(&head)?.query_guides(&head, None)?;
         guides.push(guides::squares(out[i])?);
         Ok(guides)
     };
     let mut all = Vec::new();
     for i in 0..out.len() {
-        let own: Vec<Vec<f64>> = of_head(i)?;
+        let guides: Vec<Vec<f64>> = of_head(i)?;
         if i == 0 {
-            for guide in &own {
+            for guide in &guides {
                 all.push(room(out.len() * guide.len(), "guides that rows are drawn by")?);
             }
         }
-        all.iter_mut().zip(own).for_each(|(all, own)| all.extend(own));
+        all.iter_mut().zip(guides).for_each(|(all, guide)| all.extend(guide));
     }
     Ok(all)
 }

@@ -68,8 +68,8 @@ pub(crate) fn load_rows<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shi
             Some(row) => dst[..d].copy_from_slice(row.as_slice()),
             None => dst.iter_mut().zip(row.iter()).for_each(|(dst, x)| *dst = *x),
         }
-        for (dst, by) in dst.iter_mut().zip(shift) {
-            *dst -= *by;
+        for (dst, shift) in dst.iter_mut().zip(shift) {
+            *dst -= *shift;
         }
     }
 }
@@ -78,9 +78,9 @@ pub(crate) fn load_rows<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shi
 pub(crate) fn load_transposed<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shift: &[T], dst: &mut [T]) {
     for c in 0..x.ncols() {
         let column = x.col(c).subrows(start, len);
-        let by = shift.get(c).copied().unwrap_or(T::ZERO);
+        let shift = shift.get(c).copied().unwrap_or(T::ZERO);
         for (dst, &x) in dst[c * len..(c + 1) * len].iter_mut().zip(column.iter()) {
-            *dst = x - by;
+            *dst = x - shift;
         }
     }
 }

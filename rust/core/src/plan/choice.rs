@@ -276,7 +276,7 @@ impl Planner {
     /// Takes the fewest landmarks that are well within the tolerance on their sample, out of what was found for
     /// [`ranks`](Self::ranks): candidates in increasing order, or why there are none.
     pub(crate) fn try_landmarks(&mut self, found: Result<Vec<landmark::Candidate>>) -> Result<()> {
-        let most = self.ranks().into_iter().max().unwrap_or(0);
+        let largest = self.ranks().into_iter().max().unwrap_or(0);
         let reason = match found {
             Ok(candidates) => {
                 let within = LANDMARK_MARGIN * self.auto.tol;
@@ -288,9 +288,9 @@ impl Planner {
                     return Ok(());
                 }
                 if none {
-                    format!("{most} landmarks leave too many points unresolved")
+                    format!("{largest} landmarks leave too many points unresolved")
                 } else {
-                    format!("the error of up to {most} landmarks is {least:.1e}")
+                    format!("the error of up to {largest} landmarks is {least:.1e}")
                 }
             }
             Err(error @ (Error::Cancelled | Error::Memory { .. })) => return Err(error),

@@ -67,8 +67,8 @@ pub(crate) fn plan_head<T: Real>(ctx: &Context, head: &Head<'_, T>, auto: &Auto)
         polynomials(ctx, head, auto, &known, &keys, &mut planner)?;
     }
     let ranks = planner.ranks();
-    if let Some(&most) = ranks.last() {
-        let found = landmark::Sample::new(head, strict, most, auto.seed)
+    if let Some(&largest) = ranks.last() {
+        let found = landmark::Sample::new(head, strict, largest, auto.seed)
             .and_then(|sample| sample.candidates(ctx, &ranks, auto.gradients, planner.hopes()));
         planner.try_landmarks(found)?;
     }
@@ -100,7 +100,7 @@ fn polynomials<T: Real>(
     if planner.degrees() == 0 {
         return Ok(());
     }
-    let draw = Draw::new(head.n(), rows(head.n()), auto.seed ^ 0x9A, &known.of_queries(head, None)?)?;
+    let draw = Draw::new(head.n(), rows(head.n()), auto.seed ^ 0x9A, &known.query_guides(head, None)?)?;
     let dout = auto.gradients.then(|| random_dout(draw.rows.len(), head.d_v(), auto.seed));
     let near = polynomial::near_keys(&Planner::polynomial(1, strict));
     let Some(moments) = Moments::new(ctx, head, &draw.rows, &shifts, near, planner.degrees(), dout.as_ref())? else {

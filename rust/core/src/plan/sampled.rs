@@ -85,8 +85,12 @@ pub fn estimate_error(squares: &[Squares], weights: &[f64], total: usize, given:
 }
 
 /// What row sums of queries that were not drawn may add to the squared errors of the gradients of drawn keys, `(keys, 3)`:
-/// see [`key_gradients::unseen_row_sums`] for the equation and [`Pairs`] for the arguments. `exact`, `own` (those of the
-/// engine) and `squares` hold two numbers for each query: the first numbers of all queries, then the second ones.
+/// those of dk, dv and the bias.
+///
+/// `scores` and `upstream` are `(queries, keys)`: `s_ij` with its bias, minus infinity where the query does not see the key,
+/// and `dout_i.v_j`. `weights` says what each drawn query stands for. The others hold two numbers for each query, the first
+/// ones of all queries before the second ones: `exact` and `own` hold `ln D_i` and `delta_i`, exact and the engine's,
+/// `squares` holds `|c q_i|^2` and `|dout_i|^2`. The equation is in `measure/key_gradients.rs`.
 pub fn unseen_row_sums(
     scores: &[f64],
     upstream: &[f64],
@@ -227,9 +231,9 @@ impl Planner {
         seed: u64,
     ) -> Result<()> {
         let ranks = self.ranks();
-        let Some(&most) = ranks.last() else { return Ok(()) };
+        let Some(&largest) = ranks.last() else { return Ok(()) };
         let (head, hopes) = (arrays.as_head()?, self.hopes());
-        let found = landmark::Sample::new(&head, self.is_strict(), most, seed)
+        let found = landmark::Sample::new(&head, self.is_strict(), largest, seed)
             .and_then(|sample| sample.candidates(ctx, &ranks, gradients, hopes));
         self.try_landmarks(found)
     }

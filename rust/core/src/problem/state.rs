@@ -50,12 +50,12 @@ pub(crate) fn unpack<const SIZES: usize>(bytes: &[u8]) -> Result<([usize; SIZES]
     Ok((sizes, numbers))
 }
 
-/// An error unless two sizes of states that are to be merged are the same.
-pub(crate) fn expect_same(own: &[usize], other: &[usize]) -> Result<()> {
-    if own == other {
+/// An error unless two states that are to be merged have the same sizes.
+pub(crate) fn expect_same(sizes: &[usize], other: &[usize]) -> Result<()> {
+    if sizes == other {
         return Ok(());
     }
-    Err(Error::Argument(format!("states of sizes {own:?} and {other:?} stand for keys of different heads")))
+    Err(Error::Argument(format!("states of sizes {sizes:?} and {other:?} stand for keys of different heads")))
 }
 
 #[cfg(test)]

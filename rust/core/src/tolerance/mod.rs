@@ -1,13 +1,14 @@
 //! Attention within a tolerance: what a plan chose is run, held against rows that are computed exactly, and computed
 //! exactly where it misses.
 //!
-//! The gradients of keys are held against exact ones *given the row sums* `D_i` and `delta_i` of the forward pass, whose
-//! own output has been held against exact rows: a relative error `eps` of those enters `dk` and `dv` as one of `eps`
-//! times numbers that average out over the queries.
+//! Exact gradients of some keys need the row sums `D_i` and `delta_i` of all queries, which are exact for the sampled queries
+//! alone. The others have those of the forward pass, whose output has been held against exact rows: a relative error `eps`
+//! of theirs enters `dk` and `dv` as `eps` times numbers that average out over the queries, and `check` allows for what is
+//! left.
 
 use std::sync::Arc;
 
-pub(crate) use self::gradients::Group;
+pub(crate) use self::group::Group;
 use crate::context::Context;
 use crate::engines::{self, Prepared, exact};
 use crate::error::{Error, Result};
@@ -22,14 +23,16 @@ use crate::problem::grads::RowFactors;
 use crate::problem::heads::{Head, Sizes};
 use crate::spec::{Auto, Engine};
 
+mod check;
 mod gradients;
+mod group;
 
-/// Rows, and keys, of each head that results are held against: one of so many, within limits. Exact ones in float64 cost
-/// about three times their share of exact attention.
+/// Results are held against one of so many queries of each head, and keys, within limits. Computed exactly in float64, these
+/// cost about three times their share of exact attention.
 const ONE_OF: usize = 64;
 pub(crate) const SAMPLES: [usize; 2] = [64, 256];
 
-/// How many of `n`: what results within a tolerance are held against.
+/// How many of `n` queries, or keys, results within a tolerance are held against.
 pub fn samples(n: usize) -> usize {
     (n / ONE_OF).clamp(SAMPLES[0], SAMPLES[1])
 }
@@ -115,7 +118,7 @@ pub(crate) fn forward<T: Real>(
             Ok(prepared) => {
                 // Not the rows that the engine was chosen by.
                 let known = known.map_or_else(|| Known::new(head), Ok)?;
-                let mut guides = known.of_queries(head, None)?;
+                let mut guides = known.query_guides(head, None)?;
                 guides.push(guides::squares_of(out, head.d_v())?);
                 let draw = Draw::new(head.n(), samples(head.n()), auto.seed ^ 0xF0, &guides)?;
                 let exact = exact_rows(ctx, head, &draw.rows, None)?.out;

@@ -98,7 +98,7 @@ pub fn estimate_error(
             return Err(Error::Shape(format!("squares has shape {:?}; expected (rows, 4)", squares.shape())).into());
         }
         let rows =
-            squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2], more: row[3] });
+            squares.outer_iter().map(|row| Squares { error: row[0], exact: row[1], given: row[2], unseen: row[3] });
         let rows = collected(rows, "drawn rows")?;
         Ok(estimate(sampled::estimate_error(&rows, &numbers(&weights)?, total, given)?))
     })

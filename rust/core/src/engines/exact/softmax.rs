@@ -68,7 +68,7 @@ impl<T: Real> Softmax<T> {
         let mut first = 0;
         for (v, factor) in values {
             if let Some(factor) = factor {
-                self.scores[..bk * bq].iter_mut().zip(*factor).for_each(|(s, by)| *s = s.times(*by));
+                self.scores[..bk * bq].iter_mut().zip(*factor).for_each(|(s, factor)| *s = s.times(*factor));
             }
             let width = v.ncols();
             let tile_out = view_mut(&mut self.tile_out[first * bq..], width, bq);

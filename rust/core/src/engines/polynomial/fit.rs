@@ -55,8 +55,9 @@ impl Sample {
         scale: f64,
         sees: impl Fn(usize, usize) -> bool,
     ) -> Result<Self> {
-        let shifted = |x: MatRef<'_, T>, rows: &[usize], by: &[T]| {
-            Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - by.get(c).map_or(0.0, |b| b.to_f64()))
+        let shifted = |x: MatRef<'_, T>, rows: &[usize], shift: &[T]| {
+            let shift = |c: usize| shift.get(c).map_or(0.0, |shift| shift.to_f64());
+            Mat::from_fn(rows.len(), x.ncols(), |i, c| x[(rows[i], c)].to_f64() - shift(c))
         };
         let rows = stratified(q.nrows(), SAMPLE, 0);
         let columns = stratified(keys.len(), SAMPLE, 1).into_iter().map(|i| keys[i]);
@@ -76,15 +77,15 @@ impl Sample {
                      follow; use Exact()"
                 )));
             }
-            let by = largest.exp();
+            let factor = largest.exp();
             e.extend_from_slice(&s[start..]);
             vectorised(
                 #[inline(always)]
-                || e[start..].iter_mut().for_each(|e| *e = (*e - largest).exp_nonpositive() * by),
+                || e[start..].iter_mut().for_each(|e| *e = (*e - largest).exp_nonpositive() * factor),
             );
             let sum: f64 = e[start..].iter().zip(&weights).map(|(e, w)| e * w).sum();
-            let by = if sum > 0.0 { sum } else { 1.0 };
-            squares.extend(weights[..seen].iter().map(|w| (w / by) * (w / by)));
+            let divisor = if sum > 0.0 { sum } else { 1.0 };
+            squares.extend(weights[..seen].iter().map(|w| (w / divisor) * (w / divisor)));
         }
         let largest = s.iter().fold(0.0, |largest: f64, s| largest.max(s.abs()));
         Ok(Self { scores: s, exponentials: e, squares, largest })
@@ -165,16 +166,16 @@ impl Sample {
     }
 }
 
-/// The sum over all of `like` of what `of` gives, in several partial sums that vectorise.
+/// `sum_i term(i)` over the indices of `x`, in several partial sums that vectorise.
 #[inline(always)]
-fn sum(like: &[f64], of: impl Fn(usize) -> f64) -> f64 {
+fn sum(x: &[f64], term: impl Fn(usize) -> f64) -> f64 {
     const SUMS: usize = 16;
     let mut sums = [0.0; SUMS];
-    let whole = like.len() / SUMS * SUMS;
+    let whole = x.len() / SUMS * SUMS;
     for first in (0..whole).step_by(SUMS) {
         for (l, sum) in sums.iter_mut().enumerate() {
-            *sum += of(first + l);
+            *sum += term(first + l);
         }
     }
-    sums.iter().sum::<f64>() + (whole..like.len()).map(of).sum::<f64>()
+    sums.iter().sum::<f64>() + (whole..x.len()).map(term).sum::<f64>()
 }
