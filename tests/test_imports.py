@@ -105,19 +105,53 @@ def python_imports():
     return {module: set(imported_by(path, modules)) for module, path in files.items() if module}
 
 
-def rust_imports():
-    """Of each part of the core, the parts that its files name; tests may name any."""
-    imports = {}
+def rust_files():
+    """Of each file of the core, as a module's path, the paths that it names; tests may name any."""
+    files = {}
     for path in CORE.rglob("*.rs"):
-        part = path.relative_to(CORE).with_suffix("").parts[0]
-        if part in ("lib", "tests") or path.stem == "tests" or "tests" in path.relative_to(CORE).parts:
+        parts = path.relative_to(CORE).with_suffix("").parts
+        if parts == ("lib",) or "tests" in parts:
             continue
-        text = path.read_text().partition("#[cfg(test)]\nmod tests {")[0]
-        text = re.sub(r"//.*", "", text)
-        named = set(re.findall(r"\bcrate::(\w+)", text))
-        for group in re.findall(r"\bcrate::\{(.*?)\};", text, re.S):
-            named |= set(re.findall(r"(?:^|,)\s*(\w+)", re.sub(r"\{[^{}]*\}", "", group)))
-        imports.setdefault(part, set()).update(name for name in named if name.islower())
+        here = parts[:-1] if parts[-1] == "mod" else parts
+        text = re.sub(r"//.*", "", path.read_text().partition("#[cfg(test)]\nmod tests {")[0])
+        named = {name for use in re.findall(r"\b(?:crate|super|self)::[^;()<>&]*", text) for name in expanded(use)}
+        files[here] = {absolute(here, name) for name in named}
+    return files
+
+
+def expanded(use):
+    """The paths of ``a::{b, c::d}``, each as a tuple."""
+    match = re.match(r"([\w:]*)", re.sub(r"\s+", " ", use))
+    head, rest = match[1].strip(":"), re.sub(r"\s+", " ", use)[match.end() :]
+    if not (rest.startswith("{") and match[1].endswith("::")):
+        return {tuple(head.split("::"))}
+    depth, parts, part = 0, [], ""
+    for letter in rest:
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            break
+        if letter == "," and depth == 1:
+            parts, part = [*parts, part], ""
+        elif not (letter == "{" and depth == 1):
+            part += letter
+    inner = (name for part in [*parts, part] for name in expanded(part.strip()))
+    return {(*head.split("::"), *name) for name in inner}
+
+
+def absolute(here, name):
+    """A path from the root of the core."""
+    if name[0] == "crate":
+        return name[1:]
+    while name and name[0] in ("super", "self"):
+        here, name = (here[:-1] if name[0] == "super" else here), name[1:]
+    return (*here, *name)
+
+
+def rust_imports():
+    """Of each part of the core, the parts that its files name."""
+    imports = {}
+    for here, named in rust_files().items():
+        imports.setdefault(here[0], set()).update(name[0] for name in named if name)
     return imports
 
 
@@ -138,3 +172,17 @@ def test_every_part_has_its_place():
     assert sorted(rust_imports()) == sorted(RUST)
     assert all(not imported for part, imported in python_imports().items() if part in titles)
     assert {part for part, named in python_imports().items() if "" in named} <= {"cli.app", "cli.timing"}
+
+
+def test_no_files_of_the_core_name_each_other_in_a_circle():
+    """Files of one folder neither. A folder's own file may name those inside, and they what it declares."""
+    files = rust_files()
+    edges = {}
+    for here, named in files.items():
+        held = {next((name[:i] for i in range(len(name), 0, -1) if name[:i] in files), here) for name in named}
+        edges[here] = {there for there in held if there != here[: len(there)]}
+    assert sum(map(len, edges.values())) > 100, "nothing was read"
+    while leaves := [here for here, named in edges.items() if not named & edges.keys()]:
+        for here in leaves:
+            del edges[here]
+    assert edges == {}

@@ -51,7 +51,7 @@ mod _lingrad_rs {
     #[pymodule_export]
     const RANKS: [usize; 4] = lingrad_core::plan::choice::RANKS;
     #[pymodule_export]
-    const LARGEST_BOUND: f64 = lingrad_core::plan::choice::LARGEST_BOUND;
+    const LARGEST_BOUND: f64 = lingrad_core::plan::moments::LARGEST_BOUND;
     #[pymodule_export]
     const LARGEST_STATE: usize = lingrad_core::limits::LARGEST_STATE;
     #[pymodule_export]

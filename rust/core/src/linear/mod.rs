@@ -11,6 +11,7 @@ pub(crate) mod gaussians;
 pub(crate) mod levels;
 pub(crate) mod monomials;
 pub(crate) mod near;
+pub(crate) mod nearby;
 pub(crate) mod pass;
 pub(crate) mod polynomials;
 pub(crate) mod scan;

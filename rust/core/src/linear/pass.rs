@@ -25,7 +25,7 @@
 use faer::{Accum, MatRef};
 
 use super::features::{FeatureMap, Purpose, Side, Tile, TokenRows};
-use super::near::Nearby;
+use super::nearby::Nearby;
 use super::shifts::{Shifted, Shifts};
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -47,9 +47,6 @@ const SPREAD: f64 = 0.5;
 /// further: a remainder `ρ` of the kernel errs by `sqrt(ρ(q, q) ρ(k, k))` in a weight, and its square enters twice.
 const UNRESOLVED: f64 = 1.6;
 
-/// Beyond this bound of the scores no polynomial is considered: squares of their exponentials would overflow.
-pub const LARGEST_BOUND: f64 = 300.0;
-
 /// What engines cost a head, in seconds, as a backend measures or models it.
 #[derive(Debug, Clone)]
 pub struct Costs {

@@ -5,7 +5,7 @@ use super::rates::Rates;
 use crate::engines::landmark;
 use crate::engines::polynomial::{near_keys, potential_degree};
 use crate::linear::monomials;
-use crate::linear::near::NearKeys;
+use crate::linear::nearby::NearKeys;
 use crate::linear::shifts::PREFIX;
 use crate::linear::state::LARGEST_STATE;
 use crate::numerics::real::Real;

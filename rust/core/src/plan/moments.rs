@@ -14,11 +14,10 @@ use std::ops::Range;
 use faer::Mat;
 use rayon::prelude::*;
 
-use super::choice::LARGEST_BOUND;
 use crate::context::Context;
 use crate::engines::polynomial::{Form, longest_row};
 use crate::error::{Result, expect_len};
-use crate::linear::near::NearKeys;
+use crate::linear::nearby::NearKeys;
 use crate::linear::shifts::{Biases, Relative, Shifts, biases};
 use crate::measure::exact_rows::{gather, widened_keys};
 use crate::measure::key_gradients::Weights;
@@ -26,6 +25,9 @@ use crate::memory::{collected, matrix, zeroed};
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::tile::{TILE, add_product, product, tiles, view, view_mut};
 use crate::problem::heads::Head;
+
+/// Beyond this bound of the scores no polynomial is considered: squares of their exponentials would overflow.
+pub const LARGEST_BOUND: f64 = 300.0;
 
 /// Keys that one task goes through.
 const KEYS_A_TASK: usize = 16 * TILE;

@@ -20,19 +20,21 @@
 //! minimises `sum_ij (w_j / D_i)^2 (g_ij - φ_i^T M φ_j)^2` over the sample, with a ridge. What errs least on another
 //! sample is taken.
 
+mod candidates;
 mod judge;
 mod sample;
 
 use std::sync::Arc;
 
-pub(crate) use self::sample::{Candidate, Hopes, Sample, fit_size};
+pub(crate) use self::candidates::Hopes;
+pub(crate) use self::sample::{Candidate, Sample, fit_size};
 use super::{Engine, Prepared};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::linear::full;
 use crate::linear::gaussians::Gaussians;
 use crate::linear::levels;
-use crate::linear::near::{NearKeys, NearWeights, Nearby};
+use crate::linear::nearby::{NearKeys, NearWeights, Nearby};
 use crate::linear::pass::Pass;
 use crate::linear::scan;
 use crate::linear::shifts::Shifts;

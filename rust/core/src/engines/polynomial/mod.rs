@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::linear::full;
 use crate::linear::levels;
 use crate::linear::monomials::{self, Monomials};
-use crate::linear::near::{NearKeys, NearWeights, Nearby};
+use crate::linear::nearby::{NearKeys, NearWeights, Nearby};
 use crate::linear::pass::Pass;
 use crate::linear::polynomials::Polynomials;
 use crate::linear::scan;
