@@ -30,12 +30,11 @@ def drawn(name, n=N, dtype=np.float64):
 @pytest.mark.sweep
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True, ids=lambda backend: backend.name)
-def test_every_result_is_within_the_tolerance_and_few_are_over_it(causal, dtype, backend, record_property):
+def test_every_result_is_within_the_tolerance_and_few_are_over_it(causal, dtype, backend):
     counts = Counter()
     for name in DISTRIBUTIONS:
         counts += hold_to_tolerances(backend, drawn(name, dtype=dtype), TOLERANCES[dtype], causal, name)
-    for what, count in counts.items():
-        record_property(what, count)
+    print(dict(counts))
     assert counts["approximate"] > 20, "hardly anything was served by a low-rank engine"
     assert counts["over"] <= OVER_AT_ALL * counts["tried"], counts
 
