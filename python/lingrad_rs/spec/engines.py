@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -349,6 +349,47 @@ HeadEngine = Exact | Polynomial | Landmark
 """What may compute a head."""
 Engine = HeadEngine | Auto
 """Any engine, or a tolerance in its place."""
+
+
+def engine_name(engine: HeadEngine) -> str:
+    """An engine in a few words."""
+    match engine:
+        case Polynomial(degree=degree):
+            return f"polynomial, degree {degree}"
+        case Landmark(rank=rank):
+            return f"{rank} landmarks"
+    return type(engine).__name__.lower()
+
+
+def described(engine: HeadEngine) -> dict[str, Any]:
+    """What `engine_of` reads, in numbers, texts and lists alone."""
+    options = {f.name: getattr(engine, f.name) for f in fields(engine)}
+    constants = options.pop("constants", None)
+    if constants is not None:
+        numbers = {f.name: getattr(constants, f.name) for f in fields(constants)}
+        options["constants"] = {k: x.tolist() if isinstance(x, np.ndarray) else x for k, x in numbers.items()}
+    return {"kind": type(engine).__name__} | options
+
+
+def engine_of(description: Mapping[str, Any]) -> HeadEngine:
+    """The engine that `described` had, or the core.
+
+    Raises
+    ------
+    ArgumentError
+        There is no such engine, or an option has a value that it may not have.
+    """
+    options: dict[str, Any] = dict(description)
+    kind, constants = options.pop("kind"), options.get("constants")
+    if constants is not None:
+        numbers: dict[str, Any] = {
+            k: np.array(x, np.float64) if isinstance(x, list) else x for k, x in constants.items()
+        }
+        options["constants"] = LandmarkConstants(**numbers)
+    for engine in get_args(HeadEngine):
+        if engine.__name__ == kind:
+            return engine(**options)
+    raise ArgumentError(f"a plan holds the engine {_check.shown(kind)}, which is unknown")
 
 
 def _shift(value: object) -> str | tuple[tuple[float, ...], ...]:

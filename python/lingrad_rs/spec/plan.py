@@ -9,11 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar, get_args
 
-import numpy as np
-
 from .. import _check
 from ..errors import ArgumentError
-from .engines import Auto, Exact, HeadEngine, Landmark, LandmarkConstants, Polynomial, not_derived
+from .engines import Auto, HeadEngine, described, engine_name, engine_of, not_derived
 
 __all__ = ["ErrorEstimate", "HeadPlan", "PlanData", "head_plans", "head_report", "unplanned"]
 
@@ -142,12 +140,7 @@ class HeadPlan:
     @property
     def engine_name(self) -> str:
         """The engine in a few words."""
-        match self.engine:
-            case Polynomial(degree=degree):
-                return f"polynomial, degree {degree}"
-            case Landmark(rank=rank):
-                return f"{rank} landmarks"
-        return type(self.engine).__name__.lower()
+        return engine_name(self.engine)
 
 
 def _listed(name: str, value: object) -> tuple[Any, ...]:
@@ -170,29 +163,11 @@ def unplanned(engine: HeadEngine) -> HeadPlan:
 def _head_plan(report: dict[str, Any]) -> HeadPlan:
     errors = {name: ErrorEstimate(**estimate) for name, estimate in report.pop("errors").items()}
     return HeadPlan(
-        engine=_engine(report.pop("engine")),
+        engine=engine_of(report.pop("engine")),
         measured_error=errors.get("out"),
         errors=errors,
         **report,
     )
-
-
-def _engine(description: Mapping[str, Any]) -> HeadEngine:
-    options: dict[str, Any] = dict(description)
-    kind = options.pop("kind")
-    if kind == "Polynomial":
-        return Polynomial(**options)
-    if kind == "Landmark":
-        constants = options.pop("constants", None)
-        if constants is None:
-            return Landmark(**options)
-        given: dict[str, Any] = {
-            name: np.array(x, np.float64) if isinstance(x, list) else x for name, x in constants.items()
-        }
-        return Landmark(**options, constants=LandmarkConstants(**given))
-    if kind == "Exact":
-        return Exact()
-    raise ArgumentError(f"a plan holds the engine {_check.shown(kind)}, which is unknown")
 
 
 @dataclass(frozen=True)
@@ -307,14 +282,7 @@ def head_report(head: HeadPlan) -> dict[str, Any]:
     result = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
     del result["measured_error"]
     result["errors"] = {name: dataclasses.asdict(estimate) for name, estimate in head.errors.items()}
-    engine = {f.name: getattr(head.engine, f.name) for f in dataclasses.fields(head.engine)}
-    constants = engine.get("constants")
-    if constants is not None:
-        fields = {f.name: getattr(constants, f.name) for f in dataclasses.fields(constants)}
-        engine["constants"] = {k: x.tolist() if isinstance(x, np.ndarray) else x for k, x in fields.items()}
-    elif "constants" in engine:
-        del engine["constants"]
-    result["engine"] = {"kind": type(head.engine).__name__} | engine
+    result["engine"] = described(head.engine)
     return result
 
 

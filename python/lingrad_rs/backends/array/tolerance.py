@@ -117,7 +117,7 @@ def forward_within(
     out : array, shape (heads, n, d_v)
     parts : list of Part
     reports : list of dict
-        One a head, as `lingrad_rs.plan.head_plans` reads them.
+        One a head, as `spec.plan.head_plans` reads them.
 
     Raises
     ------
