@@ -276,3 +276,13 @@ def test_constants_of_a_derived_class_are_computed_with(backend, rng):
 def test_an_integer_beyond_all_floats_is_an_argument_error(name):
     with pytest.raises(lg.ArgumentError, match=f"{name} is larger in size than any float"):
         lg.attention(X, X, X, scale=10**400) if name == "scale" else lg.RMSNorm(gain=X[0], eps=10**400)
+
+
+def test_json_of_earlier_plans_is_read():
+    """Their errors were lists of names and numbers."""
+    error = lg.ErrorEstimate(1e-3, 5e-4, np.inf, 64)
+    head = dataclasses.replace(unplanned(lg.Exact()), errors={"out": error}, measured_error=error)
+    plan = lg.Plan(lg.Auto(1e-2), (head,), causal=False, scale=0.5, shapes=((4, 2),) * 3, dtype="float64")
+    text = json.loads(plan.to_json())
+    text["heads"][0]["errors"] = [["out", [1e-3, 5e-4, None, 64]]]
+    assert lg.Plan.from_json(json.dumps(text)) == plan

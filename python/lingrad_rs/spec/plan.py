@@ -268,11 +268,14 @@ def _to_json(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report that `_to_json` had."""
+    """The report that `_to_json` had; earlier ones had the errors as a list of names and numbers."""
     costs = {name: math.nan if report[name] is None else report[name] for name in _COSTS}
+    named = report["errors"]
+    if isinstance(named, list):
+        fields = [f.name for f in dataclasses.fields(ErrorEstimate)]
+        named = {name: dict(zip(fields, numbers, strict=True)) for name, numbers in named}
     errors = {
-        name: {key: math.inf if x is None else x for key, x in estimate.items()}
-        for name, estimate in report["errors"].items()
+        name: {key: math.inf if x is None else x for key, x in estimate.items()} for name, estimate in named.items()
     }
     return {**report, **costs, "errors": errors}
 
