@@ -16,7 +16,7 @@ from lingrad_rs.backends import cpu
 from lingrad_rs.backends.array import device, engines, measure, tolerance
 from lingrad_rs.backends.array.linear import scan
 from lingrad_rs.backends.array.plan import rates
-from lingrad_rs.backends.array.problem.heads import Grads, Heads, chosen, dots, select
+from lingrad_rs.backends.array.problem.heads import Grads, Heads, chosen, dots, heads_at
 from lingrad_rs.spec.plan import head_plans, unplanned
 
 ARRAY_CODE = pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_heads_of_one_engine_run_together_and_miss_one_by_one(causal, engine, ba
     assert "errs by" in reports[1]["missed"]
 
     # The same without the head that has no answer: they ran together, and what is left of that is taken apart.
-    some = select(sp, heads, [0, 1, 2, 4, 5])
+    some = heads_at(sp, heads, [0, 1, 2, 4, 5])
     up = chosen(sp, dout, [0, 1, 2, 4, 5])
     calls.clear()
     out, parts, reports = tolerance.forward_within(sp, some, auto, [*given[:4], given[5]])

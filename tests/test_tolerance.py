@@ -35,7 +35,7 @@ def test_every_result_is_within_the_tolerance_and_few_are_over_it(causal, dtype,
     for name in DISTRIBUTIONS:
         counts += hold_to_tolerances(backend, drawn(name, dtype=dtype), TOLERANCES[dtype], causal, name)
     print(dict(counts))
-    assert counts["approximate"] > 20, "hardly anything was served by a low-rank engine"
+    assert counts["approximate"] > 25, "hardly anything was served by a low-rank engine"
     assert counts["over"] <= OVER_AT_ALL * counts["tried"], counts
 
 

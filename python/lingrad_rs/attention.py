@@ -44,7 +44,7 @@ class Pullback:
         self.heads = heads
 
     def __call__(self, dout: NDArray[Any], *, samples: int = 0) -> tuple[NDArray[Any], ...]:
-        """``(dq, dk, d_v)``, and ``dkey_bias`` where a key bias was given.
+        """``(dq, dk, dv)``, and ``dkey_bias`` where a key bias was given.
 
         With ``samples``, and without a tolerance (which measures always), so many queries and keys of each head are
         also computed exactly, and `heads` tell the errors of out, dq, dk and dv, with 95% intervals. They are drawn as
@@ -146,7 +146,7 @@ def attention_vjp(
     out : ndarray, shape (..., h, n, d_v)
         As from `attention`.
     vjp : Pullback
-        ``vjp(dout)`` returns ``(dq, dk, d_v)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
+        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
         of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
         must not change in between; ``out`` may. With a tolerance, ``vjp.heads`` tells what was chosen and measured.
 

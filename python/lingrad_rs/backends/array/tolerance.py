@@ -29,7 +29,7 @@ from .device import Space
 from .measure import Draw, Floats, Rows
 from .measure.guides import Known
 from .plan import longest, plan_heads, short
-from .problem.heads import Grads, Heads, Saved, chosen, dots, select
+from .problem.heads import Grads, Heads, Saved, chosen, dots, heads_at
 
 __all__ = ["Part", "backward_within", "forward_within", "measured", "of_nothing"]
 
@@ -189,7 +189,7 @@ def _references(
     sp: Space, heads: Heads, which: Sequence[int], sizes: Floats, seed: int
 ) -> dict[int, tuple[Draw, Floats]]:
     """Rows of some heads, drawn by the squares of their results too, and their exact output."""
-    some = select(sp, heads, which)
+    some = heads_at(sp, heads, which)
     by = [*Known.of(sp, some).of_queries(sp), sizes]
     draws = measure.draw_rows(by, core.rows_to_verify(sizes.shape[1]), seed)
     rows = measure.padded(draws)
@@ -219,7 +219,7 @@ def _error_bounds(sp: Space, heads: Heads, out: Array, parts: Sequence[Part]) ->
     }
     if not constants:
         return {}
-    some = select(sp, heads, list(constants))
+    some = heads_at(sp, heads, list(constants))
     none = sp.zeros((heads.sizes[2],), xp.float64)
     query_shifts, key_shifts = (
         xp.stack([none if x is None else sp.wide(x[at, ...]) for x, at in of_side])
@@ -502,10 +502,10 @@ class _Check:
         """With the row sums ``(query heads of the key heads, n)`` of the forward pass, and the results to look at."""
         xp, groups = sp.xp, of.groups
         members = [i for g in groups for i in range(g * of.group, (g + 1) * of.group)]
-        some = select(sp, heads, members)
+        some = heads_at(sp, heads, members)
         up, own = chosen(sp, dout, members), chosen(sp, out, members)
         checked = [i for i in members if i in of.of_dq]
-        queried = select(sp, heads, checked)
+        queried = heads_at(sp, heads, checked)
         known, sizes = Known.of(sp, some), _row_squares(sp, up, range(len(members)))
         places = [members.index(i) for i in checked]
         by = [x[places] for x in known.of_queries(sp, sizes)] + [_row_squares(sp, grads.dq, checked)]

@@ -3,6 +3,8 @@
 //! With `p = softmax(logits_i)` and target `t`, row `i` of `N` gives `loss_i = -log p_t` and
 //! `dlogits_i = (p - e_t) / N` for the mean loss.
 
+use std::ops::Range;
+
 use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
@@ -86,7 +88,7 @@ pub fn linear_mean<T: Real>(
 }
 
 /// The sum of the losses and the gradients of [`linear_mean`], for a large `w` of which all sums are kept.
-fn linear_mean_in_chunks<T: Real>(
+pub(super) fn linear_mean_in_chunks<T: Real>(
     ctx: &Context,
     split: Split,
     x: &Rows<'_, T>,
@@ -96,13 +98,11 @@ fn linear_mean_in_chunks<T: Real>(
     dw: &mut [T],
 ) -> Result<f64> {
     let (rows, d, vocab) = (x.batch() * x.n(), x.d(), w.ncols());
-    let (mut sums, mut x_chunk, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sums, mut chunk) = (Vec::new(), Chunk::new());
     let sum = panels::sums(&mut sums, d * vocab)?;
     let mut loss = 0.0;
     for tokens in split.chunks(rows, d + vocab) {
-        let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
-        let logits = sized(&mut logits, tokens.len() * vocab)?;
-        panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+        let (x, logits) = chunk.logits(ctx, x, tokens.clone(), w)?;
         let losses = (logits.par_chunks_mut(ROWS * vocab), targets[tokens.clone()].par_chunks(ROWS))
             .into_par_iter()
             .map(|(logits, targets)| differentiate(logits, targets, rows))
@@ -119,7 +119,7 @@ fn linear_mean_in_chunks<T: Real>(
 
 /// [`linear_mean_in_chunks`] for any `w`, by panels of the vocabulary: what a row's softmax divides by is known only after
 /// all of them, so all logits are computed once for that and once more for the gradients.
-fn linear_mean_in_panels<T: Real>(
+pub(super) fn linear_mean_in_panels<T: Real>(
     ctx: &Context,
     split: Split,
     x: &Rows<'_, T>,
@@ -129,20 +129,17 @@ fn linear_mean_in_panels<T: Real>(
     dw: &mut [T],
 ) -> Result<f64> {
     let (rows, d, vocab) = (x.batch() * x.n(), x.d(), w.ncols());
-    let (mut sums, mut x_chunk, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sums, mut chunk) = (Vec::new(), Chunk::new());
     let mut softmax = filled(rows, Softmax::<T>::NONE, "softmax of tokens")?;
     for panel in split.panels(vocab, d) {
         let w = w.subcols(panel.start, panel.len());
         for tokens in split.chunks(rows, d + panel.len()) {
-            let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
-            let logits = sized(&mut logits, tokens.len() * panel.len())?;
-            panels::multiply(ctx, logits, Accum::Replace, x, w)?;
-            let of_tokens = (&mut softmax[tokens.clone()], &targets[tokens]);
-            (logits.par_chunks_mut(panel.len()), of_tokens.0, of_tokens.1).into_par_iter().for_each(
-                |(row, softmax, target)| {
+            let (_, logits) = chunk.logits(ctx, x, tokens.clone(), w)?;
+            (logits.par_chunks_mut(panel.len()), &mut softmax[tokens.clone()], &targets[tokens])
+                .into_par_iter()
+                .for_each(|(row, softmax, target)| {
                     softmax.add(row, (*target as usize).checked_sub(panel.start));
-                },
-            );
+                });
         }
     }
     let mut loss = 0.0;
@@ -154,9 +151,7 @@ fn linear_mean_in_panels<T: Real>(
         let sum = panels::sums(&mut sums, d * panel.len())?;
         let accum = if panel.start == 0 { Accum::Replace } else { Accum::Add };
         for tokens in split.chunks(rows, d + panel.len()) {
-            let x = panels::load(ctx, x, tokens.clone(), 0..d, &mut x_chunk)?;
-            let logits = sized(&mut logits, tokens.len() * panel.len())?;
-            panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+            let (x, logits) = chunk.logits(ctx, x, tokens.clone(), w)?;
             (logits.par_chunks_mut(panel.len()), &softmax[tokens.clone()], &targets[tokens.clone()])
                 .into_par_iter()
                 .for_each(|(row, softmax, target)| {
@@ -170,6 +165,32 @@ fn linear_mean_in_panels<T: Real>(
         panels::round(sum, dw, vocab, panel);
     }
     Ok(loss)
+}
+
+/// Some tokens and their logits, in buffers that are used again.
+struct Chunk<T> {
+    x: Vec<T>,
+    logits: Vec<T>,
+}
+
+impl<T: Real> Chunk<T> {
+    const fn new() -> Self {
+        Self { x: Vec::new(), logits: Vec::new() }
+    }
+
+    /// The tokens, `(tokens, d)`, and `x w`, row-major.
+    fn logits(
+        &mut self,
+        ctx: &Context,
+        x: &Rows<'_, T>,
+        tokens: Range<usize>,
+        w: MatRef<'_, T>,
+    ) -> Result<(MatRef<'_, T>, &mut [T])> {
+        let logits = sized(&mut self.logits, tokens.len() * w.ncols())?;
+        let x = panels::load(ctx, x, tokens, 0..x.d(), &mut self.x)?;
+        panels::multiply(ctx, logits, Accum::Replace, x, w)?;
+        Ok((x, logits))
+    }
 }
 
 /// Rows of logits that one task takes.

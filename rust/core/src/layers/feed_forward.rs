@@ -94,7 +94,7 @@ pub fn backward<T: Real>(
 }
 
 /// [`backward`] of large weights. Nothing is computed twice: a panel's hidden units need no others.
-fn backward_in_panels<T: Real>(
+pub(super) fn backward_in_panels<T: Real>(
     ctx: &Context,
     split: Split,
     x: &Rows<'_, T>,

@@ -214,7 +214,7 @@ pub(crate) fn unproject<T: Real>(
 }
 
 /// [`unproject`] with large weights, one after another.
-fn unproject_in_panels<T: Real>(
+pub(super) fn unproject_in_panels<T: Real>(
     ctx: &Context,
     split: Split,
     x: &Rows<'_, T>,
@@ -269,7 +269,7 @@ pub(crate) fn gradient_of_outputs<T: Real>(ctx: &Context, out: &Projected<T>, dy
 }
 
 /// [`gradient_of_outputs`] of a large weight.
-fn gradient_of_outputs_in_panels<T: Real>(
+pub(super) fn gradient_of_outputs_in_panels<T: Real>(
     ctx: &Context,
     split: Split,
     out: &Projected<T>,

@@ -112,7 +112,7 @@ fn add_rows<T: Real>(rows: &[T], sum: &mut [f64]) {
 }
 
 /// [`backward`] of a large `w`, without a bias.
-fn backward_in_panels<T: Real>(
+pub(super) fn backward_in_panels<T: Real>(
     ctx: &Context,
     split: Split,
     x: &Rows<'_, T>,

@@ -170,3 +170,6 @@ fn blocks<T>(matrix: MatMut<'_, T>) -> Vec<(usize, usize, MatMut<'_, T>)> {
     }
     all
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,7 +24,7 @@ from .. import measure
 from ..device import Space
 from ..engines import sample
 from ..measure.guides import Known
-from ..problem.heads import Heads, live_keys, select
+from ..problem.heads import Heads, heads_at, live_keys
 from ..texts import scientific
 from .cost import Size
 from .moments import bounds, column_sums, longest, moments, rounded, split
@@ -75,7 +75,7 @@ def _look_at_polynomials(sp: Space, heads: Heads, auto: Auto, size: Size, planne
     which = list(fits)
     if not which:
         return
-    some = select(sp, heads, which)
+    some = heads_at(sp, heads, which)
     draws = measure.draw_rows(Known.of(sp, some).of_queries(sp), core.rows_to_plan(size.n), auto.seed ^ 0x9A)
     rows = measure.padded(draws)
     by = rounded(sp, heads, np.array([shifts[i] for i in which]))

@@ -19,10 +19,10 @@ __all__ = [
     "Saved",
     "chosen",
     "dots",
+    "heads_at",
     "live_keys",
     "part_of",
     "rows_of_heads",
-    "select",
     "side_by_side",
     "weighs",
 ]
@@ -162,7 +162,7 @@ def chosen(sp: Space, x: Array, which: Sequence[int]) -> Array:
     return sp.xp.take(x, sp.asarray(which, sp.xp.int64), axis=0)
 
 
-def select(sp: Space, heads: Heads, which: Sequence[int]) -> Heads:
+def heads_at(sp: Space, heads: Heads, which: Sequence[int]) -> Heads:
     """Some of the heads, copied unless they are all. Their numbers are lost."""
     bias = None if heads.key_bias is None else chosen(sp, heads.key_bias, which)
     q, k, v = (chosen(sp, x, which) for x in (heads.q, heads.k, heads.v))
