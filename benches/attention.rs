@@ -54,7 +54,7 @@ fn attention(criterion: &mut Criterion) {
             let id = BenchmarkId::new(format!("{name}/{word}/backward"), format!("n{n}_d{d}"));
             group.bench_function(id, |b| {
                 b.iter(|| {
-                    let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
+                    let grads = AttentionGrads::new(&mut dq, &mut dk, &mut dv);
                     attention.backward(&ctx, &heads, &saved, &out, &dout, 0, grads).unwrap();
                 });
             });

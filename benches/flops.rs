@@ -129,7 +129,7 @@ fn run(case: &Case) {
         let mut saved = None;
         let forward = timed(|| saved = Some(attention.forward(&ctx, &heads, &mut out).unwrap()));
         let backward = timed(|| {
-            let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
+            let grads = AttentionGrads::new(&mut dq, &mut dk, &mut dv);
             attention.backward(&ctx, &heads, saved.as_ref().unwrap(), &out, &dout, 0, grads).unwrap();
         });
         if round > 0 {

@@ -35,7 +35,7 @@ impl Head {
     /// `q, k, v`.
     pub fn heads(&self) -> Heads<'_, f32> {
         let [q, k, v, _] = &self.arrays;
-        Heads { q: vec![self.matrix(q)], k: vec![self.matrix(k)], v: vec![self.matrix(v)], key_bias: None }
+        Heads::new(vec![self.matrix(q)], vec![self.matrix(k)], vec![self.matrix(v)])
     }
 
     /// `dout`.

@@ -21,6 +21,7 @@ PYTHON = [
     "threads",
     "spec.engines",
     "spec.plan",
+    "spec.scores",
     "backends.cpu",
     "backends.array.libraries",
     "backends.array.kernels",

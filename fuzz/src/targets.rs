@@ -215,7 +215,7 @@ fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         let (mut dq, mut dk, mut dv_) =
             (buffer::<T>(s, h * n * d), buffer::<T>(s, h_kv * m * d), buffer(s, h_kv * m * dv));
         let mut db = heads.key_bias.is_some().then(|| buffer::<T>(s, h_kv * m));
-        let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv_, dkey_bias: db.as_deref_mut() };
+        let grads = AttentionGrads { dkey_bias: db.as_deref_mut(), ..AttentionGrads::new(&mut dq, &mut dk, &mut dv_) };
         let samples = s.size(&[0, 0, 1, 2, 8, 64]);
         if let Ok(reports) = attention.backward(&ctx, &heads, &saved, &out, &dout, samples, grads) {
             for (name, x) in [("dq", &dq), ("dk", &dk), ("dv", &dv_), ("dkey_bias", db.as_ref().unwrap_or(&Vec::new()))]
@@ -250,7 +250,7 @@ fn measure<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let out: Vec<Matrix<T>> = (0..s.near(h)).map(|_| s.matrix(n, dv)).collect();
     let out: Vec<_> = out.iter().map(Matrix::view).collect();
     let (scale, samples) = (s.number(&[0.5, 1.0, -1.0]), s.size(&[1, 2, 8, 256]));
-    let scores = Scores { scale, mask: Mask::causal(arrays.causal) };
+    let scores = Scores::new(scale, Mask::causal(arrays.causal));
     match measure_error(&context(s), &arrays.heads(), &scores, &out, samples, s.bits()) {
         Ok(estimate) => proper(&estimate),
         Err(_) => Ok(()),
@@ -265,7 +265,7 @@ fn of_samples<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         k: k.view(),
         v: s.flag().then(|| v.view()),
         key_bias: s.flag().then(|| bias.view()),
-        scores: Scores { mask: Mask::causal(s.flag()), scale: s.number(&[0.5, 1.0]) },
+        scores: Scores::new(s.number(&[0.5, 1.0]), Mask::causal(s.flag())),
         head: 0,
     };
     let ends = |s: &mut Source<'_>| {

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ._lingrad_rs import __version__
-from .attention import Plan, Pullback, attention, attention_vjp, measure_error, plan_attention
+from .attention import (
+    Plan,
+    Pullback,
+    attention,
+    attention_backward,
+    attention_vjp,
+    measure_error,
+    plan_attention,
+)
 from .errors import (
     ArgumentError,
     DenominatorError,
@@ -67,6 +75,7 @@ __all__ = [
     "TransformerConfig",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_vjp",
     "build_info",
     "from_dlpack",

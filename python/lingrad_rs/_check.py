@@ -25,6 +25,7 @@ __all__ = [
     "is_integer",
     "is_text",
     "number",
+    "of_kind",
     "overflow",
     "positive",
     "real",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _FLOATS = ("float32", "float64")
+_ALL_FLOATS = (*_FLOATS, "float16", "bfloat16")
 _LONGEST_TEXT = 500
 
 
@@ -86,14 +88,18 @@ def same_device(name: str, x: Any, other: Any, match: str) -> None:
         )
 
 
-def floats(**arrays: object) -> list[Any]:
-    """The arrays, once they are known to be float32 or float64, all of the dtype and on the device of the first."""
+def floats(*, half: bool = False, **arrays: object) -> list[Any]:
+    """The arrays, once they are known to be float32 or float64, all of the dtype and on the device of the first.
+
+    With ``half`` they may be float16 or bfloat16 too.
+    """
     checked: list[Any] = []
     first = next(iter(arrays))
     for name, value in arrays.items():
         x = array(name, value)
-        if dtype_name(x) not in _FLOATS:
-            raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected float32 or float64")
+        if dtype_name(x) not in (_ALL_FLOATS if half else _FLOATS):
+            others = ", float16 or bfloat16" if half else ""
+            raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected float32 or float64{others}")
         if checked:
             same_device(name, x, checked[0], match=first)
             same_dtype(name, x, checked[0].dtype, match=first)
@@ -101,6 +107,18 @@ def floats(**arrays: object) -> list[Any]:
             _aligned(name, x)
         checked.append(x)
     return checked
+
+
+def of_kind(name: str, value: object, like: Any, kind: str) -> Any:
+    """An array of bool, or of any integer dtype, on the device of ``like``, which is q."""
+    x = array(name, value)
+    if kind == "bool" and dtype_name(x) != "bool":
+        other = "; numbers that are added to the scores are the argument bias" if name == "mask" else ""
+        raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected bool{other}")
+    if kind == "integer" and not is_integer(x):
+        raise DtypeError(f"{name} has dtype {dtype_name(x)}; expected an integer dtype")
+    same_device(name, x, like, match="q")
+    return x
 
 
 def _aligned(name: str, x: Any) -> None:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from .spec.engines import Engine
 from .spec.plan import PlanData
+from .spec.scores import Scores
 
 __all__ = [
     "DEGREES",
@@ -25,6 +26,7 @@ __all__ = [
     "activation_backward",
     "activation_forward",
     "attention_backward",
+    "attention_backward_again",
     "attention_forward",
     "check_engine",
     "draw_rows",
@@ -161,38 +163,26 @@ class AttentionState:
 class TransformerTrace: ...
 
 def attention_forward(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    key_bias: _Array | None,
-    *,
-    engine: Engine | PlanData,
-    causal: bool,
-    scale: float,
-    keep: bool,
-) -> tuple[_Array, AttentionState | None]: ...
-def check_engine(engine: Engine | PlanData, causal: bool, itemsize: int) -> None: ...
+    q: _Array, k: _Array, v: _Array, scores: Scores, *, engine: Engine | PlanData, keep: bool, wants_lse: bool
+) -> tuple[_Array, _Array | None, AttentionState | None]: ...
+def check_engine(engine: Engine | PlanData, scores: Scores, itemsize: int) -> None: ...
 def attention_backward(
-    q: _Array,
-    k: _Array,
-    v: _Array,
-    key_bias: _Array | None,
-    state: AttentionState,
+    q: _Array, k: _Array, v: _Array, scores: Scores, state: AttentionState, dout: _Array, *, samples: int
+) -> tuple[list[_Array | None], list[dict[str, Any]]]: ...
+def attention_backward_again(
     dout: _Array,
-    *,
-    samples: int,
-) -> tuple[tuple[_Array, _Array, _Array, _Array | None], list[dict[str, Any]]]: ...
-def measure_error(
     q: _Array,
     k: _Array,
     v: _Array,
-    key_bias: _Array | None,
     out: _Array,
+    lse: _Array,
+    scores: Scores,
     *,
-    causal: bool,
-    scale: float,
-    samples: int,
-    seed: int,
+    engine: Engine,
+    check_finite: bool,
+) -> tuple[list[_Array | None], list[dict[str, Any]]]: ...
+def measure_error(
+    q: _Array, k: _Array, v: _Array, scores: Scores, out: _Array, *, samples: int, seed: int
 ) -> _Estimate: ...
 def draw_rows(guides: _Floats, samples: int, seed: int) -> tuple[_Rows, _Floats]: ...
 def rows_to_verify(n: int) -> int: ...

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,19 @@ from .errors import ArgumentError, DtypeError, ShapeError
 from .spec.engines import Auto, Engine, Exact, Polynomial, check_engine, not_derived
 from .spec.plan import ErrorEstimate, HeadPlan, PlanData, head_plans, unplanned
 
-__all__ = ["Plan", "Pullback", "attention", "attention_vjp", "measure_error", "plan_attention"]
+from .spec.scores import Scores, scores_of
 
-_Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]
+__all__ = [
+    "Plan",
+    "Pullback",
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "measure_error",
+    "plan_attention",
+]
 
+_Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 _DEFAULT = Polynomial(degree=2)
 
@@ -66,17 +75,28 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     key_bias: NDArray[Any] | None = None,
-) -> NDArray[Any]:
+    query_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    segment_ids: NDArray[Any] | None = None,
+    mask: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    softcap: float | None = None,
+    sinks: NDArray[Any] | None = None,
+    empty_rows: Literal["error", "zero"] = "error",
+    return_lse: bool = False,
+) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """Attention, head by head.
 
-    ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` with ``s_ij = scale q_i . k_j + key_bias_j``, over ``j <= i`` with
-    ``causal=True``; `Polynomial` and `Landmark` replace ``exp``, and a tolerance chooses.
+    ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` over the keys that row i may attend to, with ``s_ij = cap(scale q_i .
+    k_j) + key_bias_j + bias_ij`` and ``cap(x) = softcap tanh(x / softcap)``; `Polynomial` and `Landmark` replace ``exp``,
+    and a tolerance chooses.
 
     Parameters
     ----------
     q : ndarray, shape (..., h, n, d)
-        Queries, float32 or float64, any strides. Two axes are one head, three are heads, the others batch. All arrays
-        are NumPy's, or CuPy's on one device; so are the results.
+        Queries, float32, float64, float16 or bfloat16 (of ``ml_dtypes``), any strides. Two axes are one head, three are
+        heads, the others batch. All arrays are NumPy's, or CuPy's on one device; so are the results. Half precision is
+        computed in float32 (NumPy only).
     k : ndarray, shape (..., h_kv, m, d)
         Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
     v : ndarray, shape (..., h_kv, m, d_v)
@@ -86,18 +106,42 @@ def attention(
     tol : float, optional
         In place of an engine: each head is within this relative error, or exact; see `Auto`.
     causal : bool
-        Whether query i sees only keys ``j <= i``; needs ``n == m``.
+        Whether row i sees only keys ``j <= i + query_offset``.
     scale : float, optional
         The factor of the scores; ``1/sqrt(d)`` unless given.
     key_bias : ndarray, shape (..., h_kv, m), optional
-        Added to the scores, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the numbers that
-        other libraries use for it, as ``finfo.min``, in rows that see another key; causal rows that see no other are
-        refused by `Landmark` and by a shifted `Polynomial`. ``(m,)`` where k has two axes.
+        Added to the scores of a key, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the numbers
+        that other libraries use for it, as ``finfo.min``, in rows that see another key; causal rows that see no other are
+        refused by `Landmark` and by a shifted `Polynomial`. It broadcasts from ``(m,)``, ``(batch, m)`` and
+        ``(batch, 1, m)``. Of bool, True stands for a key that may be attended to.
+    query_offset : int, optional
+        Where row 0 stands, counted from key 0: 0 as in PyTorch's ``is_causal``, ``m - n`` as with a cache. Needed with
+        ``causal`` or a window where n and m differ; in ``-n .. m``.
+    window : pair of int or None, optional
+        ``(left, right)``: row i sees the keys from ``i + query_offset - left`` to ``i + query_offset + right``; None for no
+        limit. Time and memory fall with the window. `Exact` only.
+    segment_ids : ndarray of integers, shape (..., n), optional
+        Packed sequences: tokens of one segment see only each other. They increase from segment to segment, and broadcast
+        as key_bias does; n and m are equal.
+    mask : ndarray of bool, shape (..., h, n, m), optional
+        Which pairs count. Broadcasts; tiles of pairs without any are skipped. `Exact` only.
+    bias : ndarray, shape (..., h, n, m), optional
+        Added to the scores; ``-inf`` hides a pair. Broadcasts. `Exact` only.
+    softcap : float, optional
+        Above 0: what scores stay below in size, before biases are added. `Exact` only.
+    sinks : ndarray, shape (h,), optional
+        A score for each head that joins each of its denominators, and has no value.
+    empty_rows : {"error", "zero"}
+        What a row is that may attend to no key.
+    return_lse : bool
+        Whether to return the logarithms of the denominators too.
 
     Returns
     -------
     out : ndarray, shape (..., h, n, d_v)
         A new C-contiguous array of the same dtype.
+    lse : ndarray, shape (..., h, n), float64
+        With ``return_lse``: ``log sum_j exp(s_ij)``, sinks included; minus infinity for rows without keys.
 
     Raises
     ------
@@ -115,9 +159,24 @@ def attention(
     -----
     Cost: that of the engine. Source: arXiv 2408.13233.
     """
+    options = {
+        "causal": causal,
+        "scale": scale,
+        "key_bias": key_bias,
+        "query_offset": query_offset,
+        "window": window,
+        "segment_ids": segment_ids,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "sinks": sinks,
+        "empty_rows": empty_rows,
+    }
     engine = _chosen(engine, tol, gradients=False)
-    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, engine, causal, scale)
-    return select.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=False)[0]
+    wants_lse = _check.flag("return_lse", return_lse)
+    arrays, scores = _arguments(q, k, v, engine, options)
+    out, lse, _ = select.of(*arrays).attention_forward(*arrays, scores, engine=engine, keep=False, wants_lse=wants_lse)
+    return (out, lse) if wants_lse else out
 
 
 def attention_vjp(
@@ -130,15 +189,25 @@ def attention_vjp(
     causal: bool = False,
     scale: float | None = None,
     key_bias: NDArray[Any] | None = None,
+    query_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    segment_ids: NDArray[Any] | None = None,
+    mask: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    softcap: float | None = None,
+    sinks: NDArray[Any] | None = None,
+    empty_rows: Literal["error", "zero"] = "error",
 ) -> tuple[NDArray[Any], Pullback]:
     """Attention, and the function that pulls a gradient back through it.
 
     With ``f`` the normalised rows, ``delta_i = dout_i . out_i`` and ``dS = f * (dout v^T - delta 1^T)``:
-    ``dq = scale dS k``, ``dk = scale dS^T q``, ``dv = f^T dout``, ``dkey_bias = dS^T 1``.
+    ``dq = scale dS k``, ``dk = scale dS^T q``, ``dv = f^T dout``, ``dkey_bias = dS^T 1``, ``dbias = dS``; where scores are
+    capped, those of q and k take dS times the derivative of the cap. With ``p_i`` the sink's share of row i, ``dsink =
+    -sum_i p_i delta_i``. Gradients of what broadcasts are summed.
 
     Parameters
     ----------
-    q, k, v, engine, tol, causal, scale, key_bias
+    q, k, v, engine, tol, causal, scale, key_bias, query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
         As for `attention`; ``tol`` holds for the gradients too.
 
     Returns
@@ -146,8 +215,8 @@ def attention_vjp(
     out : ndarray, shape (..., h, n, d_v)
         As from `attention`.
     vjp : Pullback
-        ``vjp(dout)`` returns ``(dq, dk, dv)``, and ``dkey_bias`` as a fourth where ``key_bias`` was given: new arrays
-        of the shapes of q, k, v and key_bias. It may be called many times. It reads q, k, v and key_bias again, so they
+        ``vjp(dout)`` returns ``(dq, dk, dv)``, then ``dkey_bias``, ``dbias`` and ``dsinks``, each where it was given (and,
+        of key_bias, is not of bool): new arrays of their shapes. It may be called many times. It reads q, k, v and the options' arrays again, so they
         must not change in between; ``out`` may. With a tolerance, ``vjp.heads`` tells what was chosen and measured.
 
     Raises
@@ -160,24 +229,148 @@ def attention_vjp(
     Memory kept until ``vjp`` is gone: the inputs, a copy of ``out``, two numbers a query, and with the consistent
     gradient and no mask a state no larger than keys and values. Time: that of the engine.
     """
+    options = {
+        "causal": causal,
+        "scale": scale,
+        "key_bias": key_bias,
+        "query_offset": query_offset,
+        "window": window,
+        "segment_ids": segment_ids,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "sinks": sinks,
+        "empty_rows": empty_rows,
+    }
     engine = _chosen(engine, tol, gradients=True)
-    arrays, options = _arguments(q, k, v, key_bias, engine, causal, scale)
-    return _vjp(arrays, options)
+    return _vjp(*_arguments(q, k, v, engine, options), engine, options)
 
 
-def _vjp(arrays: _Arrays, options: dict[str, Any]) -> tuple[NDArray[Any], Pullback]:
-    q, k, v, key_bias = arrays
+def attention_backward(
+    dout: NDArray[Any],
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[Any],
+    *,
+    engine: Engine | None = None,
+    tol: float | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    key_bias: NDArray[Any] | None = None,
+    query_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    segment_ids: NDArray[Any] | None = None,
+    mask: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    softcap: float | None = None,
+    sinks: NDArray[Any] | None = None,
+    empty_rows: Literal["error", "zero"] = "error",
+    check_finite: bool = True,
+) -> tuple[NDArray[Any], ...]:
+    """The gradients of `attention`, from its inputs and results alone: what an operator of another library needs.
+
+    The equations are those of `attention_vjp`; `Exact` takes ``f_ij = exp(s_ij - lse_i)``, and other engines run their
+    forward pass again.
+
+    Parameters
+    ----------
+    dout : ndarray, shape (..., h, n, d_v)
+        The gradient of a loss with respect to ``out``.
+    q, k, v, engine, tol, causal, scale, key_bias, query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
+        As they were given to `attention`.
+    out : ndarray, shape (..., h, n, d_v)
+    lse : ndarray, shape (..., h, n), float64
+        What ``attention(..., return_lse=True)`` returned.
+    check_finite : bool
+        Whether a gradient that is not finite is an error; if not, it passes through (training in half precision looks for
+        it).
+
+    Returns
+    -------
+    tuple of ndarray
+        As from the pullback of `attention_vjp`.
+
+    Raises
+    ------
+    ToleranceError, ShapeError, DtypeError, DeviceError, ArgumentError, NonFiniteError, DenominatorError
+        As from `attention_vjp`.
+
+    Notes
+    -----
+    Cost: as the pullback of `attention_vjp`; for engines other than `Exact` that of a forward pass too.
+    """
+    options = {
+        "causal": causal,
+        "scale": scale,
+        "key_bias": key_bias,
+        "query_offset": query_offset,
+        "window": window,
+        "segment_ids": segment_ids,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "sinks": sinks,
+        "empty_rows": empty_rows,
+    }
+    engine = _chosen(engine, tol, gradients=True)
+    arrays, scores = _arguments(q, k, v, engine, options)
+    finite = _check.flag("check_finite", check_finite)
+    shape = (*arrays[0].shape[:-1], arrays[2].shape[-1])
+    _, dout, out = _check.floats(half=True, q=arrays[0], dout=dout, out=out)
+    _check.shape("dout", dout, shape, match=f"out of shape {shape}")
+    _check.shape("out", out, shape, match="q and v")
+    lse = _check.array("lse", lse)
+    _check.same_dtype("lse", lse, np.float64, match="what attention(..., return_lse=True) returned")
+    _check.same_device("lse", lse, arrays[0], match="q")
+    _check.shape("lse", lse, shape[:-1], match=f"out of shape {shape}")
+    grads = select.of(*arrays).attention_backward_again(
+        dout, *arrays, out, lse, scores, engine=engine, check_finite=finite
+    )
+    return _given(grads, arrays[0], scores, options)
+
+
+def _vjp(
+    arrays: _Arrays, scores: Scores, engine: Engine | PlanData, options: dict[str, Any]
+) -> tuple[NDArray[Any], Pullback]:
+    q, k, v = arrays
     backend = select.of(q, k, v)
-    out, state = backend.attention_forward(q, k, v, key_bias, **options, keep=True)
+    out, _, state = backend.attention_forward(q, k, v, scores, engine=engine, keep=True, wants_lse=False)
     shape = out.shape
 
     def call(dout: NDArray[Any], samples: int) -> tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]:
-        _, dout = _check.floats(q=q, dout=dout)
+        _, dout = _check.floats(half=True, q=q, dout=dout)
         _check.shape("dout", dout, shape, match=f"out of shape {shape}")
-        grads, reports = backend.attention_backward(q, k, v, key_bias, state, dout, samples=samples)
-        return (grads if key_bias is not None else grads[:3]), head_plans(reports)
+        grads, reports = backend.attention_backward(q, k, v, scores, state, dout, samples=samples)
+        return _given(grads, q, scores, options), head_plans(reports)
 
     return out, Pullback(call, () if state is None else head_plans(state.reports()))
+
+
+def _given(
+    grads: Sequence[NDArray[Any] | None], q: NDArray[Any], scores: Scores, options: dict[str, Any]
+) -> tuple[NDArray[Any], ...]:
+    """The gradients of what was given, in the shapes that it was given in."""
+    dq, dk, dv, dkey_bias, dbias, dsinks = grads
+    assert dq is not None and dk is not None and dv is not None
+    results = [dq, dk, dv]
+    if dkey_bias is not None and options["key_bias"].dtype == q.dtype:
+        results.append(_summed(dkey_bias, scores.key_bias, options["key_bias"].shape))
+    if dbias is not None:
+        results.append(dbias.reshape(options["bias"].shape))
+    if dsinks is not None:
+        results.append(_summed(dsinks, scores.sinks, options["sinks"].shape))
+    return tuple(results)
+
+
+def _summed(grad: Any, lined_up: Any, shape: tuple[int, ...]) -> Any:
+    """The gradient of an array that was lined up and then broadcast: sums over what it broadcast along."""
+    if grad.shape == shape:
+        return grad
+    lined_up_shape = (1,) * (grad.ndim - lined_up.ndim) + lined_up.shape
+    axes = tuple(i for i, (a, b) in enumerate(zip(grad.shape, lined_up_shape, strict=True)) if a != b)
+    return grad.sum(axis=axes, dtype=np.float64).astype(grad.dtype).reshape(shape)
 
 
 class Plan(PlanData):
@@ -214,8 +407,8 @@ class Plan(PlanData):
         ShapeError, DtypeError
             The plan was made for data of another shape or dtype.
         """
-        arrays, options = _planned(self, q, k, v, key_bias)
-        return select.of(*arrays[:3]).attention_forward(*arrays, **options, keep=False)[0]
+        arrays, scores, _ = _planned(self, q, k, v, key_bias)
+        return select.of(*arrays).attention_forward(*arrays, scores, engine=self, keep=False, wants_lse=False)[0]
 
     def attention_vjp(
         self, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, key_bias: NDArray[Any] | None = None
@@ -227,7 +420,8 @@ class Plan(PlanData):
         ShapeError, DtypeError
             The plan was made for data of another shape or dtype.
         """
-        return _vjp(*_planned(self, q, k, v, key_bias))
+        arrays, scores, options = _planned(self, q, k, v, key_bias)
+        return _vjp(arrays, scores, self, options)
 
 
 def plan_attention(
@@ -268,23 +462,34 @@ def plan_attention(
     Cost: that of ``attention(q, k, v, tol=tol)``: the chosen engines are run once, and their outputs measured.
     """
     auto = Auto(tol, gradients=gradients, strict_causal=strict_causal, seed=seed)
-    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, auto, causal, scale)
-    _, state = select.of(q, k, v).attention_forward(q, k, v, key_bias, **options, keep=True)
+    options = {"causal": causal, "scale": scale, "key_bias": key_bias}
+    arrays, scores = _arguments(q, k, v, auto, options, half=False)
+    _, _, state = select.of(*arrays).attention_forward(*arrays, scores, engine=auto, keep=True, wants_lse=False)
     # Without queries and keys there is nothing to report.
-    heads = (unplanned(Exact()),) * math.prod(q.shape[:-2]) if state is None else head_plans(state.reports())
-    del options["engine"]
-    return Plan(auto=auto, heads=heads, shapes=(q.shape, k.shape, v.shape), dtype=_check.dtype_name(q), **options)
+    heads = (unplanned(Exact()),) * math.prod(arrays[0].shape[:-2]) if state is None else head_plans(state.reports())
+    q, k, v = arrays
+    return Plan(
+        auto=auto,
+        heads=heads,
+        causal=scores.causal,
+        scale=scores.scale,
+        shapes=(q.shape, k.shape, v.shape),
+        dtype=_check.dtype_name(q),
+    )
 
 
-def _planned(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[_Arrays, dict[str, Any]]:
+def _planned(
+    plan: Plan, q: object, k: object, v: object, key_bias: object
+) -> tuple[_Arrays, Scores, dict[str, Any]]:
     not_derived("plan", plan, (Plan,))
-    arrays, options = _arguments(q, k, v, key_bias, plan.auto, plan.causal, plan.scale)
-    for name, x, shape in zip("qkv", arrays[:3], plan.shapes, strict=True):
+    options = {"causal": plan.causal, "scale": plan.scale, "key_bias": key_bias}
+    arrays, scores = _arguments(q, k, v, plan.auto, options, half=False)
+    for name, x, shape in zip("qkv", arrays, plan.shapes, strict=True):
         if _check.dtype_name(x) != plan.dtype:
             raise DtypeError(f"{name} has dtype {_check.dtype_name(x)}; expected {plan.dtype}, as the plan")
         if x.shape != shape:
             raise ShapeError(f"{name} has shape {x.shape}; expected {shape}, as the plan")
-    return arrays, options | {"engine": plan}
+    return arrays, scores, options
 
 
 def _chosen(engine: Engine | None, tol: float | None, *, gradients: bool) -> Engine:
@@ -311,6 +516,14 @@ def measure_error(
     causal: bool = False,
     scale: float | None = None,
     key_bias: NDArray[Any] | None = None,
+    query_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    segment_ids: NDArray[Any] | None = None,
+    mask: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    softcap: float | None = None,
+    sinks: NDArray[Any] | None = None,
+    empty_rows: Literal["error", "zero"] = "error",
     seed: int = 0,
 ) -> ErrorEstimate:
     """The relative error of an attention output, measured on rows drawn at random.
@@ -322,7 +535,7 @@ def measure_error(
 
     Parameters
     ----------
-    q, k, v, causal, scale, key_bias
+    q, k, v, causal, scale, key_bias, query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
         As for `attention`.
     out : ndarray, shape (..., h, n, d_v)
         The output to judge.
@@ -345,43 +558,62 @@ def measure_error(
     -----
     Cost: O((n + m) d^2 + samples m (d + d_v)) time.
     """
-    (q, k, v, key_bias), options = _arguments(q, k, v, key_bias, Polynomial(), causal, scale)
-    del options["engine"]
+    options = {
+        "causal": causal,
+        "scale": scale,
+        "key_bias": key_bias,
+        "query_offset": query_offset,
+        "window": window,
+        "segment_ids": segment_ids,
+        "mask": mask,
+        "bias": bias,
+        "softcap": softcap,
+        "sinks": sinks,
+        "empty_rows": empty_rows,
+    }
+    arrays, scores = _arguments(q, k, v, Exact(), options, half=False)
+    q, k, v = arrays
     _, out = _check.floats(q=q, out=out)
     _check.shape("out", out, (*q.shape[:-1], v.shape[-1]), match=f"q of shape {q.shape} and v of shape {v.shape}")
     samples = _check.integer("samples", samples, 1)
     seed = _check.integer("seed", seed, 0)
     if out.size == 0:
         return ErrorEstimate(0.0, 0.0, 0.0, 0)
-    estimate = select.of(q, k, v).measure_error(q, k, v, key_bias, out, **options, samples=samples, seed=seed)
-    return ErrorEstimate(*estimate)
+    return ErrorEstimate(*select.of(q, k, v).measure_error(q, k, v, scores, out, samples=samples, seed=seed))
 
 
 def _arguments(
-    q: object, k: object, v: object, key_bias: object, engine: object, causal: object, scale: object
-) -> tuple[_Arrays, dict[str, Any]]:
-    arrays = {"q": q, "k": k, "v": v} | ({} if key_bias is None else {"key_bias": key_bias})
-    checked = _check.floats(**arrays)
-    q_, k_, v_ = checked[:3]
-    bias = checked[3] if len(checked) == 4 else None
-    causal = _check.flag("causal", causal)
-    _check_shapes(q_, k_, v_, bias, causal)
-    factor = 1 / np.sqrt(q_.shape[-1]) if scale is None else _check.number("scale", scale)
-    return (q_, k_, v_, bias), {"engine": check_engine(engine), "causal": causal, "scale": float(factor)}
+    q: object, k: object, v: object, engine: object, options: dict[str, Any], *, half: bool = True
+) -> tuple[_Arrays, Scores]:
+    """The arrays and how scores are made of them, checked, once the engine is one; ``options`` are lined up with them."""
+    biases = {name: options[name] for name in _OF_Q if options.get(name) is not None}
+    key_bias = biases.get("key_bias")
+    if key_bias is not None and getattr(key_bias, "dtype", None) == np.bool_:
+        del biases["key_bias"]
+    checked = dict(zip(("q", "k", "v", *biases), _check.floats(half=half, q=q, k=k, v=v, **biases), strict=True))
+    q_, k_, v_ = (checked.pop(name) for name in "qkv")
+    check_engine(engine)
+    for name, kind in _OF_OTHER_KINDS.items():
+        if options.get(name) is not None:
+            checked[name] = _check.of_kind(name, options[name], q_, kind)
+    if key_bias is not None and "key_bias" not in checked:
+        checked["key_bias"] = select.of(q_).removed_where_false(_check.of_kind("key_bias", key_bias, q_, "bool"), q_)
+    _check_shapes(q_, k_, v_, empty=options.get("empty_rows") == "zero")
+    return (q_, k_, v_), scores_of(q_, k_, **(options | checked))
 
 
-def _check_shapes(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], key_bias: NDArray[Any] | None, causal: bool
-) -> None:
+_OF_Q = ("key_bias", "bias", "sinks")
+_OF_OTHER_KINDS = {"mask": "bool", "segment_ids": "integer"}
+
+
+def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, empty: bool) -> None:
     if q.ndim < 2:
         raise ShapeError(f"q has shape {q.shape}; expected (..., h, n, d), or (n, d) for one head")
     n, d = q.shape[-2:]
     if d == 0:
         raise ShapeError(f"q has shape {q.shape}; expected a last axis of at least 1")
     batch, heads = q.shape[:-3], ("h_kv",) if q.ndim > 2 else ()
-    _check.shape("k", k, (*batch, *heads, "n", d), match=f"q of shape {q.shape}")
-    if causal:
-        _check.shape("k", k, (*batch, *heads, n, d), match=f"q of shape {q.shape} with causal=True")
+    _check.shape("k", k, (*batch, *heads, "m", d), match=f"q of shape {q.shape}")
     if q.ndim > 2:
         h, h_kv = q.shape[-3], k.shape[-3]
         if h != h_kv and (h_kv == 0 or h % h_kv):
@@ -389,11 +621,8 @@ def _check_shapes(
                 f"k has {h_kv} heads (shape {k.shape}); expected a number that divides the {h} heads of q "
                 f"(shape {q.shape})"
             )
-    m = k.shape[-2]
-    if m == 0 and n > 0:
+    if k.shape[-2] == 0 and n > 0 and not empty:
         raise ShapeError(f"k has shape {k.shape}; expected at least one key (m >= 1)")
     _check.shape("v", v, (*k.shape[:-1], "dv"), match=f"k of shape {k.shape}")
     if v.shape[-1] == 0:
         raise ShapeError(f"v has shape {v.shape}; expected a last axis of at least 1")
-    if key_bias is not None:
-        _check.shape("key_bias", key_bias, k.shape[:-1], match=f"k of shape {k.shape}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from .._lingrad_rs import (
     embedding_forward,
     feed_forward_forward,
     linear_forward,
-    measure_error,
     norm_forward,
     self_attention_backward,
     self_attention_forward,
@@ -32,12 +32,15 @@ from .._lingrad_rs import (
 )
 from ..errors import ShapeError
 from ..spec.engines import Engine
+from ..spec.plan import PlanData
+from ..spec.scores import Scores
 
 __all__ = [
     "activation_backward",
     "activation_forward",
     "add",
     "attention_backward",
+    "attention_backward_again",
     "attention_forward",
     "copy",
     "embedding_backward",
@@ -50,6 +53,7 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "removed_where_false",
     "same",
     "self_attention_backward",
     "self_attention_forward",
@@ -101,42 +105,77 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     return largest * math.sqrt(sum(float(np.sum(np.square(x))) for x in scaled))
 
 
+def removed_where_false(allowed: Array, q: Array) -> Array:
+    """The key bias that stands for the keys that may be attended to: 0 there, and minus infinity elsewhere."""
+    return np.where(allowed, 0, -np.inf).astype(q.dtype)
+
+
+def _broadcast(q: Array, k: Array, scores: Scores) -> Scores:
+    """The scores with arrays of an entry for every head, in place."""
+    if scores.key_bias is scores.mask is scores.bias is scores.sinks is None:
+        return scores
+    pairs = (*q.shape[:-1], k.shape[-2])
+    shapes = {"key_bias": k.shape[:-1], "mask": pairs, "bias": pairs, "sinks": q.shape[:-2] or (1,)}
+    arrays = {name: (getattr(scores, name), shape) for name, shape in shapes.items()}
+    views = {name: np.broadcast_to(x, shape) for name, (x, shape) in arrays.items() if x is not None}
+    return replace(scores, **views)
+
+
 def attention_forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    key_bias: Array | None,
-    *,
-    engine: Engine,
-    causal: bool,
-    scale: float,
-    keep: bool,
-) -> tuple[Array, core.AttentionState | None]:
-    """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
-    if q.shape[-2] == k.shape[-2] == 0:
+    q: Array, k: Array, v: Array, scores: Scores, *, engine: Engine | PlanData, keep: bool, wants_lse: bool
+) -> tuple[Array, Array | None, core.AttentionState | None]:
+    """``out``, where asked for the logarithms of the rows' denominators, and with ``keep`` what the backward pass needs."""
+    if k.shape[-2] == 0:
         shape = (*q.shape[:-1], v.shape[-1])
         try:
-            return np.zeros(shape, q.dtype), None
+            return np.zeros(shape, q.dtype), np.full(shape[:-1], -np.inf) if wants_lse else None, None
         except ValueError:  # NumPy has a largest size for arrays of no entries too
             raise ShapeError(f"out would have shape {shape}, which no array can have") from None
-    return core.attention_forward(q, k, v, key_bias, engine=engine, causal=causal, scale=scale, keep=keep)
+    scores = _broadcast(q, k, scores)
+    return core.attention_forward(q, k, v, scores, engine=engine, keep=keep, wants_lse=wants_lse)
+
+
+def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:
+    """Those of a call without keys."""
+    zeros: list[Array | None] = [np.zeros(x.shape, q.dtype) for x in (q, k, v)]
+    return zeros + [None if x is None else np.zeros(x.shape, q.dtype) for x in (scores.key_bias, scores.bias, scores.sinks)]
 
 
 def attention_backward(
+    q: Array, k: Array, v: Array, scores: Scores, state: core.AttentionState | None, dout: Array, *, samples: int
+) -> tuple[list[Array | None], list[dict[str, Any]]]:
+    """``dq, dk, dv, dkey_bias, dbias, dsinks``, None of what was not given; and what is known of each head."""
+    if state is None:  # no keys
+        return _no_gradients(q, k, v, scores), []
+    return core.attention_backward(q, k, v, _broadcast(q, k, scores), state, dout, samples=samples)
+
+
+def attention_backward_again(
+    dout: Array,
     q: Array,
     k: Array,
     v: Array,
-    key_bias: Array | None,
-    state: core.AttentionState | None,
-    dout: Array,
+    out: Array,
+    lse: Array,
+    scores: Scores,
     *,
-    samples: int,
-) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
-    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
-    if state is None:  # neither queries nor keys
-        dkey_bias = None if key_bias is None else np.zeros(key_bias.shape, q.dtype)
-        return (np.zeros(q.shape, q.dtype), np.zeros(k.shape, q.dtype), np.zeros(v.shape, q.dtype), dkey_bias), []
-    return core.attention_backward(q, k, v, key_bias, state, dout, samples=samples)
+    engine: Engine,
+    check_finite: bool,
+) -> list[Array | None]:
+    """The same gradients, from the inputs and results of a forward pass that kept nothing else."""
+    if k.shape[-2] == 0:
+        return _no_gradients(q, k, v, scores)
+    scores = _broadcast(q, k, scores)
+    return core.attention_backward_again(
+        dout, q, k, v, out, lse, scores, engine=engine, check_finite=check_finite
+    )[0]
+
+
+def measure_error(
+    q: Array, k: Array, v: Array, scores: Scores, out: Array, *, samples: int, seed: int
+) -> tuple[float, float, float, int]:
+    """``(relative, low, high, rows)``."""
+    return core.measure_error(q, k, v, _broadcast(q, k, scores), out, samples=samples, seed=seed)
 
 
 def linear_backward(x: Array, w: Array, has_bias: bool, dy: Array) -> tuple[Array, dict[str, Array]]:

@@ -8,23 +8,25 @@ use rayon::prelude::*;
 use crate::context::Context;
 use crate::engines::{self, Prepared, exact};
 use crate::error::{Error, Result, expect_len};
-use crate::memory::{collected, zeroed};
+use crate::memory::{collected, copied, zeroed};
 use crate::numerics::real::Real;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::{check_finite, check_result};
-use crate::problem::grads::{AttentionGrads, HeadGrads, expect_views};
+use crate::problem::grads::{AttentionGrads, Extras, HeadGrads, RowFactors, expect_views};
 use crate::problem::heads::{Heads, Sizes};
-use crate::problem::scores::{Mask, Scores};
+use crate::problem::scores::{Mask, Scores, join_sink};
 use crate::spec::{Auto, Engine};
 use crate::tolerance::{self, Given, Group, Planned, Saved};
 
-/// What attention to compute: `out = D^-1 A v` with `A = exp(scale q k^T + key_bias)`, or its low-rank form.
+/// What attention to compute: `out = D^-1 A v` with `A = exp(s)` of the [`Scores`], or its low-rank form.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Attention {
     /// The engine, or a tolerance.
     pub method: Method,
     /// How scores are made.
     pub scores: Scores,
+    /// Whether gradients that are not finite pass through, in place of an error: training in half precision looks for them.
+    pub infinite_gradients_pass: bool,
 }
 
 /// What computes attention.
@@ -55,14 +57,25 @@ impl Method {
     }
 
     /// Checks everything that does not depend on the arrays, but for the size of their numbers.
-    pub fn check(&self, mask: &Mask, bytes: usize) -> Result<()> {
+    pub fn check(&self, scores: &Scores, bytes: usize) -> Result<()> {
         if let Some(auto) = self.tolerance() {
             auto.check(bytes)?;
         }
         match self {
-            Self::Engine(engine) => engine.check(mask),
+            Self::Engine(engine) => engine.check(scores),
             Self::Auto(_) => Ok(()),
-            Self::Planned(plan) => plan.heads.iter().try_for_each(|head| head.engine.check(mask)),
+            Self::Planned(plan) => plan.heads.iter().try_for_each(|head| head.engine.check(scores)),
+        }
+    }
+}
+
+impl Method {
+    /// An error where there are arrays of pairs that an engine does not have.
+    pub fn check_arrays(&self, mask: bool, bias: bool) -> Result<()> {
+        let given = [(mask, "mask"), (bias, "bias")].into_iter().find(|(given, _)| *given);
+        match (self, given) {
+            (Self::Engine(engine), Some((_, name))) if *engine != Engine::Exact => Err(engine.refuses(name)),
+            _ => Ok(()),
         }
     }
 }
@@ -70,19 +83,57 @@ impl Method {
 impl Attention {
     /// By an engine, or within a tolerance.
     pub fn new(method: impl Into<Method>, mask: Mask, scale: f64) -> Self {
-        Self { method: method.into(), scores: Scores { scale, mask } }
+        Self { method: method.into(), scores: Scores::new(scale, mask), infinite_gradients_pass: false }
     }
 
     fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
-        self.method.check(&self.scores.mask, size_of::<T>())?;
+        self.method.check(&self.scores, size_of::<T>())?;
         let sizes = heads.sizes()?;
-        self.scores.check(sizes.n, sizes.m)?;
+        self.scores.check(sizes.h, sizes.n, sizes.m)?;
+        self.method.check_arrays(heads.allowed.is_some(), heads.bias.is_some())?;
         if let Method::Planned(plan) = &self.method
             && plan.heads.len() != sizes.h
         {
             return Err(Error::Shape(format!("q has {} heads; expected {}, as the plan", sizes.h, plan.heads.len())));
         }
         Ok(sizes)
+    }
+
+    /// The engine for these heads.
+    fn engine<T: Real>(
+        &self,
+        engine: &Engine,
+        heads: &Heads<'_, T>,
+        sizes: &Sizes,
+    ) -> Result<Box<dyn engines::Engine<T>>> {
+        let may_be_empty = (self.scores.empty_rows_are_zero || heads.sinks.is_some()) && heads.key_bias.is_some();
+        engines::of(engine, sizes, &self.scores, may_be_empty)
+    }
+
+    /// What is to be run for a head within a tolerance.
+    fn given(&self, head: usize) -> Result<(&Auto, Given<'_>)> {
+        match &self.method {
+            Method::Auto(auto) => Ok((auto, Given::Nothing)),
+            Method::Planned(Planned { auto, known: Some(known), .. }) => Ok((auto, Given::Report(&known[head]))),
+            Method::Planned(Planned { auto, heads, .. }) => Ok((auto, Given::Plan(&heads[head]))),
+            Method::Engine(_) => Err(Error::Argument("no tolerance".into())),
+        }
+    }
+
+    /// What [`forward`](Self::forward) returned, from the logarithms of the rows' denominators, `(heads, n)`: for exact
+    /// attention, which takes nothing else from the data.
+    pub fn restore<T: Real>(&self, heads: &Heads<'_, T>, lse: &[f64]) -> Result<Saved<T>> {
+        let Sizes { h, n, .. } = self.check(heads)?;
+        expect_len("lse", lse.len(), h * n)?;
+        let exact = || Arc::new(exact::Exact) as Arc<dyn Prepared<T>>;
+        // The type of the arrays need not hold a logarithm exactly: the factor takes what is left.
+        let rows = |&lse: &f64| match lse == f64::NEG_INFINITY {
+            true => (T::ZERO, T::ZERO),
+            false => (T::of(lse), T::of((T::of(lse).to_f64() - lse).exp())),
+        };
+        let (row_max, row_scale) = lse.iter().map(rows).unzip();
+        let heads = collected((0..h).map(|_| exact()), "what engines know of the heads")?;
+        Ok(Saved { row_max, row_scale, lse: copied(lse, "logarithms of row sums")?, heads, reports: Vec::new() })
     }
 
     /// Writes `out`, contiguous `(heads, n, d_v)`, and returns what [`backward`](Self::backward) needs.
@@ -92,16 +143,30 @@ impl Attention {
     /// engines states of `r (d_v + 1)` numbers (8 to 32 in float64, or under a mask 8 to 256 in the arrays' type) for every
     /// head under way, and a float64 number a key where there is a bias.
     pub fn forward<T: Real>(&self, ctx: &Context, heads: &Heads<'_, T>, out: &mut [T]) -> Result<Saved<T>> {
+        self.forward_with(ctx, heads, out, false)
+    }
+
+    /// The same; with `wants_lse`, [`Saved::lse`] holds the logarithms of the rows' denominators.
+    pub fn forward_with<T: Real>(
+        &self,
+        ctx: &Context,
+        heads: &Heads<'_, T>,
+        out: &mut [T],
+        wants_lse: bool,
+    ) -> Result<Saved<T>> {
         let sizes = self.check(heads)?;
         let Sizes { h, n, d_v, .. } = sizes;
         expect_len("out", out.len(), h * n * d_v)?;
         let engine = match &self.method {
-            Method::Engine(engine) => Some(engines::of(engine, &sizes)?),
+            Method::Engine(engine) => Some(self.engine(engine, heads, &sizes)?),
             _ => None,
         };
+        // A sink's gradient takes them too.
+        let lse = if wants_lse || heads.sinks.is_some() { h * n } else { 0 };
         let mut saved = Saved {
             row_max: zeroed(h * n, "row maxima")?,
             row_scale: zeroed(h * n, "row sums")?,
+            lse: zeroed(lse, "logarithms of row sums")?,
             heads: Vec::new(),
             reports: Vec::new(),
         };
@@ -114,27 +179,34 @@ impl Attention {
             return Ok(saved);
         }
         heads.check_finite()?;
+        let mut lse = split(&mut saved.lse, n, h);
         let (prepared, reports): (Vec<_>, Vec<_>) =
-            (out.par_chunks_mut(n * d_v), saved.row_max.par_chunks_mut(n), saved.row_scale.par_chunks_mut(n))
+            (out.par_chunks_mut(n * d_v), saved.row_max.par_chunks_mut(n), saved.row_scale.par_chunks_mut(n), &mut lse)
                 .into_par_iter()
                 .enumerate()
-                .map(|(i, (out, max, scale))| {
+                .map(|(i, (out, max, scale, lse))| {
                     let head = heads.head(i, &self.scores);
-                    let (auto, given) = match (&self.method, &engine) {
-                        (Method::Auto(auto), _) => (auto, Given::Nothing),
-                        (Method::Planned(Planned { auto, known: Some(known), .. }), _) => {
-                            (auto, Given::Report(&known[i]))
-                        }
-                        (Method::Planned(Planned { auto, heads, .. }), _) => (auto, Given::Plan(&heads[i])),
+                    let (prepared, report): (Arc<dyn Prepared<T>>, _) = match (&self.method, &engine) {
                         (Method::Engine(_), Some(engine)) => {
                             let mut prepared = engine.prepare(ctx, &head)?;
                             prepared.forward(ctx, &head, out, max, scale)?;
-                            return Ok((Arc::from(prepared), None));
+                            (Arc::from(prepared), None)
                         }
                         (Method::Engine(_), None) => return Err(Error::Argument("no engine".into())),
+                        (Method::Auto(_) | Method::Planned(_), _) => {
+                            let (auto, given) = self.given(i)?;
+                            let (prepared, report) = tolerance::forward(ctx, &head, auto, given, out, max, scale)?;
+                            (Arc::from(prepared), Some(report))
+                        }
                     };
-                    let (prepared, report) = tolerance::forward(ctx, &head, auto, given, out, max, scale)?;
-                    Ok((Arc::from(prepared), Some(report)))
+                    if !lse.is_empty() {
+                        let sums = prepared.log_row_sums(&head, RowFactors { max, scale })?;
+                        lse.copy_from_slice(&sums);
+                    }
+                    if let Some(sink) = head.sink {
+                        join_sinks(sink, lse, scale, out);
+                    }
+                    Ok((prepared, report))
                 })
                 .collect::<Result<Vec<_>>>()?
                 .into_iter()
@@ -172,48 +244,97 @@ impl Attention {
         expect_len("dk", grads.dk.len(), h_kv * m * d)?;
         expect_len("dv", grads.dv.len(), h_kv * m * d_v)?;
         expect_views("dout", dout, h, n, d_v)?;
+        if let Some(dbias) = &grads.dbias {
+            dbias.check(h, n, m)?;
+        }
+        if let Some(dsinks) = &grads.dsinks {
+            expect_len("dsinks", dsinks.len(), h)?;
+            expect_len("saved", saved.lse.len(), h * n)?;
+        }
         grads.dk.fill(T::ZERO);
         grads.dv.fill(T::ZERO);
-        let mut biases: Vec<Option<&mut [T]>> = match grads.dkey_bias.as_deref_mut() {
-            Some(b) => {
-                expect_len("dkey_bias", b.len(), h_kv * m)?;
-                b.fill(T::ZERO);
-                b.chunks_mut(m.max(1)).map(Some).collect()
-            }
-            None => (0..h_kv).map(|_| None).collect(),
-        };
+        if let Some(db) = grads.dkey_bias.as_deref_mut() {
+            expect_len("dkey_bias", db.len(), h_kv * m)?;
+            db.fill(T::ZERO);
+        }
         if n == 0 || h == 0 {
             return Ok(Vec::new());
         }
-        check_finite("dout", dout)?;
+        if !self.infinite_gradients_pass {
+            check_finite("dout", dout)?;
+        }
         let group = h / h_kv;
-        // Heads that share keys add to the same dk and dv, so they take turns; each keeps every thread busy by itself.
-        let reports: Vec<Vec<HeadReport>> = (
-            grads.dq.par_chunks_mut(group * n * d),
-            grads.dk.par_chunks_mut(m * d),
-            grads.dv.par_chunks_mut(m * d_v),
-            biases.par_iter_mut(),
-        )
-            .into_par_iter()
-            .enumerate()
-            .map(|(kv, (dq, dk, dv, db))| {
-                let heads = Group { heads, scores: &self.scores, saved, out, dout, first: kv * group, group };
-                let mut grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias: db.as_deref_mut() };
-                match (&self.method, self.method.tolerance()) {
-                    (_, Some(auto)) => heads.backward_within(ctx, auto, dq, grads),
-                    (Method::Engine(engine), _) if samples > 0 => {
-                        heads.backward_measured(ctx, engine, samples, dq, grads)
-                    }
-                    _ => heads.backward(ctx, dq, &mut grads).map(|()| Vec::new()),
+        let AttentionGrads { dq, dk, dv, dbias, dsinks, dkey_bias } = &mut grads;
+        let mut biases: Vec<Option<&mut [T]>> = match dkey_bias {
+            Some(db) => db.chunks_mut(m).map(Some).collect(),
+            None => (0..h_kv).map(|_| None).collect(),
+        };
+        let of_group = |kv: usize, dq: &mut [T], mut grads: HeadGrads<'_, T>, mut extras: Extras<'_, T>| {
+            let heads = Group { heads, scores: &self.scores, saved, out, dout, first: kv * group, group };
+            match (&self.method, self.method.tolerance()) {
+                (_, Some(auto)) => heads.backward_within(ctx, auto, dq, grads, extras),
+                (Method::Engine(engine), _) if samples > 0 => {
+                    heads.backward_measured(ctx, engine, samples, dq, grads, extras)
                 }
-            })
-            .collect::<Result<_>>()?;
+                _ => heads.backward(ctx, dq, &mut grads, &mut extras).map(|()| Vec::new()),
+            }
+        };
+        let mut sinks = split(dsinks.as_deref_mut().unwrap_or_default(), group, h_kv);
+        let reports: Vec<Vec<HeadReport>> = if let Some(dbias) = dbias {
+            // Heads may add to the same numbers of a bias, so they take turns; each keeps every thread busy by itself.
+            let mut reports = Vec::new();
+            let parts = dq.chunks_mut(group * n * d).zip(dk.chunks_mut(m * d)).zip(dv.chunks_mut(m * d_v));
+            for (kv, ((((dq, dk), dv), db), dsinks)) in parts.zip(&mut biases).zip(&mut sinks).enumerate() {
+                let (dkey_bias, dsinks) = (db.as_deref_mut(), &mut **dsinks);
+                let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias };
+                reports.push(of_group(kv, dq, grads, Extras { dbias: Some(dbias.reborrow()), dsinks })?);
+            }
+            reports
+        } else {
+            // So do heads that share keys, which add to the same dk and dv.
+            let keys = (dk.par_chunks_mut(m * d), dv.par_chunks_mut(m * d_v), biases.par_iter_mut());
+            (dq.par_chunks_mut(group * n * d), keys.0, keys.1, keys.2, &mut sinks)
+                .into_par_iter()
+                .enumerate()
+                .map(|(kv, (dq, dk, dv, db, dsinks))| {
+                    let (dkey_bias, dsinks) = (db.as_deref_mut(), &mut **dsinks);
+                    let grads = HeadGrads { dq: &mut [], dk, dv, dkey_bias };
+                    of_group(kv, dq, grads, Extras { dbias: None, dsinks })
+                })
+                .collect::<Result<_>>()?
+        };
+        if self.infinite_gradients_pass {
+            return Ok(reports.concat());
+        }
         check_result("dq", grads.dq, n * d)?;
         check_result("dk", grads.dk, m * d)?;
         check_result("dv", grads.dv, m * d_v)?;
         if let Some(db) = grads.dkey_bias {
             check_result("dkey_bias", db, m)?;
         }
+        if let Some(dsinks) = grads.dsinks {
+            check_result("dsinks", dsinks, 1)?;
+        }
+        if let Some(dbias) = grads.dbias {
+            check_result("dbias", dbias.data, dbias.data.len().max(1))?;
+        }
         Ok(reports.concat())
+    }
+}
+
+/// `count` consecutive parts of `len` each, or empty ones of nothing.
+fn split<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
+    let mut parts: Vec<_> = x.chunks_mut(len.max(1)).collect();
+    parts.resize_with(count, Default::default);
+    parts
+}
+
+/// Adds a sink to the denominators of a head's rows.
+fn join_sinks<T: Real>(sink: f64, lse: &mut [f64], scale: &mut [T], out: &mut [T]) {
+    let d_v = out.len() / lse.len();
+    for ((lse, scale), out) in lse.iter_mut().zip(scale).zip(out.chunks_exact_mut(d_v)) {
+        let share = join_sink(lse, sink);
+        *scale = T::of(scale.to_f64() * share);
+        out.iter_mut().for_each(|x| *x = T::of(x.to_f64() * share));
     }
 }

@@ -49,7 +49,7 @@ pub use error::{Error, Result};
 pub use faer::{ColRef, MatRef};
 pub use numerics::real::Real;
 pub use plan::report::HeadReport;
-pub use problem::grads::AttentionGrads;
+pub use problem::grads::{AttentionGrads, BiasGrads};
 pub use problem::heads::Heads;
 pub use problem::rows::Rows;
 pub use problem::scores::{Mask, Scores};

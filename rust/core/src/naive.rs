@@ -20,11 +20,27 @@ pub struct Naive<'a> {
     pub mask: Mask,
     /// Factor of the scores.
     pub scale: f64,
+    /// What exact scores alone have.
+    pub options: Options<'a>,
     /// `None` for `exp`; else the coefficients of the polynomial of `scale q.k`, and its gradient.
     pub polynomial: Option<(&'a [f64], Gradient)>,
 }
 
-/// `dq, dk, dv, dkey_bias`.
+/// Options of exact scores: `c tanh(s / c)`, which pairs are allowed and what is added to them, and a score that joins
+/// every denominator.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// `c`.
+    pub softcap: Option<f64>,
+    /// `(n, m)`.
+    pub allowed: Option<MatRef<'a, bool>>,
+    /// `(n, m)`.
+    pub bias: Option<MatRef<'a, f64>>,
+    /// The score without a value.
+    pub sink: Option<f64>,
+}
+
+/// The gradients.
 #[derive(Debug, Clone)]
 pub struct NaiveGrads {
     /// `(n, d)`.
@@ -35,6 +51,10 @@ pub struct NaiveGrads {
     pub dv: Mat<f64>,
     /// `(m,)`.
     pub dkey_bias: Vec<f64>,
+    /// `(n, m)`.
+    pub dbias: Mat<f64>,
+    /// Of the sink.
+    pub dsink: f64,
 }
 
 impl Naive<'_> {
@@ -52,9 +72,16 @@ impl Naive<'_> {
         let seen = || self.mask.seen(i, self.k.nrows());
         match self.polynomial {
             None => {
-                let total = |j| self.score(i, j) + self.bias(j);
-                let max = seen().map(total).fold(f64::NEG_INFINITY, f64::max);
-                seen().map(|j| (total(j) - max).exp()).map(|a| (a, a)).collect()
+                let Options { softcap, allowed, bias, .. } = self.options;
+                let total = |j| {
+                    let s = softcap.map_or(self.score(i, j), |c| c * (self.score(i, j) / c).tanh());
+                    let hidden = allowed.is_some_and(|allowed| !allowed[(i, j)]);
+                    if hidden { f64::NEG_INFINITY } else { s + self.bias(j) + bias.map_or(0.0, |bias| bias[(i, j)]) }
+                };
+                let max = seen().map(total).fold(self.options.sink.unwrap_or(f64::NEG_INFINITY), f64::max);
+                let weight = |j| if total(j) == f64::NEG_INFINITY { 0.0 } else { (total(j) - max).exp() };
+                let sink = self.options.sink.map(|sink| (sink - max).exp());
+                seen().map(weight).chain(sink).map(|a| (a, a)).collect()
             }
             Some((a, gradient)) => {
                 let level = seen().map(|j| self.bias(j)).fold(f64::NEG_INFINITY, f64::max);
@@ -75,10 +102,13 @@ impl Naive<'_> {
         let rows: Vec<_> = (0..self.q.nrows()).map(|i| self.row(i)).collect();
         let sums: Vec<f64> = rows.iter().map(|row| row.iter().map(|a| a.0).sum()).collect();
         let (n, m) = (self.q.nrows(), self.k.nrows());
+        // A row without weights is 0.
+        let sums: Vec<f64> = sums.into_iter().map(|sum| if sum == 0.0 { 1.0 } else { sum }).collect();
         let entry = |i: usize, j: usize| {
             let seen = self.mask.seen(i, m);
             if seen.contains(&j) { rows[i][j - seen.start] } else { (0.0, 0.0) }
         };
+
         (Mat::from_fn(n, m, |i, j| entry(i, j).0 / sums[i]), Mat::from_fn(n, m, |i, j| entry(i, j).1 / sums[i]))
     }
 
@@ -96,12 +126,19 @@ impl Naive<'_> {
         let delta: Vec<f64> =
             (0..out.nrows()).map(|i| (0..out.ncols()).map(|c| dout[(i, c)] * out[(i, c)]).sum()).collect();
         let of = |x: &Mat<f64>| Mat::from_fn(f.nrows(), f.ncols(), |i, j| x[(i, j)] * (e[(i, j)] - delta[i]));
+        let slope = |i, j| self.options.softcap.map_or(1.0, |c| 1.0 - (self.score(i, j) / c).tanh().powi(2));
         let (db, ds) = (of(&f), of(&g));
+        let ds = Mat::from_fn(f.nrows(), f.ncols(), |i, j| ds[(i, j)] * slope(i, j));
+        // What of a row's weights is no key's is the sink's, whose value is 0.
+        let share = |i: usize| 1.0 - f.row(i).iter().sum::<f64>();
+        let dsink = self.options.sink.map_or(0.0, |_| (0..f.nrows()).map(|i| -share(i) * delta[i]).sum());
         NaiveGrads {
             dq: faer::Scale(self.scale) * (&ds * self.k),
             dk: faer::Scale(self.scale) * (ds.transpose() * self.q),
             dv: f.transpose() * dout,
             dkey_bias: (0..f.ncols()).map(|j| db.col(j).iter().sum()).collect(),
+            dbias: db,
+            dsink,
         }
     }
 }

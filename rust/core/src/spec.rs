@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::problem::scores::Mask;
+use crate::problem::scores::{Mask, Scores};
 
 /// How attention is computed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -194,43 +194,57 @@ impl Auto {
 }
 
 impl Engine {
-    /// An error where its options do not fit together, or not with the mask.
-    pub fn check(&self, mask: &Mask) -> Result<()> {
+    /// What users call it.
+    pub fn name(&self) -> &'static str {
         match self {
-            Self::Exact => Ok(()),
-            Self::Polynomial(options) => options.check(mask),
-            Self::Landmark(options) => options.check(mask),
+            Self::Exact => "Exact",
+            Self::Polynomial(_) => "Polynomial",
+            Self::Landmark(_) => "Landmark",
         }
     }
-}
 
-/// Whether the low-rank engines compute attention under this mask: the exact engine has every mask, they have two.
-pub(crate) fn is_low_rank_mask(mask: &Mask) -> bool {
-    matches!(mask, Mask::None | Mask::Causal { offset: 0 })
-}
-
-/// An error where the low-rank engines do not have the mask.
-fn check_low_rank_mask(mask: &Mask) -> Result<()> {
-    if is_low_rank_mask(mask) {
-        return Ok(());
+    /// An error where its options do not fit together, or not with the scores.
+    pub fn check(&self, scores: &Scores) -> Result<()> {
+        if *self == Self::Exact {
+            return Ok(());
+        }
+        if let Some(option) = not_low_rank(scores) {
+            return Err(self.refuses(option));
+        }
+        scores.masks.iter().try_for_each(|mask| match self {
+            Self::Exact => Ok(()),
+            Self::Polynomial(options) => options.check(mask),
+            Self::Landmark(options) => options.check(),
+        })
     }
-    Err(Error::Argument(format!("this engine has no {mask}; use Exact()")))
+
+    /// The error of an engine that has no such option.
+    pub(crate) fn refuses(&self, option: &str) -> Error {
+        Error::Argument(format!("{} has no {option}; use Exact()", self.name()))
+    }
+}
+
+/// An option of scores that low-rank engines do not have, if there is one.
+pub(crate) fn not_low_rank(scores: &Scores) -> Option<&'static str> {
+    if scores.softcap.is_some() {
+        return Some("softcap");
+    }
+    scores.masks.iter().any(|mask| mask.lower.is_some()).then_some("window")
 }
 
 impl Landmark {
-    /// An error where the rank is out of range, or the mask is none of its.
-    pub fn check(&self, mask: &Mask) -> Result<()> {
+    /// An error where the rank is out of range.
+    pub fn check(&self) -> Result<()> {
         if self.rank == 0 || self.rank > LARGEST_RANK {
             return Err(Error::Argument(format!("rank is {}; expected an integer of 1 to {LARGEST_RANK}", self.rank)));
         }
-        check_low_rank_mask(mask)
+        Ok(())
     }
 }
 
 impl Polynomial {
     fn check(&self, mask: &Mask) -> Result<()> {
-        check_low_rank_mask(mask)?;
-        let causal = !mask.is_none();
+        let causal = mask.upper.is_some();
         if self.degree == 0 {
             return Err(Error::Argument("degree is 0; expected an integer >= 1".into()));
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use faer::prelude::Solve;
 use faer::{ColRef, Mat};
 use lingrad_core::measure::measure_error;
-use lingrad_core::naive::{Naive, relative_error};
+use lingrad_core::naive::{Naive, Options, relative_error};
 use lingrad_core::plan::sampled::largest_relative_error;
 use lingrad_core::spec::{Coefficients, Diagonal, Engine, Gradient, Landmark, LandmarkConstants, Polynomial, Shift};
 use lingrad_core::{Attention, AttentionGrads, Context, Error, Heads, Mask, Method, Real};
@@ -102,12 +102,13 @@ impl<T: Real> Data<T> {
     }
 
     fn heads(&self) -> Heads<'_, T> {
-        Heads {
-            q: self.q.iter().map(|x| x.as_ref()).collect(),
-            k: self.k.iter().map(|x| x.as_ref()).collect(),
-            v: self.v.iter().map(|x| x.as_ref()).collect(),
-            key_bias: self.bias.as_ref().map(|b| b.iter().map(|b| ColRef::from_slice(b)).collect()),
-        }
+        let (q, k, v) = (
+            self.q.iter().map(|x| x.as_ref()).collect(),
+            self.k.iter().map(|x| x.as_ref()).collect(),
+            self.v.iter().map(|x| x.as_ref()).collect(),
+        );
+        let key_bias = self.bias.as_ref().map(|b| b.iter().map(|b| ColRef::from_slice(b)).collect());
+        Heads { key_bias, ..Heads::new(q, k, v) }
     }
 }
 
@@ -124,12 +125,8 @@ fn run<T: Real>(case: &Case, data: &Data<T>) -> lingrad_core::Result<Output<T>> 
     let (ctx, heads) = (Context::new(), data.heads());
     let saved = case.attention.forward(&ctx, &heads, &mut result.out)?;
     let dout: Vec<_> = data.dout.iter().map(|x| x.as_ref()).collect();
-    let grads = AttentionGrads {
-        dq: &mut result.dq,
-        dk: &mut result.dk,
-        dv: &mut result.dv,
-        dkey_bias: case.bias.then_some(&mut result.db[..]),
-    };
+    let dkey_bias = case.bias.then_some(&mut result.db[..]);
+    let grads = AttentionGrads { dkey_bias, ..AttentionGrads::new(&mut result.dq, &mut result.dk, &mut result.dv) };
     case.attention.backward(&ctx, &heads, &saved, &result.out, &dout, 0, grads)?;
     Ok(result)
 }
@@ -147,8 +144,9 @@ fn oracle(case: &Case, data: &Data<f64>, polynomial: Option<(&[f64], Gradient)>)
                 k: data.k[kv].as_ref(),
                 v: data.v[kv].as_ref(),
                 key_bias: data.bias.as_ref().map_or(&[], |b| &b[kv]),
-                mask: case.attention.scores.mask.clone(),
+                mask: case.attention.scores.mask(0, 1).clone(),
                 scale: case.attention.scores.scale,
+                options: Options::default(),
                 polynomial,
             };
             result.out.extend(flat(&naive.forward()));
@@ -731,7 +729,7 @@ fn many_landmarks_give_exact_attention() {
 #[test]
 fn a_degree_beyond_all_polynomials_is_an_argument_error() {
     let x = normal(1, 4, 1, 0.5);
-    let heads = Heads { q: vec![x.as_ref()], k: vec![x.as_ref()], v: vec![x.as_ref()], key_bias: None };
+    let heads = Heads::new(vec![x.as_ref()], vec![x.as_ref()], vec![x.as_ref()]);
     let given = Coefficients::Given(vec![1.0; 3]);
     for (degree, coefficients) in [
         (usize::MAX, Coefficients::Taylor),
@@ -742,7 +740,7 @@ fn a_degree_beyond_all_polynomials_is_an_argument_error() {
         for gradient in [Gradient::ClosedForm, Gradient::Consistent] {
             let coefficients = coefficients.clone();
             let engine = Engine::Polynomial(Polynomial { degree, coefficients, gradient, ..Default::default() });
-            let attention = Attention::new(engine, Mask::None, 1.0);
+            let attention = Attention::new(engine, Mask::NONE, 1.0);
             let result = attention.forward(&Context::new(), &heads, &mut [0.0; 4]);
             assert!(matches!(result, Err(Error::Argument(_))), "degree {degree}: {result:?}");
         }

@@ -1,5 +1,7 @@
 //! NumPy arrays as the core's strided views, and new arrays for its results.
 
+use std::borrow::Cow;
+
 use lingrad_core::memory::collected;
 use lingrad_core::{ColRef, Error, MatRef, Real, Rows};
 use numpy::prelude::*;
@@ -9,9 +11,15 @@ use pyo3::prelude::*;
 use crate::error::{DtypeError, Result, ShapeError, no_memory};
 
 /// `f32` or `f64`, to both NumPy and the core.
-pub trait Scalar: Real + Element {}
+pub trait Scalar: Real + Item {}
 impl Scalar for f32 {}
 impl Scalar for f64 {}
+
+/// What arrays hold that are only read.
+pub trait Item: Element + Copy {}
+impl Item for f32 {}
+impl Item for f64 {}
+impl Item for bool {}
 
 /// An argument whose element type is not known yet.
 pub type Any<'a, 'py> = &'a Bound<'py, PyUntypedArray>;
@@ -31,14 +39,14 @@ macro_rules! by_dtype {
 pub(crate) use by_dtype;
 
 /// An array argument that the core can read in place.
-pub struct View<'py, T: Scalar> {
+pub struct View<'py, T: Item> {
     name: &'static str,
     array: Bound<'py, PyArrayDyn<T>>,
     /// In elements; 0 along axes of at most one entry, whose stride means nothing.
     strides: Vec<isize>,
 }
 
-impl<'py, T: Scalar> View<'py, T> {
+impl<'py, T: Item> View<'py, T> {
     /// `array`, if its dtype is `T` and its layout one that pointers to `T` can walk.
     pub fn new(name: &'static str, array: Any<'_, 'py>) -> Result<Self> {
         let array = array
@@ -121,6 +129,26 @@ impl<'py, T: Scalar> View<'py, T> {
             [column] if self.shape().len() == 1 => Ok(collected(column.iter().copied(), "a copy of a vector")?),
             _ => Err(self.shape_error(self.shape(), "(entries,)")),
         }
+    }
+
+    /// All entries, in C order.
+    pub fn numbers(&self) -> Result<Vec<T>> {
+        Ok(self.columns()?.iter().flat_map(|column| column.iter().copied()).collect())
+    }
+
+    /// The same, where they lie if they do so in that order.
+    pub fn contiguous(&self) -> Result<Cow<'_, [T]>> {
+        let mut step = 1;
+        let in_order = self.shape().iter().zip(&self.strides).rev().all(|(&len, &stride)| {
+            let fits = len <= 1 || stride == step;
+            step *= len as isize;
+            fits
+        });
+        if in_order && !self.shape().contains(&0) {
+            // SAFETY: as in `matrices`; the entries follow each other without a gap.
+            return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(self.array.data(), step as usize) }));
+        }
+        self.numbers().map(Cow::Owned)
     }
 
     /// The array as a batch of sequences.

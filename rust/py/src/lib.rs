@@ -23,7 +23,9 @@ static ALLOCATOR: huge_pages::HugePages = huge_pages::HugePages;
 #[pymodule]
 mod _lingrad_rs {
     #[pymodule_export]
-    use crate::bind::attention::{AttentionState, attention_backward, attention_forward, check_engine, measure_error};
+    use crate::bind::attention::{
+        AttentionState, attention_backward, attention_backward_again, attention_forward, check_engine, measure_error,
+    };
     #[pymodule_export]
     use crate::bind::layers::{
         activation_backward, activation_forward, embedding_backward, embedding_forward, feed_forward_backward,

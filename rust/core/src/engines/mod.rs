@@ -7,12 +7,14 @@ use std::fmt::Debug;
 use crate::context::Context;
 use crate::error::Result;
 use crate::numerics::real::Real;
-use crate::problem::grads::{HeadGrads, RowFactors, Upstream};
+use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::{Head, Sizes};
+use crate::problem::scores::Scores;
 use crate::spec;
 
 pub(crate) mod exact;
 pub(crate) mod landmark;
+mod pieces;
 pub(crate) mod polynomial;
 
 /// An engine with its options, for all heads of a call.
@@ -36,8 +38,15 @@ pub(crate) trait Prepared<T: Real>: Debug + Send + Sync {
         row_scale: &mut [T],
     ) -> Result<()>;
 
-    /// Adds the head's gradients.
-    fn backward(&self, ctx: &Context, head: &Head<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()>;
+    /// Adds the head's gradients; `dbias` is asked of engines that have a bias of pairs.
+    fn backward(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        up: Upstream<'_, T>,
+        grads: HeadGrads<'_, T>,
+        dbias: Option<BiasGrads<'_, T>>,
+    ) -> Result<()>;
 
     /// `ln sum_j A_ij` of every query, from what the forward pass left.
     fn log_row_sums(&self, head: &Head<'_, T>, rows: RowFactors<'_, T>) -> Result<Vec<f64>>;
@@ -58,11 +67,19 @@ pub(crate) trait Prepared<T: Real>: Debug + Send + Sync {
     }
 }
 
-/// The engine of some data, for heads of these sizes.
-pub(crate) fn of<T: Real>(engine: &spec::Engine, sizes: &Sizes) -> Result<Box<dyn Engine<T>>> {
-    Ok(match engine {
-        spec::Engine::Exact => Box::new(exact::Exact),
+/// The engine of some data, for heads of these sizes whose scores are made so. `may_be_empty`: rows without keys may be
+/// met, and are 0.
+pub(crate) fn of<T: Real>(
+    engine: &spec::Engine,
+    sizes: &Sizes,
+    scores: &Scores,
+    may_be_empty: bool,
+) -> Result<Box<dyn Engine<T>>> {
+    let low_rank: Box<dyn Engine<T>> = match engine {
+        spec::Engine::Exact => return Ok(Box::new(exact::Exact)),
         spec::Engine::Polynomial(options) => Box::new(polynomial::Polynomial::new(options.clone(), sizes)?),
         spec::Engine::Landmark(options) => Box::new(landmark::Landmark::new(options.clone())),
-    })
+    };
+    let plain = !may_be_empty && scores.masks.iter().all(|mask| mask.is_plain(sizes.n, sizes.m));
+    Ok(if plain { low_rank } else { Box::new(pieces::Pieces(low_rank)) })
 }

@@ -205,7 +205,7 @@ impl<'a, T: Real> SelfAttention<'a, T> {
                 Weights::Heads { w_o, .. } => Some(project(ctx, dy, "dout", w_o.transpose(), h, Shaping::NONE)?),
             };
             let dout = dout.as_ref().map_or_else(|| copied(dy.blocks(), VIEWS), |dout| dout.views(n))?;
-            let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dkey_bias: None };
+            let grads = AttentionGrads::new(&mut dq, &mut dk, &mut dv);
             let heads = inside.heads(x)?;
             reports = self.attention.backward(ctx, &heads, saved, &inside.out.rows, &dout, samples, grads)?;
         }
@@ -267,12 +267,8 @@ impl<'a, T: Real> SelfAttention<'a, T> {
 impl<T: Real> Inside<T> {
     /// The attention that was computed, for `x` as it was given.
     pub(crate) fn heads<'b>(&'b self, x: &Rows<'b, T>) -> Result<Heads<'b, T>> {
-        Ok(Heads {
-            q: self.q.views(x.n())?,
-            k: self.k.as_ref().map_or_else(|| copied(x.blocks(), VIEWS), |k| k.views(x.n()))?,
-            v: self.v.views(x.n())?,
-            key_bias: None,
-        })
+        let k = self.k.as_ref().map_or_else(|| copied(x.blocks(), VIEWS), |k| k.views(x.n()))?;
+        Ok(Heads::new(self.q.views(x.n())?, k, self.v.views(x.n())?))
     }
 
     /// What computes it again by the engines that were used within a tolerance.

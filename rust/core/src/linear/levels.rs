@@ -79,9 +79,9 @@ pub(crate) fn log_row_sums<T: Real>(
     rows: RowFactors<'_, T>,
 ) -> Result<Vec<f64>> {
     let half = |side: Side| features.map_or(0.0, |features| features.half(side));
-    let (full, query_half) = (head.scores.mask.is_none(), half(Side::Queries));
+    let (full, query_half) = (head.mask.is_none(), half(Side::Queries));
     // Without a mask the forward pass leaves out the level of the keys, and the row levels.
-    let level = match biases(head, Relative::under(&head.scores.mask), shifts, half(Side::Keys))? {
+    let level = match biases(head, Relative::under(head.mask), shifts, half(Side::Keys))? {
         Some(biases) if full => biases.base + biases.of_keys.iter().copied().fold(f64::NEG_INFINITY, f64::max),
         _ => 0.0,
     };

@@ -116,7 +116,7 @@ impl<T: Real> Near<T> {
         if let Some(bias) = pass.tokens.head.key_bias {
             add_bias(bias.subrows(keys.start, bk).iter().copied(), bq, f);
         }
-        pass.tokens.head.scores.mask.hide(queries.clone(), keys, pass.tokens.head.m(), f);
+        pass.tokens.head.mask.hide(queries.clone(), keys, pass.tokens.head.m(), f);
         match row {
             Row::Find { max, far } => {
                 match far {

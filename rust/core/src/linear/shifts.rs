@@ -68,7 +68,7 @@ pub(crate) struct Shifted<'a, T> {
 impl<'a, T: Real> Shifted<'a, T> {
     /// `half`: see [`FeatureMap::half`](super::features::FeatureMap::half), of keys.
     pub fn new(head: &'a Head<'a, T>, shifts: &'a Shifts<T>, half: f64) -> Result<Self> {
-        let biases = biases(head, Relative::under(&head.scores.mask), shifts, half)?;
+        let biases = biases(head, Relative::under(head.mask), shifts, half)?;
         Ok(Self { head, shifts, biases })
     }
 

@@ -12,8 +12,9 @@ use crate::error::Result;
 use crate::memory::{matrix, room, zeroed};
 use crate::numerics::real::Real;
 use crate::numerics::tile::{TILE, product, view, view_mut};
+use crate::problem::grads::RowFactors;
 use crate::problem::heads::Head;
-use crate::problem::scores::add_bias;
+use crate::problem::scores::{add_bias, join_sink};
 use crate::problem::state::State;
 
 /// Exact attention of some queries of a head, row after row.
@@ -63,7 +64,7 @@ pub(crate) fn exact_rows<T: Real>(
         let (q, dout) = (gather(head.q, rows)?, dout.map(|dout| dout.subrows(first, count)));
         // Weighted sums of [v, k], and of (dout.v) k.
         let width = d_v + if dout.is_some() { 2 * d } else { 0 };
-        let seen = head.scores.mask.seen_by(rows[0]..rows[count - 1] + 1, m);
+        let seen = head.mask.seen_by(rows[0]..rows[count - 1] + 1, m);
         let (start, end) = (seen.start / TOKENS_A_TASK, seen.end);
         let parts = (start..end.div_ceil(TOKENS_A_TASK))
             .into_par_iter()
@@ -78,22 +79,25 @@ pub(crate) fn exact_rows<T: Real>(
                     let (k, v) = (view(&k, bk, d), view(&v, bk, d_v));
                     let s = &mut softmax.scores;
                     product(view_mut(s, bk, count), k, q.transpose(), scale);
-                    if let Some(bias) = head.key_bias {
-                        add_bias(bias.subrows(j0, bk).iter().map(|b| b.to_f64()), count, s);
-                    }
-                    if !head.scores.mask.is_none() {
-                        for (i, &row) in rows.iter().enumerate() {
-                            let seen = head.seen(row);
-                            for j in (0..bk).filter(|j| !seen.contains(&(j0 + j))) {
-                                s[j * count + i] = f64::NEG_INFINITY;
-                            }
+                    let slopes: Option<Vec<f64>> = head
+                        .scores
+                        .softcap
+                        .map(|_| s[..bk * count].iter().map(|&s| head.scores.cap_slope(s)).collect());
+                    if head.is_plain() {
+                        if let Some(bias) = head.key_bias {
+                            add_bias(bias.subrows(j0, bk).iter().map(|b| b.to_f64()), count, s);
+                        }
+                    } else {
+                        for (j, s) in s.chunks_exact_mut(count).enumerate().take(bk) {
+                            s.iter_mut().zip(rows).for_each(|(s, &row)| *s = head.score(row, j0 + j, *s));
                         }
                     }
                     match dout {
                         None => softmax.add(bk, v),
                         Some(dout) => {
                             product(view_mut(&mut upstream, bk, count), v, dout.transpose(), 1.0);
-                            softmax.add_with(bk, &[(v, None), (k, None), (k, Some(&upstream))]);
+                            // Factors stay with the weights, so that the last one has that of the cap too.
+                            softmax.add_with(bk, &[(v, None), (k, slopes.as_deref()), (k, Some(&upstream))]);
                         }
                     }
                 }
@@ -105,8 +109,15 @@ pub(crate) fn exact_rows<T: Real>(
         parts.try_for_each(|part| softmax.merge(&part))?;
         let mut sums = zeroed(count * width, "a tile of exact rows")?;
         let (mut max, mut scales) = (vec![0.0; count], vec![0.0; count]);
-        softmax.finish(head.index, |i| rows[i], &mut sums, &mut max, &mut scales)?;
-        all.log_sums.extend(max.iter().zip(&scales).map(|(max, scale)| max - scale.ln()));
+        softmax.finish(head.index, |i| rows[i], |row| head.may_be_empty(row), &mut sums, &mut max, &mut scales)?;
+        let mut log_sums: Vec<f64> = RowFactors { max: &max, scale: &scales }.log_sums().collect();
+        if let Some(sink) = head.sink {
+            for (log_sum, sums) in log_sums.iter_mut().zip(sums.chunks_exact_mut(width)) {
+                let share = join_sink(log_sum, sink);
+                sums.iter_mut().for_each(|sum| *sum *= share);
+            }
+        }
+        all.log_sums.extend(log_sums);
         for (i, sums) in sums.chunks_exact(width).enumerate() {
             for c in 0..d_v {
                 all.out[(first + i, c)] = sums[c];

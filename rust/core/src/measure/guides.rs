@@ -253,7 +253,7 @@ impl Known {
         keys: &[usize],
         mut add: impl FnMut(usize, usize, f64),
     ) -> Result<()> {
-        let (d, m, scale, mask) = (head.d(), head.m(), head.scores.scale, &head.scores.mask);
+        let (d, m, scale, mask) = (head.d(), head.m(), head.scores.scale, head.mask);
         let (q, k) = (gather(head.q, queries)?, gather(head.k, keys)?);
         let mut scores = zeroed(queries.len() * keys.len(), "scores of heavy rows")?;
         product(view_mut(&mut scores, queries.len(), keys.len()), q.as_ref(), k.transpose(), scale);

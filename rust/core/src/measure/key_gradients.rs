@@ -60,7 +60,7 @@ pub(crate) fn key_gradients<T: Real>(
     weights: Option<&dyn Weights>,
 ) -> Result<(KeyGradients, Option<KeyGradients>)> {
     let (n, m, d, d_v, count) = (head.n(), head.m(), head.d(), head.d_v(), keys.len());
-    let (scale, mask) = (head.scores.scale, &head.scores.mask);
+    let (scale, mask, plain) = (head.scores.scale, head.mask, head.pairs.is_none() && head.scores.softcap.is_none());
     let (mut k, mut v) = (gather(head.k, keys)?, gather(head.v, keys)?);
     for (t, _) in keys.iter().enumerate().filter(|&(_, &j)| head.removed(j)) {
         k.row_mut(t).fill(0.0);
@@ -79,6 +79,7 @@ pub(crate) fn key_gradients<T: Real>(
             let mut sums = zeroed(kinds * width * count, KEY_GRADIENTS)?;
             let tile = || zeroed(TILE * count, "a tile of drawn keys");
             let mut tiles = [tile()?, tile()?, tile()?, tile()?];
+            let mut slopes = if head.scores.softcap.is_some() { tile()? } else { Vec::new() };
             for i0 in (range * TOKENS_A_TASK..n.min((range + 1) * TOKENS_A_TASK)).step_by(TILE) {
                 ctx.check()?;
                 let bq = TILE.min(n - i0);
@@ -92,7 +93,22 @@ pub(crate) fn key_gradients<T: Real>(
                     let (log_sum, delta) = (up.log_sums[i0 + i], up.delta[i0 + i].to_f64());
                     let seen = mask.seen(i0 + i, m);
                     let [first, end] = [seen.start, seen.end].map(|key| keys.partition_point(|&j| j < key));
-                    let (s, e, f) = (&s[row.clone()], &mut e[row.clone()], &mut f[row]);
+                    let (s, e, f) = (&s[row.clone()], &mut e[row.clone()], &mut f[row.clone()]);
+                    if !plain || log_sum == f64::NEG_INFINITY {
+                        for j in 0..count {
+                            let score = head.score(i0 + i, keys[j], s[j]);
+                            let counts = score > f64::NEG_INFINITY && log_sum > f64::NEG_INFINITY;
+                            f[j] = if counts { (score - log_sum).exp() } else { 0.0 };
+                            e[j] -= delta;
+                        }
+                        slopes
+                            .get_mut(row)
+                            .into_iter()
+                            .flatten()
+                            .zip(s)
+                            .for_each(|(to, s)| *to = head.scores.cap_slope(*s));
+                        continue;
+                    }
                     vectorised(
                         #[inline(always)]
                         || {
@@ -116,6 +132,7 @@ pub(crate) fn key_gradients<T: Real>(
                     for ((ds, slope), e) in ds.iter_mut().zip(&*slope).zip(e) {
                         *ds = slope.times(*e);
                     }
+                    ds.iter_mut().zip(&slopes).for_each(|(ds, slope)| *ds *= slope);
                     let (of_dk, rest) = sums.split_at_mut(d * count);
                     let (of_dv, of_db) = rest.split_at_mut(d_v * count);
                     add_product(view_mut(of_dk, d, count), q.transpose(), view(ds, bq, count), scale);

@@ -43,7 +43,7 @@ pub fn measure_error<T: Real>(
 ) -> Result<ErrorEstimate> {
     let Sizes { h, n, m, d_v, .. } = heads.sizes()?;
     expect_views("out", out, h, n, d_v)?;
-    scores.check(n, m)?;
+    scores.check(h, n, m)?;
     if samples == 0 {
         return Err(Error::Argument("samples is 0; expected at least 1".into()));
     }

@@ -29,7 +29,7 @@ use crate::numerics::real::Real;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::check_finite;
 use crate::problem::rows::Rows;
-use crate::problem::scores::Mask;
+use crate::problem::scores::{Mask, Scores};
 use crate::tolerance::SAMPLES;
 
 /// The eps of every norm.
@@ -160,7 +160,7 @@ impl Config {
             attention_block::check_rope(self.d_model / self.n_heads)?;
         }
         attention_block::check_score_bound(self.score_bound)?;
-        self.engine.check(&Mask::causal(self.causal), size_of::<f64>())
+        self.engine.check(&Scores::new(1.0, Mask::causal(self.causal)), size_of::<f64>())
     }
 
     /// The name and shape of every parameter, in the model's order.

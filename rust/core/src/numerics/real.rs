@@ -125,6 +125,8 @@ pub trait Real:
     fn finite(self) -> bool;
     /// `e^x` for `x <= 0` (to the last bits), 0 for `-inf`; written so that loops over it vectorise.
     fn exp_nonpositive(self) -> Self;
+    /// `tanh x` to the last bits; written so that loops over it vectorise.
+    fn tanh_fast(self) -> Self;
     /// The larger of two numbers that are not NaN.
     fn larger(self, other: Self) -> Self;
     /// `self x` for a weight: 0 where the weight is, though `x` be infinite or NaN. What a key without weight holds may
@@ -167,6 +169,19 @@ macro_rules! real {
                 }
                 let power = <$t>::from_bits((shifted.to_bits().wrapping_add($bias)) << $shift);
                 if self < $lowest { 0.0 } else { p * power }
+            }
+            // With e = expm1(-2|x|), tanh |x| = -e / (2 + e); near 0 e is the Taylor polynomial without its constant term.
+            #[inline(always)]
+            fn tanh_fast(self) -> Self {
+                let y = -2.0 * self.abs();
+                let mut p: $t = $inv[0];
+                let mut i = 1;
+                while i < $inv.len() - 1 {
+                    p = p * y + $inv[i];
+                    i += 1;
+                }
+                let e = if y > -0.34 { p * y } else { y.exp_nonpositive() - 1.0 };
+                (-e / (2.0 + e)).copysign(self)
             }
             #[inline(always)]
             fn larger(self, other: Self) -> Self {

@@ -10,7 +10,6 @@ use crate::linear::shifts::PREFIX;
 use crate::linear::state::LARGEST_STATE;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::problem::scores::Mask;
 use crate::spec::Polynomial;
 
 /// Operations that a monomial costs in a forward pass, and in a backward one, beside those of the states that it is added
@@ -58,12 +57,12 @@ pub(super) fn exact<T: Real>(head: &Head<'_, T>, gradients: bool) -> f64 {
 
 impl Size {
     fn new<T: Real>(head: &Head<'_, T>, gradients: bool) -> Self {
-        let (n, m, d, d_v, mask) = (head.n(), head.m(), head.d(), head.d_v(), &head.scores.mask);
+        let (n, m, d, d_v, mask) = (head.n(), head.m(), head.d(), head.d_v(), head.mask);
         let all = n as f64 * m as f64;
-        let pairs = match mask {
-            Mask::None => all,
-            Mask::Causal { offset: 0 } => all / 2.0,
-            _ => (0..n).map(|i| mask.seen(i, m).len() as f64).sum(),
+        let pairs = match mask.is_plain(n, m) {
+            true if mask.is_none() => all,
+            true => all / 2.0,
+            false => (0..n).map(|i| mask.seen(i, m).len() as f64).sum(),
         };
         Self { n, m, d, d_v, pairs, causal: !mask.is_none(), gradients }
     }

@@ -20,7 +20,7 @@ use crate::measure::guides::Known;
 use crate::numerics::draws::uniform;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::spec::{Auto, is_low_rank_mask};
+use crate::spec::{self, Auto};
 
 pub mod choice;
 mod cost;
@@ -44,14 +44,26 @@ pub(crate) fn random_dout(rows: usize, d_v: usize, seed: u64) -> Mat<f64> {
     Mat::from_fn(rows, d_v, |i, c| 2.0 * uniform(seed ^ 0x1D, (i * d_v + c) as u64) - 1.0)
 }
 
+/// An option that plans know only the exact engine for, if there is one.
+fn needs_exact<T: Real>(head: &Head<'_, T>) -> Option<&'static str> {
+    let option = spec::not_low_rank(head.scores);
+    let arrays =
+        [(head.pairs.allowed.is_some(), "mask"), (head.pairs.bias.is_some(), "bias"), (head.sink.is_some(), "sinks")];
+    let given = arrays.into_iter().find_map(|(given, name)| given.then_some(name));
+    let masks = match head.mask.starts {
+        Some(_) => Some("segment_ids"),
+        None => (!head.mask.is_plain(head.n(), head.m())).then_some("query_offset"),
+    };
+    option.or(given).or(masks)
+}
+
 /// Plans one head; and what was found out about its rows, where that was needed.
 pub(crate) fn plan_head<T: Real>(ctx: &Context, head: &Head<'_, T>, auto: &Auto) -> Result<(HeadPlan, Option<Known>)> {
-    let mask = &head.scores.mask;
-    if !is_low_rank_mask(mask) {
-        let reason = format!("no low-rank engine has a {mask}");
+    if let Some(option) = needs_exact(head) {
+        let reason = format!("no plan is made for {option}");
         return Ok((HeadPlan { reason, ..HeadPlan::exact(cost::exact(head, auto.gradients)) }, None));
     }
-    let causal = !mask.is_none();
+    let causal = !head.mask.is_none();
     let strict = causal && auto.strict_causal;
     let costs = cost::costs(head, auto.gradients, strict, |degree| Planner::polynomial(degree, strict));
     let mut planner = Planner::new(auto, causal, costs);
@@ -86,7 +98,7 @@ fn polynomials<T: Real>(
 ) -> Result<()> {
     let strict = planner.is_strict();
     let shifts = polynomial::shifts(head, &planner.given_shift())?;
-    let causal = !head.scores.mask.is_none();
+    let causal = !head.mask.is_none();
     let sample = match polynomial::fit_sample(head, &shifts, strict, |i, j| !causal || j <= i) {
         Ok(sample) => sample,
         Err(error @ (Error::Cancelled | Error::Memory { .. })) => return Err(error),

@@ -67,7 +67,7 @@ impl Moments {
     ) -> Result<Option<Self>> {
         let Some(drawn) = Drawn::new(head, rows, shifts, near, dout)? else { return Ok(None) };
         let (kinds, len) = (degree + 3, drawn.width() * rows.len());
-        let end = head.scores.mask.seen_by(0..rows.last().map_or(0, |row| row + 1), head.m()).end;
+        let end = head.mask.seen_by(0..rows.last().map_or(0, |row| row + 1), head.m()).end;
         let parts = (0..end.div_ceil(KEYS_A_TASK))
             .into_par_iter()
             .map(|task| {
@@ -200,7 +200,7 @@ impl<'a, T: Real> Drawn<'a, T> {
         if bound > LARGEST_BOUND || bound.is_nan() {
             return Ok(None);
         }
-        let causal = !head.scores.mask.is_none();
+        let causal = !head.mask.is_none();
         let near_start = |&i: &usize| if causal { near.start_of_query(i) } else { usize::MAX };
         let near_starts = rows.iter().map(near_start).collect();
         Ok(Some(Self { head, shifts, rows, q, near_starts, weights, bound, dout }))
@@ -266,7 +266,7 @@ impl TileOfKeys {
     fn load<T: Real>(&mut self, drawn: &Drawn<'_, T>, keys: Range<usize>) {
         self.load_keys(drawn, keys.clone());
         self.weigh(drawn, keys.start);
-        let causal = !drawn.head.scores.mask.is_none();
+        let causal = !drawn.head.mask.is_none();
         self.has_near = causal && drawn.near_starts.iter().any(|&start| start < keys.end);
         if self.has_near {
             self.separate_near(drawn, keys);
@@ -326,7 +326,7 @@ impl TileOfKeys {
         for (j, key) in keys.enumerate() {
             for (i, (&row, &near_start)) in drawn.rows.iter().zip(&drawn.near_starts).enumerate() {
                 let at = j * self.queries + i;
-                let (seen, far) = (drawn.head.scores.mask.sees(row, key, drawn.head.m()), key < near_start);
+                let (seen, far) = (drawn.head.mask.sees(row, key, drawn.head.m()), key < near_start);
                 self.near[at] = if seen && !far { self.far_exact[at] } else { 0.0 };
                 if !(seen && far) {
                     (self.far_exact[at], self.power[at]) = (0.0, 0.0);
@@ -379,7 +379,7 @@ impl<T: Real> Weights for PolynomialWeights<'_, T> {
         let dot = |x: faer::RowRef<'_, T>, y: &[T]| {
             scale * x.iter().zip(y).map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>()
         };
-        let near_start = if head.scores.mask.is_none() { usize::MAX } else { near.start_of_query(i) };
+        let near_start = if head.mask.is_none() { usize::MAX } else { near.start_of_query(i) };
         let seen = head.seen(i);
         let row_constant = dot(head.q.row(i), &shifts.key); // c q_i.β
         for ((&j, score), f) in keys.iter().zip(scores).zip(f) {

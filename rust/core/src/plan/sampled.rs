@@ -14,7 +14,7 @@ use crate::memory::{copied, filled};
 use crate::numerics::draws;
 use crate::numerics::real::Real;
 use crate::problem::heads::Head;
-use crate::problem::scores::Scores;
+use crate::problem::scores::{PairArrays, Scores};
 use crate::spec::{Landmark, LandmarkConstants, Shift};
 
 /// The arrays of a head's sampled tokens, or of all of them.
@@ -52,11 +52,21 @@ impl<T: Real> HeadArrays<'_, T> {
         if !self.scores.scale.is_finite() {
             return Err(Error::Argument(format!("scale is {}; expected a finite number", self.scores.scale)));
         }
-        Ok(Head { index: self.head, q: self.q, k: self.k, v, key_bias: self.key_bias, scores: &self.scores })
+        Ok(Head {
+            index: self.head,
+            q: self.q,
+            k: self.k,
+            v,
+            key_bias: self.key_bias,
+            pairs: PairArrays { allowed: None, bias: None },
+            sink: None,
+            scores: &self.scores,
+            mask: self.scores.mask(0, 1),
+        })
     }
 
     fn is_causal(&self) -> bool {
-        !self.scores.mask.is_none()
+        !self.scores.mask(0, 1).is_none()
     }
 }
 
@@ -177,7 +187,7 @@ pub fn landmark_constants<T: Real>(
     seed: u64,
 ) -> Result<LandmarkConstants> {
     let engine = Landmark { rank, seed, constants: None };
-    engine.check(&arrays.scores.mask)?;
+    engine.check()?;
     landmark::draw(ctx, &arrays.as_head()?, &engine)
 }
 

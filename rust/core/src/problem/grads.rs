@@ -18,6 +18,47 @@ pub struct AttentionGrads<'a, T> {
     pub dv: &'a mut [T],
     /// `(key heads, m)`.
     pub dkey_bias: Option<&'a mut [T]>,
+    /// That of the bias of pairs.
+    pub dbias: Option<BiasGrads<'a, T>>,
+    /// `(heads,)`.
+    pub dsinks: Option<&'a mut [T]>,
+}
+
+impl<'a, T> AttentionGrads<'a, T> {
+    /// Of queries, keys and values alone.
+    pub fn new(dq: &'a mut [T], dk: &'a mut [T], dv: &'a mut [T]) -> Self {
+        Self { dq, dk, dv, dkey_bias: None, dbias: None, dsinks: None }
+    }
+}
+
+/// The gradient of a bias of pairs, in the shape that the bias was given in: a stride of 0 stands for pairs that share a
+/// number, whose gradients add up. What it held before is added to.
+#[derive(Debug)]
+pub struct BiasGrads<'a, T> {
+    /// All of it.
+    pub data: &'a mut [T],
+    /// Where each query head's begins; heads may share one.
+    pub offsets: &'a [usize],
+    /// From a query to the next.
+    pub row_stride: usize,
+    /// From a key to the next.
+    pub col_stride: usize,
+}
+
+impl<T> BiasGrads<'_, T> {
+    /// The same, for a while.
+    pub(crate) fn reborrow(&mut self) -> BiasGrads<'_, T> {
+        BiasGrads { data: &mut *self.data, ..*self }
+    }
+
+    /// An error where it does not hold `h` heads of shape `(n, m)`.
+    pub(crate) fn check(&self, h: usize, n: usize, m: usize) -> Result<()> {
+        let last = n.saturating_sub(1) * self.row_stride + m.saturating_sub(1) * self.col_stride;
+        if self.offsets.len() == h && self.offsets.iter().all(|offset| offset + last < self.data.len()) {
+            return Ok(());
+        }
+        Err(Error::Shape(format!("dbias holds {} numbers; expected those of {h} heads of ({n}, {m})", self.data.len())))
+    }
 }
 
 /// The factors that turn a row of scores into a row of `f`: `f_ij = exp(s_ij - max_i) scale_i`.
@@ -28,9 +69,12 @@ pub(crate) struct RowFactors<'a, T> {
 }
 
 impl<T: Real> RowFactors<'_, T> {
-    /// `ln D_i` of the scores that these factors belong to.
+    /// `ln D_i` of the scores that these factors belong to; of rows without keys, whose factor is 0, minus infinity.
     pub fn log_sums(&self) -> impl ExactSizeIterator<Item = f64> {
-        self.max.iter().zip(self.scale).map(|(max, scale)| max.to_f64() - scale.to_f64().ln())
+        self.max.iter().zip(self.scale).map(|(max, scale)| match scale.to_f64() {
+            0.0 => f64::NEG_INFINITY,
+            scale => max.to_f64() - scale.ln(),
+        })
     }
 }
 
@@ -50,6 +94,15 @@ pub(crate) struct HeadGrads<'a, T> {
     pub dk: &'a mut [T],
     pub dv: &'a mut [T],
     pub dkey_bias: Option<&'a mut [T]>,
+}
+
+/// Gradients of what only some calls have, of the query heads of a group.
+#[derive(Debug)]
+pub(crate) struct Extras<'a, T> {
+    /// Of all heads of the call.
+    pub dbias: Option<BiasGrads<'a, T>>,
+    /// One a query head of the group; empty where they are not asked for.
+    pub dsinks: &'a mut [T],
 }
 
 /// An error where `views` are not `h` heads of shape `(n, d)`.

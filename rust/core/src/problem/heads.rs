@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use faer::{ColRef, MatRef};
+use rayon::prelude::*;
 
 use super::finite::check_finite;
-use super::scores::Scores;
+use super::scores::{Mask, PairArrays, Scores};
 use crate::error::{Error, Result};
 use crate::numerics::real::Real;
 
@@ -22,6 +23,12 @@ pub struct Heads<'a, T> {
     pub v: Vec<MatRef<'a, T>>,
     /// Added to the scores of a key, each `(m,)`; `-inf` removes the key.
     pub key_bias: Option<Vec<ColRef<'a, T>>>,
+    /// Whether a query may attend to a key, `(n, m)` for each query head.
+    pub allowed: Option<Vec<MatRef<'a, bool>>>,
+    /// Added to the scores, `(n, m)` for each query head; `-inf` hides a pair.
+    pub bias: Option<Vec<MatRef<'a, T>>>,
+    /// A score for each query head that joins each of its denominators and has no value.
+    pub sinks: Option<Vec<T>>,
 }
 
 /// One head, as the engines see it.
@@ -37,7 +44,13 @@ pub(crate) struct Head<'a, T> {
     pub v: MatRef<'a, T>,
     /// `(m,)`.
     pub key_bias: Option<ColRef<'a, T>>,
+    /// What is known of single pairs.
+    pub pairs: PairArrays<'a, T>,
+    /// A score that joins the denominators.
+    pub sink: Option<f64>,
     pub scores: &'a Scores,
+    /// The one of the scores' masks that is the head's.
+    pub mask: &'a Mask,
 }
 
 impl<T: Real> Head<'_, T> {
@@ -73,7 +86,29 @@ impl<T: Real> Head<'_, T> {
 
     /// The keys that a query sees, removed ones among them.
     pub fn seen(&self, query: usize) -> Range<usize> {
-        self.scores.mask.seen(query, self.m())
+        self.mask.seen(query, self.m())
+    }
+
+    /// Whether its scores are products and biases of keys: no mask, no cap, no arrays of pairs.
+    pub fn is_plain(&self) -> bool {
+        self.mask.is_none() && self.pairs.is_none() && self.scores.softcap.is_none()
+    }
+
+    /// Whether a row that has met no score is right to be 0: rows without keys may be, and it has none. (Scores that
+    /// overflow leave none either.)
+    pub fn may_be_empty(&self, query: usize) -> bool {
+        (self.scores.empty_rows_are_zero || self.sink.is_some_and(|sink| sink > f64::NEG_INFINITY))
+            && self.seen(query).all(|key| self.score(query, key, 0.0) == f64::NEG_INFINITY)
+    }
+
+    /// The score of a pair, whose product of query and key times the scale is given; `-inf` where it does not count.
+    pub fn score(&self, query: usize, key: usize, product: f64) -> f64 {
+        let bias = self.pairs.bias.map_or(0.0, |bias| bias[(query, key)].to_f64());
+        let hidden = self.removed(key)
+            || bias == f64::NEG_INFINITY
+            || self.pairs.allowed.is_some_and(|allowed| !allowed[(query, key)])
+            || !self.mask.sees(query, key, self.m());
+        if hidden { f64::NEG_INFINITY } else { self.scores.cap(product) + self.bias(key) + bias }
     }
 }
 
@@ -95,6 +130,11 @@ pub struct Sizes {
 }
 
 impl<'a, T: Real> Heads<'a, T> {
+    /// Queries, keys and values, and nothing else.
+    pub fn new(q: Vec<MatRef<'a, T>>, k: Vec<MatRef<'a, T>>, v: Vec<MatRef<'a, T>>) -> Self {
+        Self { q, k, v, key_bias: None, allowed: None, bias: None, sinks: None }
+    }
+
     /// The sizes, once they are known to fit together.
     pub fn sizes(&self) -> Result<Sizes> {
         let shape = |text: String| Err(Error::Shape(text));
@@ -124,6 +164,16 @@ impl<'a, T: Real> Heads<'a, T> {
         {
             return shape(format!("key_bias does not hold {h_kv} heads of {m} numbers"));
         }
+        let per_query = [
+            ("mask", self.allowed.as_ref().map(|x| (x.len(), x.iter().all(|x| (x.nrows(), x.ncols()) == (n, m))))),
+            ("bias", self.bias.as_ref().map(|x| (x.len(), x.iter().all(|x| (x.nrows(), x.ncols()) == (n, m))))),
+            ("sinks", self.sinks.as_ref().map(|x| (x.len(), true))),
+        ];
+        for (name, given) in per_query {
+            if given.is_some_and(|(count, fits)| count != h || !fits) {
+                return shape(format!("{name} does not hold {h} heads of ({n}, {m})"));
+            }
+        }
         if d == 0 || d_v == 0 {
             return shape(format!("d = {d} and dv = {d_v}; expected at least 1"));
         }
@@ -137,7 +187,13 @@ impl<'a, T: Real> Heads<'a, T> {
     pub(crate) fn head<'b>(&'b self, index: usize, scores: &'b Scores) -> Head<'b, T> {
         let kv = index / (self.q.len() / self.k.len());
         let key_bias = self.key_bias.as_ref().map(|biases| biases[kv]);
-        Head { index, q: self.q[index], k: self.k[kv], v: self.v[kv], key_bias, scores }
+        let pairs = PairArrays {
+            allowed: self.allowed.as_ref().map(|allowed| allowed[index]),
+            bias: self.bias.as_ref().map(|bias| bias[index]),
+        };
+        let sink = self.sinks.as_ref().map(|sinks| sinks[index].to_f64());
+        let mask = scores.mask(index, self.q.len());
+        Head { index, q: self.q[index], k: self.k[kv], v: self.v[kv], key_bias, pairs, sink, scores, mask }
     }
 
     /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
@@ -153,6 +209,25 @@ impl<'a, T: Real> Heads<'a, T> {
                 )));
             }
         }
+        for bias in self.bias.iter().flatten() {
+            check_bias(*bias)?;
+        }
+        if let Some(sink) = self.sinks.iter().flatten().find(|x| !x.finite() && **x != T::NEG_INFINITY) {
+            return Err(Error::NonFinite(format!("sinks holds {sink:?}; expected finite numbers or -inf")));
+        }
         Ok(())
     }
+}
+
+/// An error where a bias of pairs holds NaN or plus infinity.
+fn check_bias<T: Real>(bias: MatRef<'_, T>) -> Result<()> {
+    // Of entries that are all the same one, one is looked at.
+    let bias = if bias.row_stride() == 0 { bias.subrows(0, bias.nrows().min(1)) } else { bias };
+    let bias = if bias.col_stride() == 0 { bias.subcols(0, bias.ncols().min(1)) } else { bias };
+    (0..bias.nrows()).into_par_iter().try_for_each(|i| {
+        match bias.row(i).iter().find(|x| !x.finite() && **x != T::NEG_INFINITY) {
+            Some(x) => Err(Error::NonFinite(format!("bias holds {x:?}; expected finite numbers or -inf"))),
+            None => Ok(()),
+        }
+    })
 }

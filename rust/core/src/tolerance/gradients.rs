@@ -12,7 +12,7 @@ use crate::memory::zeroed;
 use crate::numerics::real::Real;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::all_finite;
-use crate::problem::grads::{HeadGrads, RowFactors, Upstream, delta};
+use crate::problem::grads::{BiasGrads, Extras, HeadGrads, RowFactors, Upstream, delta};
 use crate::spec::{Auto, Engine};
 
 /// Engines that cost less than this, relative to exact attention, are run at once, without being sifted.
@@ -29,10 +29,11 @@ impl<T: Real> Group<'_, '_, T> {
         auto: &Auto,
         dq: &mut [T],
         mut grads: HeadGrads<'_, T>,
+        mut extras: Extras<'_, T>,
     ) -> Result<Vec<HeadReport>> {
         let mut reports = self.saved.reports[self.first..self.first + self.group].to_vec();
         if self.indices().all(|i| self.saved.heads[i].is_exact()) {
-            self.backward(ctx, dq, &mut grads)?;
+            self.backward(ctx, dq, &mut grads, &mut extras)?;
             return Ok(reports);
         }
         let biased = grads.dkey_bias.is_some();
@@ -47,7 +48,7 @@ impl<T: Real> Group<'_, '_, T> {
             missed = errors.and_then(|errors| too_large(&errors, biased, auto.tol, |e| e.relative));
         }
         if missed.is_none() {
-            match of_the_engine(self.backward(ctx, dq, &mut grads))? {
+            match of_the_engine(self.backward(ctx, dq, &mut grads, &mut extras))? {
                 Ok(()) => {
                     let results = Some((&*dq, &grads));
                     let wanted = Wanted { exact_heads: false, sift: false };
@@ -67,7 +68,7 @@ impl<T: Real> Group<'_, '_, T> {
                 Err(text) => missed = Some(text),
             }
         }
-        self.backward_exactly(ctx, dq, &mut grads)?;
+        self.backward_exactly(ctx, dq, &mut grads, &mut extras)?;
         for (report, i) in reports.iter_mut().zip(self.indices()) {
             if !self.saved.heads[i].is_exact() {
                 let why = missed.as_deref().unwrap_or("not usable");
@@ -86,8 +87,9 @@ impl<T: Real> Group<'_, '_, T> {
         samples: usize,
         dq: &mut [T],
         mut grads: HeadGrads<'_, T>,
+        mut extras: Extras<'_, T>,
     ) -> Result<Vec<HeadReport>> {
-        self.backward(ctx, dq, &mut grads)?;
+        self.backward(ctx, dq, &mut grads, &mut extras)?;
         let wanted = Wanted { exact_heads: true, sift: false };
         let check = Check::new(ctx, self, samples, 0, wanted, Some((&*dq, &grads)))?;
         let errors = check.errors(self, dq, &grads)?;
@@ -106,17 +108,46 @@ impl<T: Real> Group<'_, '_, T> {
     }
 
     /// Adds the gradients by the engines of the forward pass.
-    pub fn backward(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
+    pub fn backward(
+        &self,
+        ctx: &Context,
+        dq: &mut [T],
+        grads: &mut HeadGrads<'_, T>,
+        extras: &mut Extras<'_, T>,
+    ) -> Result<()> {
         for (i, dq) in self.indices().zip(dq.chunks_mut(self.rows() * self.heads.q[0].ncols())) {
             let delta = delta(self.dout[i], self.out_of(i))?;
             let up = Upstream { dout: self.dout[i], delta: &delta, rows: self.saved.rows(i) };
-            self.saved.heads[i].backward(ctx, &self.head(i), up, reborrow(dq, grads))?;
+            self.saved.heads[i].backward(
+                ctx,
+                &self.head(i),
+                up,
+                reborrow(dq, grads),
+                extras.dbias.as_mut().map(BiasGrads::reborrow),
+            )?;
+            self.sink_gradient(i, &delta, extras);
         }
         Ok(())
     }
 
+    /// Writes the gradient of a head's sink: its share of row `i`, `e^(sink - lse_i)`, times `0 - delta_i`.
+    fn sink_gradient(&self, i: usize, delta: &[T], extras: &mut Extras<'_, T>) {
+        let n = self.rows();
+        if let (Some(sink), Some(to)) = (self.head(i).sink, extras.dsinks.get_mut(i - self.first)) {
+            let rows = self.saved.lse[i * n..(i + 1) * n].iter().zip(delta);
+            let share = |lse: f64| if lse == f64::NEG_INFINITY { 0.0 } else { (sink - lse).exp() };
+            *to = T::of(-rows.map(|(&lse, delta)| share(lse) * delta.to_f64()).sum::<f64>());
+        }
+    }
+
     /// Replaces the gradients by exact ones.
-    fn backward_exactly(&self, ctx: &Context, dq: &mut [T], grads: &mut HeadGrads<'_, T>) -> Result<()> {
+    fn backward_exactly(
+        &self,
+        ctx: &Context,
+        dq: &mut [T],
+        grads: &mut HeadGrads<'_, T>,
+        extras: &mut Extras<'_, T>,
+    ) -> Result<()> {
         grads.dk.fill(T::ZERO);
         grads.dv.fill(T::ZERO);
         if let Some(db) = &mut grads.dkey_bias {
@@ -131,7 +162,7 @@ impl<T: Real> Group<'_, '_, T> {
             let delta = delta(self.dout[i], &out)?;
             let rows = RowFactors { max: &max, scale: &scale };
             let up = Upstream { dout: self.dout[i], delta: &delta, rows };
-            exact::backward(ctx, &head, up, reborrow(dq, grads))?;
+            exact::backward(ctx, &head, up, reborrow(dq, grads), extras.dbias.as_mut().map(BiasGrads::reborrow))?;
         }
         Ok(())
     }

@@ -54,6 +54,9 @@ pub struct Planned {
 pub struct Saved<T> {
     pub(crate) row_max: Vec<T>,
     pub(crate) row_scale: Vec<T>,
+    /// The logarithm of each row's denominator, sinks included, minus infinity where there is no key; empty where neither
+    /// they nor sinks were asked for.
+    pub lse: Vec<f64>,
     pub(crate) heads: Vec<Arc<dyn Prepared<T>>>,
     /// What is known of each head, where there is a tolerance.
     pub reports: Vec<HeadReport>,
@@ -148,7 +151,7 @@ fn run<T: Real>(
     row_scale: &mut [T],
 ) -> Result<Box<dyn Prepared<T>>> {
     let sizes = Sizes { h: 1, h_kv: 1, n: head.n(), m: head.m(), d: head.d(), d_v: head.d_v() };
-    let mut prepared = engines::of(engine, &sizes)?.prepare(ctx, head)?;
+    let mut prepared = engines::of(engine, &sizes, head.scores, false)?.prepare(ctx, head)?;
     prepared.forward(ctx, head, out, row_max, row_scale)?;
     Ok(prepared)
 }

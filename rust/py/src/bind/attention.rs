@@ -1,7 +1,11 @@
 //! Attention: forward, backward, measured error.
 
-use lingrad_core::memory::copied;
-use lingrad_core::{Attention, AttentionGrads, Error, Heads, Mask, Saved, Scores, measure};
+use lingrad_core::memory::{copied, zeroed};
+use lingrad_core::{
+    Attention, AttentionGrads, BiasGrads, Context, Engine, Error, HeadReport, Heads, Mask, Method, Saved, Scores,
+    measure,
+};
+use numpy::PyUntypedArray;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -11,35 +15,98 @@ use crate::entry::{Later, Outcome, entry};
 use crate::error::Result;
 use crate::run::run;
 
+/// `lingrad_rs.spec.scores.Scores`: how scores are made of queries and keys, checked, its arrays broadcast.
+#[derive(FromPyObject)]
+pub struct AnyScores<'py> {
+    scale: f64,
+    causal: bool,
+    query_offset: isize,
+    window: (Option<usize>, Option<usize>),
+    starts: Option<Vec<Vec<usize>>>,
+    softcap: Option<f64>,
+    empty_rows_are_zero: bool,
+    key_bias: Option<Bound<'py, PyUntypedArray>>,
+    mask: Option<Bound<'py, PyUntypedArray>>,
+    bias: Option<Bound<'py, PyUntypedArray>>,
+    /// That of the bias as it was given, with as many axes as it is broadcast to.
+    bias_shape: Option<Vec<usize>>,
+    sinks: Option<Bound<'py, PyUntypedArray>>,
+}
+
+impl AnyScores<'_> {
+    fn scores(&self) -> Scores {
+        let (left, right) = self.window;
+        let band = Mask::band(self.causal, self.query_offset, left, right);
+        let masks = match &self.starts {
+            None => vec![band],
+            Some(all) => all.iter().map(|starts| band.clone().packed(starts.as_slice().into())).collect(),
+        };
+        let empty_rows_are_zero = self.empty_rows_are_zero;
+        Scores { scale: self.scale, softcap: self.softcap, masks, empty_rows_are_zero }
+    }
+}
+
 /// The views of one call's inputs.
 struct Inputs<'py, T: Scalar> {
     q: View<'py, T>,
     k: View<'py, T>,
     v: View<'py, T>,
     key_bias: Option<View<'py, T>>,
+    mask: Option<View<'py, bool>>,
+    bias: Option<View<'py, T>>,
+    bias_shape: Option<Vec<usize>>,
+    sinks: Option<View<'py, T>>,
 }
 
 impl<'py, T: Scalar> Inputs<'py, T> {
-    fn new(q: Any<'_, 'py>, k: Any<'_, 'py>, v: Any<'_, 'py>, key_bias: Option<Any<'_, 'py>>) -> Result<Self> {
+    fn new(q: Any<'_, 'py>, k: Any<'_, 'py>, v: Any<'_, 'py>, scores: &AnyScores<'py>) -> Result<Self> {
+        let view = |name, x: &Option<Bound<'py, PyUntypedArray>>| x.as_ref().map(|x| View::new(name, x)).transpose();
         Ok(Self {
             q: View::new("q", q)?,
             k: View::new("k", k)?,
             v: View::new("v", v)?,
-            key_bias: key_bias.map(|b| View::new("key_bias", b)).transpose()?,
+            key_bias: view("key_bias", &scores.key_bias)?,
+            mask: scores.mask.as_ref().map(|x| View::new("mask", x)).transpose()?,
+            bias: view("bias", &scores.bias)?,
+            bias_shape: scores.bias_shape.clone(),
+            sinks: view("sinks", &scores.sinks)?,
         })
     }
 
     fn heads(&self) -> Result<Heads<'_, T>> {
         Ok(Heads {
-            q: self.q.matrices()?,
-            k: self.k.matrices()?,
-            v: self.v.matrices()?,
             key_bias: self.key_bias.as_ref().map(View::columns).transpose()?,
+            allowed: self.mask.as_ref().map(View::matrices).transpose()?,
+            bias: self.bias.as_ref().map(View::matrices).transpose()?,
+            sinks: self.sinks.as_ref().map(View::numbers).transpose()?,
+            ..Heads::new(self.q.matrices()?, self.k.matrices()?, self.v.matrices()?)
         })
     }
 
     fn out_shape(&self) -> Result<Vec<usize>> {
         Ok(joined(self.q.leading(), &[self.q.rows_and_columns()?.0, self.v.rows_and_columns()?.1]))
+    }
+
+    /// Where each head's part of the bias's gradient begins, and its strides.
+    fn bias_places(&self) -> Option<(Vec<usize>, usize, usize)> {
+        let shape = self.bias_shape.as_ref()?;
+        let mut strides = vec![0; shape.len()];
+        let mut step = 1;
+        for (stride, &len) in strides.iter_mut().zip(shape).rev() {
+            *stride = if len == 1 { 0 } else { step };
+            step *= len;
+        }
+        let heads = self.q.leading();
+        let (of_heads, inner) = strides.split_at(heads.len());
+        let offset = |mut index: usize| {
+            let mut offset = 0;
+            for (len, stride) in heads.iter().zip(of_heads).rev() {
+                offset += index % len * stride;
+                index /= len;
+            }
+            offset
+        };
+        Some(((0..heads.iter().product()).map(offset).collect(), inner[0], inner[1]))
     }
 }
 
@@ -94,107 +161,182 @@ macro_rules! keep {
 keep!(f32, F32);
 keep!(f64, F64);
 
-/// `out`, and the state of the backward pass where `keep` asks for it.
+/// `out`, the logarithms of the rows' denominators where `wants_lse` asks for them, and the state of the backward pass where
+/// `keep` does.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, key_bias, *, engine, causal, scale, keep))]
+#[pyo3(signature = (q, k, v, scores, *, engine, keep, wants_lse))]
 pub fn attention_forward<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
+    scores: Later<'py, AnyScores<'py>>,
     engine: Later<'py, AnyMethod>,
-    causal: bool,
-    scale: f64,
     keep: bool,
-) -> Outcome<(Bound<'py, PyAny>, Option<AttentionState>)> {
+    wants_lse: bool,
+) -> Outcome<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<AttentionState>)> {
     entry(|| {
-        let attention = Attention::new(engine.read()?.0, Mask::causal(causal), scale);
+        let scores = scores.read()?;
+        let attention = Attention { scores: scores.scores(), ..Attention::new(engine.read()?.0, Mask::NONE, 1.0) };
         by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
             let heads = inputs.heads()?;
-            let mut out = Output::new(py, &inputs.out_shape()?)?;
-            let entries = out.entries();
+            let shape = inputs.out_shape()?;
+            let mut out = Output::new(py, &shape)?;
+            let mut lse = wants_lse.then(|| Output::<f64>::new(py, &shape[..shape.len() - 1])).transpose()?;
+            let (entries, lse_entries) = (out.entries(), lse.as_mut().map(Output::entries));
             let kept = run(py, None, |ctx| {
-                let saved = attention.forward(ctx, &heads, entries)?;
+                let saved = attention.forward_with(ctx, &heads, entries, wants_lse)?;
+                if let Some(lse) = lse_entries {
+                    lse.copy_from_slice(&saved.lse);
+                }
                 keep.then(|| Ok(T::keep(saved, copied(entries, "a copy of out")?))).transpose()
             })?;
-            Ok((out.into_array(), kept.map(|kept| AttentionState { attention, kept })))
+            let state = kept.map(|kept| AttentionState { attention, kept });
+            Ok((out.into_array(), lse.map(Output::into_array), state))
         })
     })
 }
 
-/// `(dq, dk, dv, dkey_bias)`, the last `None` where there is no `key_bias`; and what is known of each head, where there
-/// is a tolerance.
-type Gradients<'py> =
-    ((Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>), Vec<Bound<'py, PyDict>>);
+/// `dq, dk, dv, dkey_bias, dbias, dsinks`, `None` in place of those of what was not given; and what is known of each head,
+/// where there is a tolerance.
+type Gradients<'py> = (Vec<Option<Bound<'py, PyAny>>>, Vec<Bound<'py, PyDict>>);
+
+/// The gradients that `backward` writes.
+fn gradients<'py, T: Scalar>(
+    py: Python<'py>,
+    inputs: &Inputs<'py, T>,
+    backward: impl FnOnce(&Context, &Heads<'_, T>, AttentionGrads<'_, T>) -> lingrad_core::Result<Vec<HeadReport>> + Send,
+) -> Result<Gradients<'py>> {
+    let heads = inputs.heads()?;
+    let mut dq = Output::new(py, inputs.q.shape())?;
+    let mut dk = Output::new(py, inputs.k.shape())?;
+    let mut dv = Output::new(py, inputs.v.shape())?;
+    let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
+    let places = inputs.bias_places();
+    let mut dbias = inputs.bias_shape.as_ref().map(|shape| Output::new(py, shape)).transpose()?;
+    let mut dsinks = inputs.sinks.as_ref().map(|sinks| Output::new(py, sinks.shape())).transpose()?;
+    let grads = AttentionGrads {
+        dkey_bias: dkey_bias.as_mut().map(Output::entries),
+        dbias: dbias.as_mut().zip(places.as_ref()).map(|(dbias, (offsets, row_stride, col_stride))| BiasGrads {
+            data: dbias.entries(),
+            offsets,
+            row_stride: *row_stride,
+            col_stride: *col_stride,
+        }),
+        dsinks: dsinks.as_mut().map(Output::entries),
+        ..AttentionGrads::new(dq.entries(), dk.entries(), dv.entries())
+    };
+    let reports = run(py, None, |ctx| backward(ctx, &heads, grads))?;
+    let all = [Some(dq), Some(dk), Some(dv), dkey_bias, dbias, dsinks];
+    Ok((all.map(|x| x.map(Output::into_array)).into(), convert::reports(py, &reports)?))
+}
 
 /// The gradients, from the inputs and the state of their forward pass; without a tolerance and with `samples > 0` their
 /// errors are measured on so many queries and keys of each head.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, key_bias, state, dout, *, samples))]
+#[pyo3(signature = (q, k, v, scores, state, dout, *, samples))]
 pub fn attention_backward<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
+    scores: Later<'py, AnyScores<'py>>,
     state: &AttentionState,
     dout: Any<'_, 'py>,
     samples: usize,
 ) -> Outcome<Gradients<'py>> {
     entry(|| {
         by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let inputs = Inputs::<T>::new(q, k, v, &scores.read()?)?;
             let (saved, out) = T::kept(&state.kept)
                 .ok_or_else(|| Error::Argument("state is of another dtype than q".into()))?;
             let dout = View::new("dout", dout)?;
-            let (heads, dout) = (inputs.heads()?, dout.matrices()?);
-            let mut dq = Output::new(py, inputs.q.shape())?;
-            let mut dk = Output::new(py, inputs.k.shape())?;
-            let mut dv = Output::new(py, inputs.v.shape())?;
-            let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
-            let grads = AttentionGrads {
-                dq: dq.entries(),
-                dk: dk.entries(),
-                dv: dv.entries(),
-                dkey_bias: dkey_bias.as_mut().map(Output::entries),
-            };
-            let reports = run(py, None, |ctx| state.attention.backward(ctx, &heads, saved, out, &dout, samples, grads))?;
-            let grads = (dq.into_array(), dk.into_array(), dv.into_array(), dkey_bias.map(Output::into_array));
-            Ok((grads, convert::reports(py, &reports)?))
+            let dout = dout.matrices()?;
+            gradients(py, &inputs, |ctx, heads, grads| {
+                state.attention.backward(ctx, heads, saved, out, &dout, samples, grads)
+            })
+        })
+    })
+}
+
+/// The gradients, from the inputs and the results of a forward pass that kept nothing else. Exact attention needs nothing
+/// else; any other engine runs its forward pass again.
+#[pyfunction]
+#[pyo3(signature = (dout, q, k, v, out, lse, scores, *, engine, check_finite))]
+pub fn attention_backward_again<'py>(
+    py: Python<'py>,
+    dout: Any<'_, 'py>,
+    q: Any<'_, 'py>,
+    k: Any<'_, 'py>,
+    v: Any<'_, 'py>,
+    out: Any<'_, 'py>,
+    lse: Any<'_, 'py>,
+    scores: Later<'py, AnyScores<'py>>,
+    engine: Later<'py, AnyMethod>,
+    check_finite: bool,
+) -> Outcome<Gradients<'py>> {
+    entry(|| {
+        let scores = scores.read()?;
+        let attention = Attention {
+            scores: scores.scores(),
+            infinite_gradients_pass: !check_finite,
+            ..Attention::new(engine.read()?.0, Mask::NONE, 1.0)
+        };
+        by_dtype!(q, T => {
+            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
+            let (dout, out, lse) = (View::new("dout", dout)?, View::new("out", out)?, View::<f64>::new("lse", lse)?);
+            let (dout, out, lse) = (dout.matrices()?, out.contiguous()?, lse.contiguous()?);
+            gradients(py, &inputs, |ctx, heads, grads| {
+                let (saved, out) = if attention.method == Method::Engine(Engine::Exact) {
+                    (attention.restore(heads, &lse)?, out)
+                } else {
+                    let mut again = zeroed(out.len(), "out")?;
+                    (attention.forward(ctx, heads, &mut again)?, again.into())
+                };
+                attention.backward(ctx, heads, &saved, &out, &dout, 0, grads)
+            })
         })
     })
 }
 
 /// The error of `out`, from `samples` rows computed exactly.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, key_bias, out, *, causal, scale, samples, seed))]
+#[pyo3(signature = (q, k, v, scores, out, *, samples, seed))]
 pub fn measure_error<'py>(
     py: Python<'py>,
     q: Any<'_, 'py>,
     k: Any<'_, 'py>,
     v: Any<'_, 'py>,
-    key_bias: Option<Any<'_, 'py>>,
+    scores: Later<'py, AnyScores<'py>>,
     out: Any<'_, 'py>,
-    causal: bool,
-    scale: f64,
     samples: usize,
     seed: u64,
 ) -> Outcome<Estimate> {
     entry(|| {
+        let scores = scores.read()?;
         by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, key_bias)?;
+            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
             let out = View::new("out", out)?;
             let (heads, out) = (inputs.heads()?, out.matrices()?);
-            let scores = Scores { scale, mask: Mask::causal(causal) };
+            let scores = scores.scores();
             Ok(estimate(run(py, None, |ctx| measure::measure_error(ctx, &heads, &scores, &out, samples, seed))?))
         })
     })
 }
 
-/// An error where an engine's options do not fit together, or not with a causal mask or numbers of so many bytes.
+/// An error where an engine's options do not fit together, or not with the scores or numbers of so many bytes.
 #[pyfunction]
-pub fn check_engine(engine: Later<'_, AnyMethod>, causal: bool, itemsize: usize) -> Outcome<()> {
-    entry(|| Ok(engine.read()?.0.check(&Mask::causal(causal), itemsize)?))
+pub fn check_engine<'py>(
+    engine: Later<'py, AnyMethod>,
+    scores: Later<'py, AnyScores<'py>>,
+    itemsize: usize,
+) -> Outcome<()> {
+    entry(|| {
+        let scores = scores.read()?;
+        let method = engine.read()?.0;
+        method.check(&scores.scores(), itemsize)?;
+        method.check_arrays(scores.mask.is_some(), scores.bias.is_some())?;
+        Ok(())
+    })
 }

@@ -51,7 +51,7 @@ impl<'py, T: Scalar> Inputs<'py, T> {
             k: self.k.matrix()?,
             v: self.v.as_ref().map(View::matrix).transpose()?,
             key_bias: self.key_bias.as_deref().map(lingrad_core::ColRef::from_slice),
-            scores: Scores { scale, mask: Mask::causal(causal) },
+            scores: Scores::new(scale, Mask::causal(causal)),
             head,
         })
     }

@@ -3,7 +3,7 @@
 //! Forward, a block of queries against block after block of keys, with a running row maximum `M_i`:
 //!
 //! ```text
-//! s_ij = c q_i.k_j + b_j      D_i = sum_j e^(s_ij - M_i)      out_i = (1/D_i) sum_j e^(s_ij - M_i) v_j
+//! s_ij = c q_i.k_j + b_ij     D_i = sum_j e^(s_ij - M_i)      out_i = (1/D_i) sum_j e^(s_ij - M_i) v_j
 //! ```
 //!
 //! Backward. With `f_ij = e^(s_ij - M_i) / D_i`, `out = f v`, so for a loss `L` with `dL/dout = dout`:
@@ -11,8 +11,11 @@
 //!
 //! ```text
 //! dS_ij = f_ij (dout_i.v_j - sum_k f_ik dout_i.v_k) = f_ij (dout_i.v_j - delta_i),   delta_i = dout_i.out_i
-//! dq = c dS k        dk = c dS^T q        db = dS^T 1
+//! dq = c dS k        dk = c dS^T q        db = dS
 //! ```
+//!
+//! of which a key's bias takes the sums over the queries. Where scores are capped, `dq` and `dk` take `dS_ij` times the
+//! derivative of the cap. Where `f_ij` rounds to 1, the row has no other key that counts, and `dS_ij` is 0.
 
 mod softmax;
 
@@ -28,9 +31,9 @@ use crate::error::Result;
 use crate::memory::{collected, made, zeroed};
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::tile::{TILE, add_product, load_rows, load_transposed, product, tiles, view, view_mut, widen};
-use crate::problem::grads::{HeadGrads, RowFactors, Upstream};
+use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::Head;
-use crate::problem::scores::{Coverage, add_bias};
+use crate::problem::scores::{Coverage, add_bias, cap_all};
 
 /// Softmax attention; it takes nothing from a head's data.
 #[derive(Debug)]
@@ -58,8 +61,15 @@ impl<T: Real> Prepared<T> for Exact {
         forward(ctx, head, out, row_max, row_scale)
     }
 
-    fn backward(&self, ctx: &Context, head: &Head<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
-        backward(ctx, head, up, grads)
+    fn backward(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        up: Upstream<'_, T>,
+        grads: HeadGrads<'_, T>,
+        dbias: Option<BiasGrads<'_, T>>,
+    ) -> Result<()> {
+        backward(ctx, head, up, grads, dbias)
     }
 
     fn log_row_sums(&self, _: &Head<'_, T>, rows: RowFactors<'_, T>) -> Result<Vec<f64>> {
@@ -91,12 +101,15 @@ pub(crate) fn forward<T: Real>(
                 load_transposed(head.q, queries.start, queries.len(), &[], q);
                 let q = view(q, d, queries.len());
                 softmax.start(queries.len());
-                for (first, count) in tiles(head.scores.mask.seen_by(queries.clone(), m), TILE) {
+                for (first, count) in tiles(head.mask.seen_by(queries.clone(), m), TILE) {
                     ctx.check()?;
+                    if head.pairs.hide_all(queries.clone(), first..first + count) {
+                        continue;
+                    }
                     scores(head, q, queries.clone(), first..first + count, &mut softmax.scores);
                     softmax.add(count, head.v.subrows(first, count));
                 }
-                softmax.finish(head.index, |i| queries.start + i, out, max, scale)
+                softmax.finish(head.index, |i| queries.start + i, |row| head.may_be_empty(row), out, max, scale)
             },
         )
 }
@@ -106,10 +119,16 @@ pub(crate) fn forward<T: Real>(
 fn scores<T: Real>(head: &Head<'_, T>, q: MatRef<'_, T>, queries: Range<usize>, keys: Range<usize>, s: &mut [T]) {
     let (bq, bk) = (queries.len(), keys.len());
     product(view_mut(s, bk, bq), head.k.subrows(keys.start, bk), q, T::of(head.scores.scale));
+    if let Some(cap) = head.scores.softcap {
+        cap_all(T::of(cap), &mut s[..bk * bq], None);
+    }
     if let Some(bias) = head.key_bias {
         add_bias(bias.subrows(keys.start, bk).iter().copied(), bq, s);
     }
-    head.scores.mask.hide(queries, keys, head.m(), s);
+    if !head.pairs.is_none() {
+        head.pairs.apply(queries.clone(), keys.clone(), s, |i, j| j * bq + i);
+    }
+    head.mask.hide(queries, keys, head.m(), s);
 }
 
 /// Adds one head's gradients.
@@ -123,30 +142,40 @@ pub(crate) fn backward<T: Real>(
     head: &Head<'_, T>,
     up: Upstream<'_, T>,
     grads: HeadGrads<'_, T>,
+    mut dbias: Option<BiasGrads<'_, T>>,
 ) -> Result<()> {
     let (n, m, d, d_v) = (head.n(), head.m(), head.d(), head.d_v());
     let p = (n.max(m) / MAX_SIDE).max(SQUARES);
     let [side_q, side_k] = [n, m].map(|tokens| tokens.div_ceil(p).next_multiple_of(TILE));
     let p = n.div_ceil(side_q).max(m.div_ceil(side_k));
-    let biased = grads.dkey_bias.is_some();
+    // A bias whose numbers are shared by all queries, or by all keys, takes sums; any other has each pair's own place.
+    let shared = dbias.as_ref().map(|dbias| (dbias.row_stride == 0, dbias.col_stride == 0));
+    let biased = grads.dkey_bias.is_some() || shared.is_some_and(|(by_queries, _)| by_queries);
+    let rows_wanted = shared == Some((false, true));
+    let plane = match (&mut dbias, shared) {
+        (Some(dbias), Some((false, false))) => Some(Plane::new(dbias, head.index)),
+        _ => None,
+    };
     let zeros = |len: usize| zeroed::<f64>(len, "a head's gradients in float64");
     let (mut sum_q, mut sum_k) = (zeros(n * d)?, zeros(m * d)?);
     let (mut sum_v, mut sum_b) = (zeros(m * d_v)?, zeros(if biased { m } else { 0 })?);
-    let mut queries = pieces(&mut sum_q, side_q * d, p);
+    let mut sum_rows = zeros(if rows_wanted { n } else { 0 })?;
+    let mut queries: Vec<_> =
+        pieces(&mut sum_q, side_q * d, p).into_iter().zip(pieces(&mut sum_rows, side_q, p)).collect();
     let keys = pieces(&mut sum_k, side_k * d, p).into_iter().zip(pieces(&mut sum_v, side_k * d_v, p));
     let mut keys: Vec<_> = keys.zip(pieces(&mut sum_b, side_k, p)).collect();
     for t in 0..p {
         keys.par_iter_mut().zip(&mut queries).enumerate().try_for_each_init(
-            || Scratch::new(side_q.min(MAX_SIDE), d, d_v),
-            |scratch, (square, (((dk, dv), db), dq))| {
+            || Scratch::new(side_q.min(MAX_SIDE), head),
+            |scratch, (square, (((dk, dv), db), (dq, rows)))| {
                 let scratch = made(scratch)?;
                 let (i0, j0) = ((square + t) % p * side_q, square * side_k);
                 let side = |first: usize, side: usize, count: usize| first..(first + side).min(count);
                 let (queries, keys) = (side(i0, side_q, n), side(j0, side_k, m));
-                if queries.is_empty() || head.scores.mask.coverage(queries, keys, m) == Coverage::Empty {
+                if queries.is_empty() || head.mask.coverage(queries, keys, m) == Coverage::Empty {
                     return Ok(());
                 }
-                let sums = Sums { dq, dk, dv, db };
+                let sums = Sums { dq, dk, dv, db, rows, plane };
                 backward_square(ctx, head, up, (i0, j0), sums, scratch)
             },
         )?;
@@ -160,7 +189,52 @@ pub(crate) fn backward<T: Real>(
     if let Some(db) = grads.dkey_bias {
         round(&sum_b, db);
     }
+    if let (Some(dbias), Some((by_queries, by_keys))) = (dbias, shared) {
+        let to = &mut dbias.data[dbias.offsets[head.index]..];
+        match (by_queries, by_keys) {
+            (true, true) => round(&[sum_b.iter().sum()], &mut to[..1]),
+            (true, false) => {
+                sum_b.iter().enumerate().for_each(|(j, sum)| round(&[*sum], &mut to[j * dbias.col_stride..][..1]))
+            }
+            (false, true) => {
+                sum_rows.iter().enumerate().for_each(|(i, sum)| round(&[*sum], &mut to[i * dbias.row_stride..][..1]))
+            }
+            (false, false) => {}
+        }
+    }
     Ok(())
+}
+
+/// Where each pair's gradient has a place of its own.
+#[derive(Clone, Copy)]
+struct Plane<T> {
+    at: *mut T,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+// SAFETY: threads write to the pairs of squares that are theirs alone: see `add`.
+unsafe impl<T: Send> Send for Plane<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Plane<T> {}
+
+impl<T: Real> Plane<T> {
+    fn new(dbias: &mut BiasGrads<'_, T>, head: usize) -> Self {
+        let at = dbias.data[dbias.offsets[head]..].as_mut_ptr();
+        Self { at, row_stride: dbias.row_stride, col_stride: dbias.col_stride }
+    }
+
+    /// Adds a row of `dS`, from query `i` and key `j` on.
+    ///
+    /// # Safety
+    /// The head has these pairs, and no other thread adds to them.
+    unsafe fn add(&self, i: usize, j: usize, ds: &[T]) {
+        for (j, &ds) in (j..).zip(ds) {
+            // SAFETY: `BiasGrads::check` has found room for every pair of the head, at places of their own, as neither
+            // stride is 0; the caller promises the rest.
+            unsafe { *self.at.add(i * self.row_stride + j * self.col_stride) += ds };
+        }
+    }
 }
 
 /// Tokens that are summed in the arrays' own type at the most; and squares a side at the least, where they are not
@@ -175,12 +249,38 @@ fn pieces<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
     pieces
 }
 
-/// Gradients of a square's tokens, in float64. `db` is empty where it is not asked for.
-struct Sums<'a> {
+/// Gradients of a square's tokens, in float64. `db` and `rows`, sums of `dS` over the queries and over the keys, are empty
+/// where they are not asked for.
+struct Sums<'a, T> {
     dq: &'a mut [f64],
     dk: &'a mut [f64],
     dv: &'a mut [f64],
     db: &'a mut [f64],
+    rows: &'a mut [f64],
+    plane: Option<Plane<T>>,
+}
+
+impl<T: Real> Sums<'_, T> {
+    /// Adds a tile of `dS`, `(queries, keys)`, to the gradients of the biases. It begins at query `first` and key
+    /// `first_key` of the head, which are `i` and `j` of the square.
+    fn add_biases(&mut self, first_key: usize, first: usize, (i, j): (usize, usize), bk: usize, ds: &[T]) {
+        if !self.db.is_empty() {
+            for ds in ds.chunks_exact(bk) {
+                self.db[j..j + bk].iter_mut().zip(ds).for_each(|(db, ds)| *db += ds.to_f64());
+            }
+        }
+        if !self.rows.is_empty() {
+            for (sum, ds) in self.rows[i..].iter_mut().zip(ds.chunks_exact(bk)) {
+                *sum += ds.iter().map(|ds| ds.to_f64()).sum::<f64>();
+            }
+        }
+        if let Some(plane) = &self.plane {
+            for (i, ds) in (first..).zip(ds.chunks_exact(bk)) {
+                // SAFETY: the tile is the square's, and no two squares that run at once share a query or a key.
+                unsafe { plane.add(i, first_key, ds) };
+            }
+        }
+    }
 }
 
 /// One thread's tiles. Those of queries and keys are copies with some numbers behind each row: rows of 64 numbers, say,
@@ -196,6 +296,8 @@ struct Scratch<T> {
     bias: Vec<T>,
     f: Vec<T>,
     ds: Vec<T>,
+    /// Derivatives of the cap, where there is one.
+    slopes: Vec<T>,
     dq: Vec<T>,
     dk: Vec<T>,
     dv: Vec<T>,
@@ -205,7 +307,8 @@ struct Scratch<T> {
 const PAD: usize = 16;
 
 impl<T: Real> Scratch<T> {
-    fn new(rows_q: usize, d: usize, d_v: usize) -> Result<Self> {
+    fn new(rows_q: usize, head: &Head<'_, T>) -> Result<Self> {
+        let (d, d_v) = (head.d(), head.d_v());
         let tile = |width: usize| zeroed(TILE * width, "a tile of exact gradients");
         Ok(Self {
             q: tile(d + PAD)?,
@@ -216,6 +319,7 @@ impl<T: Real> Scratch<T> {
             bias: tile(1)?,
             f: tile(TILE)?,
             ds: tile(TILE)?,
+            slopes: tile(if head.scores.softcap.is_some() { TILE } else { 0 })?,
             dq: zeroed(rows_q * d, "a square's gradients of queries")?,
             dk: tile(d)?,
             dv: tile(d_v)?,
@@ -230,13 +334,13 @@ fn backward_square<T: Real>(
     head: &Head<'_, T>,
     up: Upstream<'_, T>,
     (i0, j0): (usize, usize),
-    sums: Sums<'_>,
+    mut sums: Sums<'_, T>,
     scratch: &mut Scratch<T>,
 ) -> Result<()> {
     let (d, d_v) = (head.d(), head.d_v());
     let (rows_q, rows_k) = (sums.dq.len() / d, sums.dk.len() / d);
     let c = T::of(head.scores.scale);
-    let Scratch { q, dout, k, k_columns, v_columns, bias, f, ds, dq, dk, dv: grad_v } = scratch;
+    let Scratch { q, dout, k, k_columns, v_columns, bias, f, ds, slopes, dq, dk, dv: grad_v } = scratch;
     for (part_k, part_q) in
         (0..rows_k).step_by(MAX_SIDE).flat_map(|k| (0..rows_q).step_by(MAX_SIDE).map(move |q| (k, q)))
     {
@@ -256,8 +360,9 @@ fn backward_square<T: Real>(
             for i in (part_q..end_q).step_by(TILE) {
                 let bq = TILE.min(end_q - i);
                 let first = i0 + i;
-                let coverage = head.scores.mask.coverage(first..first + bq, first_key..first_key + bk, head.m());
-                if coverage == Coverage::Empty {
+                let (queries, keys) = (first..first + bq, first_key..first_key + bk);
+                let coverage = head.mask.coverage(queries.clone(), keys.clone(), head.m());
+                if coverage == Coverage::Empty || head.pairs.hide_all(queries.clone(), keys.clone()) {
                     continue;
                 }
                 ctx.check()?;
@@ -268,20 +373,25 @@ fn backward_square<T: Real>(
                 product(view_mut(ds, bq, bk), dout, view(v_columns, d_v, bk), T::ONE);
                 let biases = head.key_bias.map(|_| &bias[..bk]);
                 let (f_tile, ds_tile) = (&mut f[..bq * bk], &mut ds[..bq * bk]);
+                if let Some(cap) = head.scores.softcap {
+                    cap_all(T::of(cap), f_tile, Some(slopes));
+                }
+                if !head.pairs.is_none() {
+                    head.pairs.apply(queries, keys, f_tile, |i, j| i * bk + j);
+                }
                 score_gradients(&up, first, bk, biases, f_tile, ds_tile);
                 if coverage == Coverage::Part {
                     hide(head, first, first_key, bk, f_tile, ds_tile);
+                }
+                sums.add_biases(first_key, first, (i, j), bk, ds_tile);
+                if head.scores.softcap.is_some() {
+                    ds_tile.iter_mut().zip(&*slopes).for_each(|(ds, slope)| *ds = *ds * *slope);
                 }
                 let (f, ds) = (view(f, bq, bk), view(ds, bq, bk));
                 add_product(view_mut(grad_v, bk, d_v), f.transpose(), dout, T::ONE);
                 add_product(view_mut(dk, bk, d), ds.transpose(), q, c);
                 let k = view(k, bk, d + PAD).subcols(0, d);
                 add_product(view_mut(&mut dq[(i - part_q) * d..], bq, d), ds, k, c);
-                if !sums.db.is_empty() {
-                    for ds in ds.row_iter() {
-                        sums.db[j..j + bk].iter_mut().zip(ds.iter()).for_each(|(db, ds)| *db += ds.to_f64());
-                    }
-                }
             }
             widen(dk, &mut sums.dk[j * d..(j + bk) * d]);
             widen(grad_v, &mut sums.dv[j * d_v..(j + bk) * d_v]);
@@ -311,7 +421,7 @@ fn score_gradients<T: Real>(
                 }
                 for (f, ds) in f.iter_mut().zip(ds.iter_mut()) {
                     *f = (*f - max).exp_nonpositive() * scale;
-                    *ds = f.times(*ds - delta);
+                    *ds = if *f >= T::ONE { T::ZERO } else { f.times(*ds - delta) };
                 }
             }
         },

@@ -89,16 +89,23 @@ impl<T: Real> Softmax<T> {
     }
 
     /// Writes the rows, or says which one (`row(i)` of the head, for query i of the block) has no usable denominator.
+    /// A row without keys that `may_be_empty` is 0.
     pub fn finish(
         &mut self,
         head: usize,
         row: impl Fn(usize) -> usize,
+        may_be_empty: impl Fn(usize) -> bool,
         out: &mut [T],
         max: &mut [T],
         scale: &mut [T],
     ) -> Result<()> {
         let bq = self.bq;
         for i in 0..bq {
+            if self.max[i] == T::NEG_INFINITY && may_be_empty(row(i)) {
+                out[i * self.d_v..(i + 1) * self.d_v].fill(T::ZERO);
+                (max[i], scale[i]) = (T::ZERO, T::ZERO);
+                continue;
+            }
             if self.max[i] == T::NEG_INFINITY {
                 return Err(Error::Denominator(format!(
                     "row {} of head {head} has no key to attend to: key_bias is -inf (or its scores overflow) for every key \
@@ -182,7 +189,7 @@ mod tests {
 
     fn rows(softmax: &mut Softmax<f64>) -> Vec<f64> {
         let (mut out, mut max, mut scale) = (vec![f64::NAN; 12], vec![f64::NAN; 4], vec![f64::NAN; 4]);
-        softmax.finish(0, |i| i, &mut out, &mut max, &mut scale).expect("keys");
+        softmax.finish(0, |i| i, |_| false, &mut out, &mut max, &mut scale).expect("keys");
         out.into_iter().chain(max.iter().zip(&scale).map(|(max, scale)| max - scale.ln())).collect()
     }
 

@@ -40,7 +40,7 @@ use crate::linear::scan;
 use crate::linear::shifts::Shifts;
 use crate::linear::state::LARGEST_STATE;
 use crate::numerics::real::Real;
-use crate::problem::grads::{HeadGrads, RowFactors, Upstream};
+use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::Head;
 use crate::spec::{self, LandmarkConstants};
 
@@ -97,7 +97,7 @@ impl<T: Real> Engine<T> for Landmark {
 
 /// Draws the landmarks of a head; under a causal mask from its first 1024 tokens.
 pub(crate) fn draw<T: Real>(ctx: &Context, head: &Head<'_, T>, options: &spec::Landmark) -> Result<LandmarkConstants> {
-    let sample = Sample::new(head, !head.scores.mask.is_none(), options.rank, options.seed)?;
+    let sample = Sample::new(head, !head.mask.is_none(), options.rank, options.seed)?;
     let best = sample.candidates(ctx, &[options.rank], false, Hopes::ALL)?.into_iter().next();
     best.map(|best| best.constants).ok_or_else(|| sample.no_landmarks())
 }
@@ -123,20 +123,23 @@ impl<T: Real> Prepared<T> for OfHead<T> {
         row_scale: &mut [T],
     ) -> Result<()> {
         let pass = self.pass(ctx, head)?;
-        if head.scores.mask.is_none() {
+        if head.mask.is_none() {
             full::forward(&pass, out, row_max, row_scale).map(drop)
         } else {
             scan::forward(&pass, out, row_max, row_scale)
         }
     }
 
-    fn backward(&self, ctx: &Context, head: &Head<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+    fn backward(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        up: Upstream<'_, T>,
+        grads: HeadGrads<'_, T>,
+        _: Option<BiasGrads<'_, T>>,
+    ) -> Result<()> {
         let pass = self.pass(ctx, head)?;
-        if head.scores.mask.is_none() {
-            full::backward(&pass, None, up, grads)
-        } else {
-            scan::backward(&pass, up, grads)
-        }
+        if head.mask.is_none() { full::backward(&pass, None, up, grads) } else { scan::backward(&pass, up, grads) }
     }
 
     fn log_row_sums(&self, head: &Head<'_, T>, rows: RowFactors<'_, T>) -> Result<Vec<f64>> {

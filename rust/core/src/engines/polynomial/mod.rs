@@ -39,7 +39,7 @@ use crate::linear::shifts::{PREFIX, Relative, Shifts, biases, live_keys, mean};
 use crate::linear::state::{LARGEST_STATE, LinearState};
 use crate::memory::collected;
 use crate::numerics::real::Real;
-use crate::problem::grads::{HeadGrads, RowFactors, Upstream};
+use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::{Head, Sizes};
 use crate::spec::{self, Coefficients, Diagonal, Gradient, Shift};
 
@@ -180,7 +180,7 @@ impl<T: Real> Prepared<T> for OfHead<T> {
         row_scale: &mut [T],
     ) -> Result<()> {
         self.of_keys = self.with_pass(ctx, head, Direction::Forward, |pass| {
-            if !head.scores.mask.is_none() {
+            if !head.mask.is_none() {
                 return scan::forward(&pass, out, row_max, row_scale).map(|()| None);
             }
             let state = full::forward(&pass, out, row_max, row_scale)?;
@@ -191,9 +191,16 @@ impl<T: Real> Prepared<T> for OfHead<T> {
         Ok(())
     }
 
-    fn backward(&self, ctx: &Context, head: &Head<'_, T>, up: Upstream<'_, T>, grads: HeadGrads<'_, T>) -> Result<()> {
+    fn backward(
+        &self,
+        ctx: &Context,
+        head: &Head<'_, T>,
+        up: Upstream<'_, T>,
+        grads: HeadGrads<'_, T>,
+        _: Option<BiasGrads<'_, T>>,
+    ) -> Result<()> {
         self.with_pass(ctx, head, Direction::Backward, |pass| {
-            if !head.scores.mask.is_none() {
+            if !head.mask.is_none() {
                 scan::backward(&pass, up, grads)
             } else if self.options.shift == Shift::Mean && self.form.consistent {
                 full::backward_through_means(&pass, self.of_keys.as_ref(), up, grads)
@@ -247,7 +254,7 @@ fn coefficients<T: Real>(head: &Head<'_, T>, options: &spec::Polynomial, shifts:
         Coefficients::Given(a) => collected(a.iter().copied(), "coefficients"),
         // Under a causal mask the fit sees only the prefix: every query that meets the polynomial is later.
         Coefficients::Fitted => {
-            let causal = !head.scores.mask.is_none();
+            let causal = !head.mask.is_none();
             fit_sample(head, shifts, causal, |i, j| !causal || j <= i)?.fit(options.degree)
         }
     }
