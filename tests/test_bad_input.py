@@ -166,7 +166,7 @@ SHAPES = {
 }
 
 DTYPES = {
-    "float16": (lambda: attend(q=Q.astype(np.float16)), "q has dtype float16; expected float32 or float64"),
+    "float16": (lambda: attend(q=Q.astype(np.float16)), "k has dtype float64; expected float16 to match q"),
     "integers": (lambda: attend(k=K.astype(int)), "k has dtype int64; expected float32 or float64"),
     "objects": (lambda: attend(v=V.astype(object)), "v has dtype object; expected float32 or float64"),
     "complex": (lambda: attend(q=Q.astype(complex)), "q has dtype complex128; expected float32 or float64"),

@@ -18,6 +18,7 @@ from lingrad_rs.backends.array.linear import scan
 from lingrad_rs.backends.array.plan import rates
 from lingrad_rs.backends.array.problem.heads import Grads, Heads, chosen, dots, heads_at
 from lingrad_rs.spec.plan import head_plans, unplanned
+from lingrad_rs.spec.scores import Scores
 
 ARRAY_CODE = pytest.mark.parametrize(
     "backend", [GPU_NUMPY, GPU_STRICT], indirect=True, ids=lambda backend: backend.name
@@ -41,7 +42,8 @@ def test_equal_seeds_measure_the_same_as_the_core(causal, backend, rng):
     del inputs["dout"]
     out = rng.standard_normal((2, 4, 300, 3))
     options = {"causal": causal, "scale": 0.4, "samples": 50, "seed": 3}
-    want = cpu.measure_error(*(inputs[x] for x in ("q", "k", "v", "key_bias")), out, **options)
+    scores = Scores(scale=options["scale"], causal=causal, key_bias=inputs["key_bias"])
+    want = cpu.measure_error(*(inputs[x] for x in "qkv"), scores, out, samples=50, seed=3)
     arrays = {name: backend.array(x) for name, x in inputs.items()}
     got = lg.measure_error(**arrays, out=backend.array(out), **options)
     assert got.rows == want[3]

@@ -47,6 +47,7 @@ PYTHON = [
     "backends.array.plan.moments",
     "backends.array.plan",
     "backends.array.tolerance",
+    "backends.array.options",
     "backends.array.attention",
     "backends.array.layers",
     "backends.array.layers.attention_block",

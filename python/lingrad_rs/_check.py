@@ -88,7 +88,7 @@ def same_device(name: str, x: Any, other: Any, match: str) -> None:
         )
 
 
-def floats(*, half: bool = False, **arrays: object) -> list[Any]:
+def floats(half: bool = False, /, **arrays: object) -> list[Any]:
     """The arrays, once they are known to be float32 or float64, all of the dtype and on the device of the first.
 
     With ``half`` they may be float16 or bfloat16 too.

@@ -15,7 +15,6 @@ from .backends import select
 from .errors import ArgumentError, DtypeError, ShapeError
 from .spec.engines import Auto, Engine, Exact, Polynomial, check_engine, not_derived
 from .spec.plan import ErrorEstimate, HeadPlan, PlanData, head_plans, unplanned
-
 from .spec.scores import Scores, scores_of
 
 __all__ = [
@@ -84,12 +83,12 @@ def attention(
     sinks: NDArray[Any] | None = None,
     empty_rows: Literal["error", "zero"] = "error",
     return_lse: bool = False,
-) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
+) -> Any:
     """Attention, head by head.
 
-    ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` over the keys that row i may attend to, with ``s_ij = cap(scale q_i .
-    k_j) + key_bias_j + bias_ij`` and ``cap(x) = softcap tanh(x / softcap)``; `Polynomial` and `Landmark` replace ``exp``,
-    and a tolerance chooses.
+    ``out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)`` over the keys that row i may attend to, with
+    ``s_ij = cap(scale q_i . k_j) + key_bias_j + bias_ij`` and ``cap(x) = softcap tanh(x / softcap)``; `Polynomial` and
+    `Landmark` replace ``exp``, and a tolerance chooses.
 
     Parameters
     ----------
@@ -110,19 +109,19 @@ def attention(
     scale : float, optional
         The factor of the scores; ``1/sqrt(d)`` unless given.
     key_bias : ndarray, shape (..., h_kv, m), optional
-        Added to the scores of a key, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the numbers
-        that other libraries use for it, as ``finfo.min``, in rows that see another key; causal rows that see no other are
-        refused by `Landmark` and by a shifted `Polynomial`. It broadcasts from ``(m,)``, ``(batch, m)`` and
+        Added to the scores of a key, in the arrays' dtype by `Exact`; ``-inf`` removes a key (padding). So do the
+        numbers that other libraries use for it, as ``finfo.min``, in rows that see another key; causal rows that see no
+        other are refused by `Landmark` and by a shifted `Polynomial`. It broadcasts from ``(m,)``, ``(batch, m)`` and
         ``(batch, 1, m)``. Of bool, True stands for a key that may be attended to.
     query_offset : int, optional
         Where row 0 stands, counted from key 0: 0 as in PyTorch's ``is_causal``, ``m - n`` as with a cache. Needed with
         ``causal`` or a window where n and m differ; in ``-n .. m``.
     window : pair of int or None, optional
-        ``(left, right)``: row i sees the keys from ``i + query_offset - left`` to ``i + query_offset + right``; None for no
-        limit. Time and memory fall with the window. `Exact` only.
+        ``(left, right)``: row i sees the keys from ``i + query_offset - left`` to ``i + query_offset + right``; None
+        for no limit. Time and memory fall with the window. `Exact` only.
     segment_ids : ndarray of integers, shape (..., n), optional
-        Packed sequences: tokens of one segment see only each other. They increase from segment to segment, and broadcast
-        as key_bias does; n and m are equal.
+        Packed sequences: tokens of one segment see only each other. They increase from segment to segment, and
+        broadcast as key_bias does; n and m are equal.
     mask : ndarray of bool, shape (..., h, n, m), optional
         Which pairs count. Broadcasts; tiles of pairs without any are skipped. `Exact` only.
     bias : ndarray, shape (..., h, n, m), optional
@@ -201,13 +200,14 @@ def attention_vjp(
     """Attention, and the function that pulls a gradient back through it.
 
     With ``f`` the normalised rows, ``delta_i = dout_i . out_i`` and ``dS = f * (dout v^T - delta 1^T)``:
-    ``dq = scale dS k``, ``dk = scale dS^T q``, ``dv = f^T dout``, ``dkey_bias = dS^T 1``, ``dbias = dS``; where scores are
-    capped, those of q and k take dS times the derivative of the cap. With ``p_i`` the sink's share of row i, ``dsink =
-    -sum_i p_i delta_i``. Gradients of what broadcasts are summed.
+    ``dq = scale dS k``, ``dk = scale dS^T q``, ``dv = f^T dout``, ``dkey_bias = dS^T 1``, ``dbias = dS``; where scores
+    are capped, those of q and k take dS times the derivative of the cap. With ``p_i`` the sink's share of row i,
+    ``dsink = -sum_i p_i delta_i``. Gradients of what broadcasts are summed.
 
     Parameters
     ----------
-    q, k, v, engine, tol, causal, scale, key_bias, query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
+    q, k, v, engine, tol, causal, scale, key_bias
+    query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
         As for `attention`; ``tol`` holds for the gradients too.
 
     Returns
@@ -215,9 +215,10 @@ def attention_vjp(
     out : ndarray, shape (..., h, n, d_v)
         As from `attention`.
     vjp : Pullback
-        ``vjp(dout)`` returns ``(dq, dk, dv)``, then ``dkey_bias``, ``dbias`` and ``dsinks``, each where it was given (and,
-        of key_bias, is not of bool): new arrays of their shapes. It may be called many times. It reads q, k, v and the options' arrays again, so they
-        must not change in between; ``out`` may. With a tolerance, ``vjp.heads`` tells what was chosen and measured.
+        ``vjp(dout)`` returns ``(dq, dk, dv)``, then ``dkey_bias``, ``dbias`` and ``dsinks``, each where it was given
+        (and, of key_bias, is not of bool): new arrays of their shapes. It may be called many times. It reads q, k, v
+        and the options' arrays again, so they must not change in between; ``out`` may. With a tolerance, ``vjp.heads``
+        tells what was chosen and measured.
 
     Raises
     ------
@@ -278,14 +279,15 @@ def attention_backward(
     ----------
     dout : ndarray, shape (..., h, n, d_v)
         The gradient of a loss with respect to ``out``.
-    q, k, v, engine, tol, causal, scale, key_bias, query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
+    q, k, v, engine, tol, causal, scale, key_bias
+    query_offset, window, segment_ids, mask, bias, softcap, sinks, empty_rows
         As they were given to `attention`.
     out : ndarray, shape (..., h, n, d_v)
     lse : ndarray, shape (..., h, n), float64
         What ``attention(..., return_lse=True)`` returned.
     check_finite : bool
-        Whether a gradient that is not finite is an error; if not, it passes through (training in half precision looks for
-        it).
+        Whether a gradient that is not finite is an error; if not, it passes through (training in half precision looks
+        for it).
 
     Returns
     -------
@@ -318,11 +320,12 @@ def attention_backward(
     arrays, scores = _arguments(q, k, v, engine, options)
     finite = _check.flag("check_finite", check_finite)
     shape = (*arrays[0].shape[:-1], arrays[2].shape[-1])
-    _, dout, out = _check.floats(half=True, q=arrays[0], dout=dout, out=out)
+    _, dout, out = _check.floats(True, q=arrays[0], dout=dout, out=out)
     _check.shape("dout", dout, shape, match=f"out of shape {shape}")
     _check.shape("out", out, shape, match="q and v")
     lse = _check.array("lse", lse)
-    _check.same_dtype("lse", lse, np.float64, match="what attention(..., return_lse=True) returned")
+    if _check.dtype_name(lse) != "float64":
+        raise DtypeError(f"lse has dtype {_check.dtype_name(lse)}; expected float64, as from attention")
     _check.same_device("lse", lse, arrays[0], match="q")
     _check.shape("lse", lse, shape[:-1], match=f"out of shape {shape}")
     grads = select.of(*arrays).attention_backward_again(
@@ -340,7 +343,7 @@ def _vjp(
     shape = out.shape
 
     def call(dout: NDArray[Any], samples: int) -> tuple[tuple[NDArray[Any], ...], tuple[HeadPlan, ...]]:
-        _, dout = _check.floats(half=True, q=q, dout=dout)
+        _, dout = _check.floats(True, q=q, dout=dout)
         _check.shape("dout", dout, shape, match=f"out of shape {shape}")
         grads, reports = backend.attention_backward(q, k, v, scores, state, dout, samples=samples)
         return _given(grads, q, scores, options), head_plans(reports)
@@ -353,15 +356,18 @@ def _given(
 ) -> tuple[NDArray[Any], ...]:
     """The gradients of what was given, in the shapes that it was given in."""
     dq, dk, dv, dkey_bias, dbias, dsinks = grads
-    assert dq is not None and dk is not None and dv is not None
-    results = [dq, dk, dv]
-    if dkey_bias is not None and options["key_bias"].dtype == q.dtype:
+    results = [x for x in (dq, dk, dv) if x is not None]
+    if dkey_bias is not None and not _is_bool(options["key_bias"]):
         results.append(_summed(dkey_bias, scores.key_bias, options["key_bias"].shape))
     if dbias is not None:
         results.append(dbias.reshape(options["bias"].shape))
     if dsinks is not None:
         results.append(_summed(dsinks, scores.sinks, options["sinks"].shape))
     return tuple(results)
+
+
+def _is_bool(x: object) -> bool:
+    return str(getattr(x, "dtype", "")).endswith("bool")
 
 
 def _summed(grad: Any, lined_up: Any, shape: tuple[int, ...]) -> Any:
@@ -478,9 +484,7 @@ def plan_attention(
     )
 
 
-def _planned(
-    plan: Plan, q: object, k: object, v: object, key_bias: object
-) -> tuple[_Arrays, Scores, dict[str, Any]]:
+def _planned(plan: Plan, q: object, k: object, v: object, key_bias: object) -> tuple[_Arrays, Scores, dict[str, Any]]:
     not_derived("plan", plan, (Plan,))
     options = {"causal": plan.causal, "scale": plan.scale, "key_bias": key_bias}
     arrays, scores = _arguments(q, k, v, plan.auto, options, half=False)
@@ -585,12 +589,12 @@ def measure_error(
 def _arguments(
     q: object, k: object, v: object, engine: object, options: dict[str, Any], *, half: bool = True
 ) -> tuple[_Arrays, Scores]:
-    """The arrays and how scores are made of them, checked, once the engine is one; ``options`` are lined up with them."""
+    """The arrays and how scores are made of them, checked, once the engine is one."""
     biases = {name: options[name] for name in _OF_Q if options.get(name) is not None}
     key_bias = biases.get("key_bias")
-    if key_bias is not None and getattr(key_bias, "dtype", None) == np.bool_:
+    if key_bias is not None and _is_bool(key_bias):
         del biases["key_bias"]
-    checked = dict(zip(("q", "k", "v", *biases), _check.floats(half=half, q=q, k=k, v=v, **biases), strict=True))
+    checked = dict(zip(("q", "k", "v", *biases), _check.floats(half, q=q, k=k, v=v, **biases), strict=True))
     q_, k_, v_ = (checked.pop(name) for name in "qkv")
     check_engine(engine)
     for name, kind in _OF_OTHER_KINDS.items():
@@ -613,7 +617,7 @@ def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, empty: b
     if d == 0:
         raise ShapeError(f"q has shape {q.shape}; expected a last axis of at least 1")
     batch, heads = q.shape[:-3], ("h_kv",) if q.ndim > 2 else ()
-    _check.shape("k", k, (*batch, *heads, "m", d), match=f"q of shape {q.shape}")
+    _check.shape("k", k, (*batch, *heads, "n", d), match=f"q of shape {q.shape}")
     if q.ndim > 2:
         h, h_kv = q.shape[-3], k.shape[-3]
         if h != h_kv and (h_kv == 0 or h % h_kv):

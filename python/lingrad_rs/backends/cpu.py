@@ -124,7 +124,7 @@ def _broadcast(q: Array, k: Array, scores: Scores) -> Scores:
 def attention_forward(
     q: Array, k: Array, v: Array, scores: Scores, *, engine: Engine | PlanData, keep: bool, wants_lse: bool
 ) -> tuple[Array, Array | None, core.AttentionState | None]:
-    """``out``, where asked for the logarithms of the rows' denominators, and with ``keep`` what the backward pass needs."""
+    """``out``, the logarithms of row sums where asked for, and with ``keep`` what the backward pass needs."""
     if k.shape[-2] == 0:
         shape = (*q.shape[:-1], v.shape[-1])
         try:
@@ -138,7 +138,9 @@ def attention_forward(
 def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:
     """Those of a call without keys."""
     zeros: list[Array | None] = [np.zeros(x.shape, q.dtype) for x in (q, k, v)]
-    return zeros + [None if x is None else np.zeros(x.shape, q.dtype) for x in (scores.key_bias, scores.bias, scores.sinks)]
+    return zeros + [
+        None if x is None else np.zeros(x.shape, q.dtype) for x in (scores.key_bias, scores.bias, scores.sinks)
+    ]
 
 
 def attention_backward(
@@ -166,9 +168,7 @@ def attention_backward_again(
     if k.shape[-2] == 0:
         return _no_gradients(q, k, v, scores)
     scores = _broadcast(q, k, scores)
-    return core.attention_backward_again(
-        dout, q, k, v, out, lse, scores, engine=engine, check_finite=check_finite
-    )[0]
+    return core.attention_backward_again(dout, q, k, v, out, lse, scores, engine=engine, check_finite=check_finite)[0]
 
 
 def measure_error(

@@ -121,7 +121,7 @@ def read(path: Path, task: Task, max_tokens: int | None) -> tuple[Array, Array, 
         q, k, v = _stored(file, name, path.suffix)
     if not 2 <= q.ndim <= 4:
         raise ShapeError(f"q has shape {q.shape}; expected (n, d), (heads, n, d) or (layers, heads, n, d)")
-    (q, k, v, _), _ = _arguments(q, k, v, None, Exact(), task.causal, task.scale)
+    (q, k, v), _ = _arguments(q, k, v, Exact(), {"causal": task.causal, "scale": task.scale}, half=False)
     if q.size == 0:
         raise ShapeError(f"q has shape {q.shape}; expected at least one token of one head")
     shortened = (x[..., :max_tokens, :] for x in (q, k, v))

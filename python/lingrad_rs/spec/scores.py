@@ -98,7 +98,7 @@ def scores_of(
 
     Arrays are known to be arrays of their kinds.
     """
-    n, m = q.shape[-2], k.shape[-2]
+    m = k.shape[-2]
     causal = _check.flag("causal", causal)
     sides = _window(window)
     banded = causal or sides != (None, None)
@@ -108,7 +108,7 @@ def scores_of(
     return Scores(
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else _check.number("scale", scale),
         causal=causal,
-        query_offset=_offset(query_offset, n, m, banded, segment_ids is not None),
+        query_offset=_offset(query_offset, q, k, causal, banded, segment_ids is not None),
         window=sides,
         starts=None if segment_ids is None else _starts(segment_ids, q, m),
         softcap=None if softcap is None else _check.positive("softcap", softcap),
@@ -130,18 +130,22 @@ def _window(window: object) -> tuple[int | None, int | None]:
     return left, right
 
 
-def _offset(offset: object, n: int, m: int, banded: bool, packed: bool) -> int:
+def _offset(offset: object, q: Array, k: Array, causal: bool, banded: bool, packed: bool) -> int:
+    n, m = q.shape[-2], k.shape[-2]
     if offset is None:
         if banded and n != m:
             raise ShapeError(
-                f"k has {m} keys for the {n} queries of q, with causal=True or a window; expected as many, or "
-                f"query_offset: 0 counts from the first key, m - n = {m - n} from the last (a cache)"
+                f"k has shape {k.shape}; expected {(*k.shape[:-2], n, k.shape[-1])} to match q of shape {q.shape} with "
+                f"{'causal=True' if causal else 'a window'}, or query_offset, which tells where row 0 stands: at key 0 "
+                f"for 0, and at the end of a cache for m - n = {m - n}"
             )
         return 0
     if isinstance(offset, bool | np.bool_) or not isinstance(offset, int | np.integer):
         raise ArgumentError(f"query_offset is {_check.shown(offset)}; expected an integer")
     if not -n <= offset <= m:
-        raise ArgumentError(f"query_offset is {_check.shown(int(offset))}; expected -n <= query_offset <= m = {m}, n = {n}")
+        raise ArgumentError(
+            f"query_offset is {_check.shown(int(offset))}; expected -n <= query_offset <= m = {m}, n = {n}"
+        )
     if packed and offset != 0:
         raise ArgumentError(f"query_offset is {offset} with segment_ids, whose tokens are queries and keys; expected 0")
     return int(offset)
@@ -180,7 +184,9 @@ def _of_keys(name: str, x: Array, shape: tuple[int, ...], match: str, like: Arra
 
 
 def _misfit(name: str, got: tuple[int, ...], shape: tuple[int, ...], match: str, like: Array) -> ShapeError:
-    return ShapeError(f"{name} has shape {got}; expected one that broadcasts to {shape} to match {match} of shape {like.shape}")
+    return ShapeError(
+        f"{name} has shape {got}; expected one that broadcasts to {shape} to match {match} of shape {like.shape}"
+    )
 
 
 def _of_pairs(name: str, x: Array, q: Array, m: int) -> Array:

@@ -15,6 +15,7 @@ from ... import _check
 from ..._lingrad_rs import transformer_param_shapes
 from ...spec.engines import Engine
 from ...spec.plan import PlanData
+from ...spec.scores import Scores
 from . import attention, layers, measure, model
 from .device import Space, run
 from .layers.attention_block import WEIGHT_NAMES, SelfAttention
@@ -25,6 +26,7 @@ __all__ = [
     "activation_forward",
     "add",
     "attention_backward",
+    "attention_backward_again",
     "attention_forward",
     "copy",
     "embedding_backward",
@@ -37,6 +39,7 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "removed_where_false",
     "same",
     "self_attention_backward",
     "self_attention_forward",
@@ -136,56 +139,80 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     return run(arrays[0], norm)
 
 
+def removed_where_false(allowed: Array, q: Array) -> Array:
+    """The key bias that stands for the keys that may be attended to: 0 there, and minus infinity elsewhere."""
+
+    def bias(sp: Space) -> Array:
+        zeros = sp.zeros(allowed.shape, q.dtype)
+        return sp.xp.where(allowed, zeros, zeros - math.inf)
+
+    return run(q, bias)
+
+
 def attention_forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    key_bias: Array | None,
-    *,
-    engine: Engine | PlanData,
-    causal: bool,
-    scale: float,
-    keep: bool,
-) -> tuple[Array, attention.State | None]:
-    """``out``, and with ``keep`` what the backward pass needs beside the inputs."""
-    if q.shape[-2] == k.shape[-2] == 0:
-        return run(q, lambda sp: sp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)), None
-    options = {"engine": engine, "causal": causal, "scale": scale, "keep": keep}
-    return run(q, lambda sp: attention.forward(sp, q, k, v, key_bias, **options))
+    q: Array, k: Array, v: Array, scores: Scores, *, engine: Engine | PlanData, keep: bool, wants_lse: bool
+) -> tuple[Array, Array | None, attention.State | attention.OptionsState | None]:
+    """``out``, the logarithms of row sums where asked for, and with ``keep`` what the backward pass needs."""
+    if k.shape[-2] == 0:
+
+        def nothing(sp: Space) -> tuple[Array, Array | None]:
+            lse = sp.full(q.shape[:-1], -math.inf, sp.xp.float64) if wants_lse else None
+            return sp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype), lse
+
+        return *run(q, nothing), None
+    return run(
+        q, lambda sp: attention.forward_scores(sp, q, k, v, scores, engine=engine, keep=keep, wants_lse=wants_lse)
+    )
+
+
+def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:
+    """Those of a call without keys."""
+    given = (q, k, v, scores.key_bias, scores.bias, scores.sinks)
+    return [None if x is None else run(q, lambda sp, x=x: sp.zeros(x.shape, q.dtype)) for x in given]
 
 
 def attention_backward(
     q: Array,
     k: Array,
     v: Array,
-    key_bias: Array | None,
-    state: attention.State | None,
+    scores: Scores,
+    state: attention.State | attention.OptionsState | None,
     dout: Array,
     *,
     samples: int,
-) -> tuple[tuple[Array, Array, Array, Array | None], list[dict[str, Any]]]:
-    """``(dq, dk, dv, dkey_bias)``, the last None where there is no ``key_bias``; and what is known of each head."""
-    if state is None:  # neither queries nor keys
-        zeros = [None if x is None else run(q, lambda sp, x=x: sp.zeros(x.shape, q.dtype)) for x in (q, k, v, key_bias)]
-        return (zeros[0], zeros[1], zeros[2], zeros[3]), []
-    return run(q, lambda sp: attention.backward(sp, q, k, v, key_bias, state, dout, samples=samples))
+) -> tuple[list[Array | None], list[dict[str, Any]]]:
+    """``dq, dk, dv, dkey_bias, dbias, dsinks``, None of what was not given; and what is known of each head."""
+    if state is None:  # no keys
+        return _no_gradients(q, k, v, scores), []
+    return run(q, lambda sp: attention.backward_scores(sp, q, k, v, scores, state, dout, samples=samples))
 
 
-def measure_error(
+def attention_backward_again(
+    dout: Array,
     q: Array,
     k: Array,
     v: Array,
-    key_bias: Array | None,
     out: Array,
+    lse: Array,
+    scores: Scores,
     *,
-    causal: bool,
-    scale: float,
-    samples: int,
-    seed: int,
+    engine: Engine,
+    check_finite: bool,
+) -> list[Array | None]:
+    """The same gradients, from the inputs and results of a forward pass that kept nothing else."""
+    if k.shape[-2] == 0:
+        return _no_gradients(q, k, v, scores)
+    options = {"engine": engine, "check_finite": check_finite}
+    return run(q, lambda sp: attention.backward_again(sp, dout, q, k, v, out, lse, scores, **options))
+
+
+def measure_error(
+    q: Array, k: Array, v: Array, scores: Scores, out: Array, *, samples: int, seed: int
 ) -> tuple[float, float, float, int]:
     """``(relative, low, high, rows)``."""
-    options = {"causal": causal, "scale": scale, "samples": samples, "seed": seed}
-    return run(q, lambda sp: measure.measure_error(sp, q, k, v, key_bias, out, **options))
+    attention.expect_plain(scores, q, k, "measure_error")
+    options = {"causal": scores.causal, "scale": scores.scale, "samples": samples, "seed": seed}
+    return run(q, lambda sp: measure.measure_error(sp, q, k, v, attention.lined_up(sp, k, scores), out, **options))
 
 
 def linear_forward(x: Array, w: Array, b: Array | None) -> Array:

@@ -7,14 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import _lingrad_rs as core
-from ...spec.engines import Auto, Engine, HeadEngine
+from ...errors import DeviceError
+from ...spec.engines import Auto, Engine, Exact, HeadEngine
 from ...spec.plan import PlanData
-from . import engines, tolerance
+from ...spec.scores import Scores
+from . import engines, options, tolerance
 from .device import Space
 from .problem.finite import check_heads, check_results
 from .problem.heads import Heads, Saved
 
-__all__ = ["State", "backward", "forward"]
+__all__ = [
+    "OptionsState",
+    "State",
+    "backward",
+    "backward_again",
+    "backward_scores",
+    "expect_plain",
+    "forward",
+    "forward_scores",
+    "lined_up",
+]
 
 Array = Any
 
@@ -38,6 +50,19 @@ class State:
         """The engines that were used within a tolerance, to be used again on the same data."""
         auto = _tolerance(self.engine)
         return None if auto is None else Planned(auto, self.known)
+
+
+@dataclass(frozen=True)
+class OptionsState:
+    """The same of exact attention with options that only it has here."""
+
+    out: Array
+    lse: Array
+    known: list[dict[str, Any]]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What is known of each head after the forward pass, where there is a tolerance."""
+        return [dict(report) for report in self.known]
 
 
 @dataclass(frozen=True)
@@ -82,7 +107,8 @@ def forward(
 ) -> tuple[Array, State | None]:
     """``out (..., h, n, d_v)``, and with ``keep`` what the backward pass needs beside the inputs."""
     auto = _tolerance(engine)
-    core.check_engine(engine.auto if isinstance(engine, Planned) else engine, causal, sp.xp.finfo(q.dtype).bits // 8)
+    plain = Scores(scale=scale, causal=causal)
+    core.check_engine(engine.auto if isinstance(engine, Planned) else engine, plain, sp.xp.finfo(q.dtype).bits // 8)
     shape = (*q.shape[:-1], v.shape[-1])
     heads, _ = _heads(sp, q, k, v, key_bias, causal=causal, scale=scale)
     saved: Saved | list[tolerance.Part] = []
@@ -142,3 +168,105 @@ def backward(
     db = None if key_bias is None else sp.contiguous(xp.reshape(grads.dkey_bias, key_bias.shape))
     check_results(sp, dq=dq, dk=dk, dv=dv, **({} if db is None else {"dkey_bias": db[..., None]}))
     return (dq, dk, dv, db), reports
+
+
+def lined_up(sp: Space, k: Array, scores: Scores) -> Array | None:
+    """The key bias of every key head."""
+    if scores.key_bias is None or scores.key_bias.shape == k.shape[:-1]:
+        return scores.key_bias
+    return sp.xp.asarray(sp.xp.broadcast_to(scores.key_bias, k.shape[:-1]), copy=True)
+
+
+def _with_options(sp: Space, engine: Engine | PlanData, scores: Scores, q: Array, k: Array) -> bool:
+    """Whether the call has options that the exact engine alone has here; any other engine refuses them."""
+    if scores.is_plain(q.shape[-2], k.shape[-2]):
+        return False
+    core.check_engine(engine, scores, sp.xp.finfo(q.dtype).bits // 8)
+    if isinstance(engine, Exact) or _tolerance(engine) is not None:
+        return True
+    raise DeviceError(
+        f"{type(engine).__name__} has neither query_offset, segment_ids, sinks nor empty_rows on a GPU; use Exact()"
+    )
+
+
+def _log_sums(sp: Space, heads: Heads, saved: Saved | list[tolerance.Part]) -> Array:
+    if isinstance(saved, Saved):
+        return engines.log_sums(sp, heads, saved)
+    return sp.xp.concat([engines.log_sums(sp, heads.part(part.start, part.end), part.saved) for part in saved])
+
+
+def forward_scores(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    scores: Scores,
+    *,
+    engine: Engine | PlanData,
+    keep: bool,
+    wants_lse: bool,
+) -> tuple[Array, Array | None, State | OptionsState | None]:
+    """``out``, the logarithms of row sums where asked for, and with ``keep`` what the backward pass needs."""
+    if _with_options(sp, engine, scores, q, k):
+        out, lse = options.forward(sp, q, k, v, scores)
+        known = [] if isinstance(engine, Exact) else tolerance.of_nothing(math.prod(q.shape[:-2]))
+        state = OptionsState(sp.xp.asarray(out, copy=True), lse, known) if keep else None
+        return out, lse if wants_lse else None, state
+    key_bias = lined_up(sp, k, scores)
+    made = {"engine": engine, "causal": scores.causal, "scale": scores.scale}
+    out, state = forward(sp, q, k, v, key_bias, **made, keep=keep or wants_lse)
+    lse = None
+    if wants_lse:
+        assert state is not None
+        lse = sp.zeros(q.shape[:-1], sp.xp.float64)
+        if math.prod(q.shape[:-1]):
+            heads, _ = _heads(sp, q, k, v, key_bias, causal=scores.causal, scale=scores.scale)
+            lse = sp.xp.reshape(_log_sums(sp, heads, state.saved), q.shape[:-1])
+    return out, lse, state if keep else None
+
+
+def backward_scores(
+    sp: Space,
+    q: Array,
+    k: Array,
+    v: Array,
+    scores: Scores,
+    state: State | OptionsState,
+    dout: Array,
+    *,
+    samples: int,
+) -> tuple[list[Array | None], list[dict[str, Any]]]:
+    """``dq, dk, dv, dkey_bias, dbias, dsinks``, None of what was not given; and what is known of each head."""
+    if isinstance(state, OptionsState):
+        if samples:
+            raise DeviceError("samples are not taken with these options on a GPU; expected samples=0")
+        return options.backward(sp, q, k, v, scores, state.out, state.lse, dout, check_finite=True), state.reports()
+    grads, reports = backward(sp, q, k, v, lined_up(sp, k, scores), state, dout, samples=samples)
+    return [*grads, None, None], reports
+
+
+def backward_again(
+    sp: Space,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    scores: Scores,
+    *,
+    engine: Engine,
+    check_finite: bool,
+) -> list[Array | None]:
+    """The gradients, from the inputs and results of a forward pass that kept nothing else."""
+    if isinstance(engine, Exact) or _with_options(sp, engine, scores, q, k):
+        return options.backward(sp, q, k, v, scores, out, lse, dout, check_finite=check_finite)
+    _, _, state = forward_scores(sp, q, k, v, scores, engine=engine, keep=True, wants_lse=False)
+    assert state is not None
+    return backward_scores(sp, q, k, v, scores, state, dout, samples=0)[0]
+
+
+def expect_plain(scores: Scores, q: Array, k: Array, what: str) -> None:
+    """Raise where errors are to be measured with options that no measurement on this path knows."""
+    if not scores.is_plain(q.shape[-2], k.shape[-2]):
+        raise DeviceError(f"{what} knows only causal, scale and key_bias on a GPU; expected none of the other options")

@@ -74,12 +74,13 @@ impl<'py, T: Scalar> Inputs<'py, T> {
     }
 
     fn heads(&self) -> Result<Heads<'_, T>> {
+        let heads = Heads::new(self.q.matrices()?, self.k.matrices()?, self.v.matrices()?);
         Ok(Heads {
             key_bias: self.key_bias.as_ref().map(View::columns).transpose()?,
             allowed: self.mask.as_ref().map(View::matrices).transpose()?,
             bias: self.bias.as_ref().map(View::matrices).transpose()?,
             sinks: self.sinks.as_ref().map(View::numbers).transpose()?,
-            ..Heads::new(self.q.matrices()?, self.k.matrices()?, self.v.matrices()?)
+            ..heads
         })
     }
 
