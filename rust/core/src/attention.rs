@@ -10,6 +10,7 @@ use crate::engines::{self, Prepared, exact};
 use crate::error::{Error, Result, expect_len};
 use crate::memory::{collected, copied, zeroed};
 use crate::numerics::real::Real;
+use crate::numerics::stored::Stored;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::{check_finite, check_result};
 use crate::problem::grads::{AttentionGrads, Extras, HeadGrads, RowFactors, expect_views};
@@ -86,7 +87,7 @@ impl Attention {
         Self { method: method.into(), scores: Scores::new(scale, mask), infinite_gradients_pass: false }
     }
 
-    fn check<T: Real>(&self, heads: &Heads<'_, T>) -> Result<Sizes> {
+    pub(crate) fn check<T: Real, E: Stored<T>>(&self, heads: &Heads<'_, T, E>) -> Result<Sizes> {
         self.method.check(&self.scores, size_of::<T>())?;
         let sizes = heads.sizes()?;
         self.scores.check(sizes.h, sizes.n, sizes.m)?;
@@ -126,12 +127,7 @@ impl Attention {
         let Sizes { h, n, .. } = self.check(heads)?;
         expect_len("lse", lse.len(), h * n)?;
         let exact = || Arc::new(exact::Exact) as Arc<dyn Prepared<T>>;
-        // The type of the arrays need not hold a logarithm exactly: the factor takes what is left.
-        let rows = |&lse: &f64| match lse == f64::NEG_INFINITY {
-            true => (T::ZERO, T::ZERO),
-            false => (T::of(lse), T::of((T::of(lse).to_f64() - lse).exp())),
-        };
-        let (row_max, row_scale) = lse.iter().map(rows).unzip();
+        let (row_max, row_scale) = RowFactors::of_log_sums(lse);
         let heads = collected((0..h).map(|_| exact()), "what engines know of the heads")?;
         Ok(Saved { row_max, row_scale, lse: copied(lse, "logarithms of row sums")?, heads, reports: Vec::new() })
     }
@@ -323,14 +319,14 @@ impl Attention {
 }
 
 /// `count` consecutive parts of `len` each, or empty ones of nothing.
-fn split<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
+pub(crate) fn split<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {
     let mut parts: Vec<_> = x.chunks_mut(len.max(1)).collect();
     parts.resize_with(count, Default::default);
     parts
 }
 
 /// Adds a sink to the denominators of a head's rows.
-fn join_sinks<T: Real>(sink: f64, lse: &mut [f64], scale: &mut [T], out: &mut [T]) {
+pub(crate) fn join_sinks<T: Real>(sink: f64, lse: &mut [f64], scale: &mut [T], out: &mut [T]) {
     let d_v = out.len() / lse.len();
     for ((lse, scale), out) in lse.iter_mut().zip(scale).zip(out.chunks_exact_mut(d_v)) {
         let share = join_sink(lse, sink);

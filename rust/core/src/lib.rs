@@ -27,6 +27,8 @@ pub mod tolerance;
 
 pub mod attention;
 
+mod halves;
+
 pub mod naive;
 
 pub mod layers;
@@ -48,6 +50,7 @@ pub use context::Context;
 pub use error::{Error, Result};
 pub use faer::{ColRef, MatRef};
 pub use numerics::real::Real;
+pub use numerics::stored::Stored;
 pub use plan::report::HeadReport;
 pub use problem::grads::{AttentionGrads, BiasGrads};
 pub use problem::heads::Heads;

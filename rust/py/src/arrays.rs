@@ -2,8 +2,9 @@
 
 use std::borrow::Cow;
 
+use half::{bf16, f16};
 use lingrad_core::memory::collected;
-use lingrad_core::{ColRef, Error, MatRef, Real, Rows};
+use lingrad_core::{ColRef, Error, MatRef, Real, Rows, Stored};
 use numpy::prelude::*;
 use numpy::{Element, PyArrayDyn, PyUntypedArray, get_array_module};
 use pyo3::prelude::*;
@@ -20,6 +21,13 @@ pub trait Item: Element + Copy {}
 impl Item for f32 {}
 impl Item for f64 {}
 impl Item for bool {}
+impl Item for f16 {}
+impl Item for bf16 {}
+
+/// float16 or bfloat16, to both NumPy and the core.
+pub trait Half: Item + Stored<f32> {}
+impl Half for f16 {}
+impl Half for bf16 {}
 
 /// An argument whose element type is not known yet.
 pub type Any<'a, 'py> = &'a Bound<'py, PyUntypedArray>;
@@ -37,6 +45,41 @@ macro_rules! by_dtype {
     };
 }
 pub(crate) use by_dtype;
+
+/// The same for float32, float64 and the types of half precision, for which there is a body of its own.
+macro_rules! by_any_dtype {
+    ($array:expr, $T:ident => $body:block, half $H:ident => $half:block) => {
+        match $crate::arrays::half_of($array) {
+            Some($crate::arrays::HalfType::F16) => {
+                type $H = half::f16;
+                $half
+            }
+            Some($crate::arrays::HalfType::Bf16) => {
+                type $H = half::bf16;
+                $half
+            }
+            None => $crate::arrays::by_dtype!($array, $T => $body),
+        }
+    };
+}
+pub(crate) use by_any_dtype;
+
+/// The types of half precision.
+pub enum HalfType {
+    F16,
+    Bf16,
+}
+
+/// Which of them an array holds.
+pub fn half_of(array: Any<'_, '_>) -> Option<HalfType> {
+    let dtype = array.dtype();
+    match (dtype.itemsize(), dtype.kind()) {
+        (2, b'f') => Some(HalfType::F16),
+        // NumPy knows bfloat16 by name once `ml_dtypes` has told it: there is an array of it, or of none.
+        (2, b'V' | b'E') => array.cast::<PyArrayDyn<bf16>>().is_ok().then_some(HalfType::Bf16),
+        _ => None,
+    }
+}
 
 /// An array argument that the core can read in place.
 pub struct View<'py, T: Item> {
@@ -201,9 +244,9 @@ pub fn joined(leading: &[usize], last: &[usize]) -> Vec<usize> {
 }
 
 /// A new array of zeros.
-pub struct Output<'py, T: Scalar>(Bound<'py, PyArrayDyn<T>>);
+pub struct Output<'py, T: Item>(Bound<'py, PyArrayDyn<T>>);
 
-impl<'py, T: Scalar> Output<'py, T> {
+impl<'py, T: Item> Output<'py, T> {
     /// Zeros of the given shape; `MemoryError` where there is no room (rust-numpy would panic). A shape that no array has
     /// is an error of its own: NumPy's is a plain `ValueError`.
     pub fn new(py: Python<'py>, shape: &[usize]) -> Result<Self> {

@@ -3,6 +3,7 @@
 use faer::traits::RealField;
 use pulp::Simd;
 
+use super::stored::Stored;
 use crate::memory::Zeroable;
 
 /// Vectors of a scalar type.
@@ -110,6 +111,7 @@ pub trait Real:
     + std::ops::MulAssign
     + std::iter::Sum
     + Zeroable
+    + Stored<Self>
 {
     /// 0.
     const ZERO: Self;

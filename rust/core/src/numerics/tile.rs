@@ -8,6 +8,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use crate::numerics::product;
 use crate::numerics::real::{Real, vectorised};
+use crate::numerics::stored::Stored;
 
 /// Queries, and keys, of one tile of scores.
 pub(crate) const TILE: usize = 112;
@@ -61,12 +62,19 @@ pub(crate) fn widen<T: Real>(x: &[T], sum: &mut [f64]) {
 }
 
 /// Copies rows `start..start + len` of `x`, less `shift`, into the rows of `dst`, each `width` long.
-pub(crate) fn load_rows<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shift: &[T], width: usize, dst: &mut [T]) {
+pub(crate) fn load_rows<T: Real, E: Stored<T>>(
+    x: MatRef<'_, E>,
+    start: usize,
+    len: usize,
+    shift: &[T],
+    width: usize,
+    dst: &mut [T],
+) {
     let d = x.ncols();
     for (row, dst) in x.subrows(start, len).row_iter().zip(dst.chunks_exact_mut(width)) {
         match row.try_as_row_major() {
-            Some(row) => dst[..d].copy_from_slice(row.as_slice()),
-            None => dst.iter_mut().zip(row.iter()).for_each(|(dst, x)| *dst = *x),
+            Some(row) => E::widen_all(row.as_slice(), &mut dst[..d]),
+            None => dst.iter_mut().zip(row.iter()).for_each(|(dst, x)| *dst = x.widen()),
         }
         for (dst, shift) in dst.iter_mut().zip(shift) {
             *dst -= *shift;
@@ -75,12 +83,18 @@ pub(crate) fn load_rows<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shi
 }
 
 /// Copies rows `start..start + len` of `x` into `dst` as `(d, len)`, less `shift`.
-pub(crate) fn load_transposed<T: Real>(x: MatRef<'_, T>, start: usize, len: usize, shift: &[T], dst: &mut [T]) {
+pub(crate) fn load_transposed<T: Real, E: Stored<T>>(
+    x: MatRef<'_, E>,
+    start: usize,
+    len: usize,
+    shift: &[T],
+    dst: &mut [T],
+) {
     for c in 0..x.ncols() {
         let column = x.col(c).subrows(start, len);
         let shift = shift.get(c).copied().unwrap_or(T::ZERO);
         for (dst, &x) in dst[c * len..(c + 1) * len].iter_mut().zip(column.iter()) {
-            *dst = x - shift;
+            *dst = x.widen() - shift;
         }
     }
 }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::numerics::real::{Real, vectorised};
+use crate::numerics::stored::Stored;
 
 /// An error naming a head of `views` that holds NaN or infinity (the first, of those that run side by side).
 pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> {
@@ -21,11 +22,30 @@ pub fn check_finite<T: Real>(name: &str, views: &[MatRef<'_, T>]) -> Result<()> 
             if rows_are_finite(rows) {
                 return Ok(());
             }
-            Err(Error::NonFinite(format!(
-                "{name} holds NaN or infinity (in head {h}, counting from 0); expected finite numbers"
-            )))
+            Err(not_finite(name, h))
         })
     })
+}
+
+/// The same of arrays in half precision.
+pub(crate) fn check_stored<T: Real, E: Stored<T>>(name: &str, views: &[MatRef<'_, E>]) -> Result<()> {
+    let plain: Vec<_> = views.iter().filter_map(|x| E::plain(*x)).collect();
+    if plain.len() == views.len() {
+        return check_finite(name, &plain);
+    }
+    views.par_iter().enumerate().try_for_each(|(h, x)| {
+        let x = if x.row_stride() == 0 { x.subrows(0, x.nrows().min(1)) } else { *x };
+        let x = if x.col_stride() == 0 { x.subcols(0, x.ncols().min(1)) } else { x };
+        let good = (0..x.nrows())
+            .into_par_iter()
+            .with_min_len(ROWS_A_CHECK / 16)
+            .all(|i| x.row(i).iter().all(|x| x.widen().finite()));
+        if good { Ok(()) } else { Err(not_finite(name, h)) }
+    })
+}
+
+fn not_finite(name: &str, head: usize) -> Error {
+    Error::NonFinite(format!("{name} holds NaN or infinity (in head {head}, counting from 0); expected finite numbers"))
 }
 
 const ROWS_A_CHECK: usize = 4096;

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::memory::collected_in_parallel;
 use crate::numerics::real::Real;
+use crate::numerics::stored::Stored;
 
 /// Where the backward pass puts its results. Contiguous, head after head; what they held before is lost.
 #[derive(Debug)]
@@ -69,6 +70,16 @@ pub(crate) struct RowFactors<'a, T> {
 }
 
 impl<T: Real> RowFactors<'_, T> {
+    /// The factors of rows whose `ln D_i` are these.
+    pub fn of_log_sums(lse: &[f64]) -> (Vec<T>, Vec<T>) {
+        // The type need not hold a logarithm exactly: the factor takes what is left.
+        let rows = |&lse: &f64| match lse == f64::NEG_INFINITY {
+            true => (T::ZERO, T::ZERO),
+            false => (T::of(lse), T::of((T::of(lse).to_f64() - lse).exp())),
+        };
+        lse.iter().map(rows).unzip()
+    }
+
     /// `ln D_i` of the scores that these factors belong to; of rows without keys, whose factor is 0, minus infinity.
     pub fn log_sums(&self) -> impl ExactSizeIterator<Item = f64> {
         self.max.iter().zip(self.scale).map(|(max, scale)| match scale.to_f64() {
@@ -80,8 +91,8 @@ impl<T: Real> RowFactors<'_, T> {
 
 /// What an engine's backward pass reads beside the head.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Upstream<'a, T> {
-    pub dout: MatRef<'a, T>,
+pub(crate) struct Upstream<'a, T, E = T> {
+    pub dout: MatRef<'a, E>,
     /// `dout_i . out_i`.
     pub delta: &'a [T],
     pub rows: RowFactors<'a, T>,
@@ -118,10 +129,16 @@ pub(crate) fn expect_views<T>(name: &str, views: &[MatRef<'_, T>], h: usize, n: 
     }
 }
 
+/// The gradient of a sink: its share of row `i`, `e^(sink - lse_i)`, times `0 - delta_i`.
+pub(crate) fn sink_gradient<T: Real>(sink: f64, lse: &[f64], delta: &[T]) -> T {
+    let share = |lse: f64| if lse == f64::NEG_INFINITY { 0.0 } else { (sink - lse).exp() };
+    T::of(-lse.iter().zip(delta).map(|(&lse, delta)| share(lse) * delta.to_f64()).sum::<f64>())
+}
+
 /// `delta_i = dout_i . out_i`.
-pub(crate) fn delta<T: Real>(dout: MatRef<'_, T>, out: &[T]) -> Result<Vec<T>> {
-    let of_row = |(i, out): (usize, &[T])| {
-        let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
+pub(crate) fn delta<T: Real, E: Stored<T>>(dout: MatRef<'_, E>, out: &[E]) -> Result<Vec<T>> {
+    let of_row = |(i, out): (usize, &[E])| {
+        let sum: f64 = dout.row(i).iter().zip(out).map(|(a, b)| a.widen().to_f64() * b.widen().to_f64()).sum();
         T::of(sum)
     };
     collected_in_parallel(out.par_chunks(dout.ncols()).enumerate().map(of_row), "products of dout and out")

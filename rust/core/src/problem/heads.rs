@@ -5,47 +5,48 @@ use std::ops::Range;
 use faer::{ColRef, MatRef};
 use rayon::prelude::*;
 
-use super::finite::check_finite;
+use super::finite::check_stored;
 use super::scores::{Mask, PairArrays, Scores};
 use crate::error::{Error, Result};
 use crate::numerics::real::Real;
+use crate::numerics::stored::Stored;
 
 /// The inputs of attention, head by head (batch entries are heads too).
 ///
 /// Query head `i` reads key head `i / (q.len() / k.len())`: with grouped queries several query heads share one.
 #[derive(Debug, Clone)]
-pub struct Heads<'a, T> {
+pub struct Heads<'a, T, E = T> {
     /// Queries, each `(n, d)`.
-    pub q: Vec<MatRef<'a, T>>,
+    pub q: Vec<MatRef<'a, E>>,
     /// Keys, each `(m, d)`.
-    pub k: Vec<MatRef<'a, T>>,
+    pub k: Vec<MatRef<'a, E>>,
     /// Values, each `(m, d_v)`.
-    pub v: Vec<MatRef<'a, T>>,
+    pub v: Vec<MatRef<'a, E>>,
     /// Added to the scores of a key, each `(m,)`; `-inf` removes the key.
     pub key_bias: Option<Vec<ColRef<'a, T>>>,
     /// Whether a query may attend to a key, `(n, m)` for each query head.
     pub allowed: Option<Vec<MatRef<'a, bool>>>,
     /// Added to the scores, `(n, m)` for each query head; `-inf` hides a pair.
-    pub bias: Option<Vec<MatRef<'a, T>>>,
+    pub bias: Option<Vec<MatRef<'a, E>>>,
     /// A score for each query head that joins each of its denominators and has no value.
     pub sinks: Option<Vec<T>>,
 }
 
 /// One head, as the engines see it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Head<'a, T> {
+pub(crate) struct Head<'a, T, E = T> {
     /// Its number among the query heads of the call, which errors name.
     pub index: usize,
     /// `(n, d)`.
-    pub q: MatRef<'a, T>,
+    pub q: MatRef<'a, E>,
     /// `(m, d)`.
-    pub k: MatRef<'a, T>,
+    pub k: MatRef<'a, E>,
     /// `(m, d_v)`.
-    pub v: MatRef<'a, T>,
+    pub v: MatRef<'a, E>,
     /// `(m,)`.
     pub key_bias: Option<ColRef<'a, T>>,
     /// What is known of single pairs.
-    pub pairs: PairArrays<'a, T>,
+    pub pairs: PairArrays<'a, E>,
     /// A score that joins the denominators.
     pub sink: Option<f64>,
     pub scores: &'a Scores,
@@ -53,7 +54,7 @@ pub(crate) struct Head<'a, T> {
     pub mask: &'a Mask,
 }
 
-impl<T: Real> Head<'_, T> {
+impl<T: Real, E: Stored<T>> Head<'_, T, E> {
     /// Queries.
     pub fn n(&self) -> usize {
         self.q.nrows()
@@ -103,7 +104,7 @@ impl<T: Real> Head<'_, T> {
 
     /// The score of a pair, whose product of query and key times the scale is given; `-inf` where it does not count.
     pub fn score(&self, query: usize, key: usize, product: f64) -> f64 {
-        let bias = self.pairs.bias.map_or(0.0, |bias| bias[(query, key)].to_f64());
+        let bias = self.pairs.bias.map_or(0.0, |bias| bias[(query, key)].widen().to_f64());
         let hidden = self.removed(key)
             || bias == f64::NEG_INFINITY
             || self.pairs.allowed.is_some_and(|allowed| !allowed[(query, key)])
@@ -129,9 +130,9 @@ pub struct Sizes {
     pub d_v: usize,
 }
 
-impl<'a, T: Real> Heads<'a, T> {
+impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
     /// Queries, keys and values, and nothing else.
-    pub fn new(q: Vec<MatRef<'a, T>>, k: Vec<MatRef<'a, T>>, v: Vec<MatRef<'a, T>>) -> Self {
+    pub fn new(q: Vec<MatRef<'a, E>>, k: Vec<MatRef<'a, E>>, v: Vec<MatRef<'a, E>>) -> Self {
         Self { q, k, v, key_bias: None, allowed: None, bias: None, sinks: None }
     }
 
@@ -184,7 +185,7 @@ impl<'a, T: Real> Heads<'a, T> {
     }
 
     /// Query head `index` of a call that makes its scores so.
-    pub(crate) fn head<'b>(&'b self, index: usize, scores: &'b Scores) -> Head<'b, T> {
+    pub(crate) fn head<'b>(&'b self, index: usize, scores: &'b Scores) -> Head<'b, T, E> {
         let kv = index / (self.q.len() / self.k.len());
         let key_bias = self.key_bias.as_ref().map(|biases| biases[kv]);
         let pairs = PairArrays {
@@ -199,7 +200,7 @@ impl<'a, T: Real> Heads<'a, T> {
     /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
     pub(crate) fn check_finite(&self) -> Result<()> {
         for (name, views) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
-            check_finite(name, views)?;
+            check_stored::<T, E>(name, views)?;
         }
         for b in self.key_bias.iter().flatten() {
             if let Some(j) = b.iter().position(|x| !x.finite() && *x != T::NEG_INFINITY) {
@@ -210,7 +211,7 @@ impl<'a, T: Real> Heads<'a, T> {
             }
         }
         for bias in self.bias.iter().flatten() {
-            check_bias(*bias)?;
+            check_bias::<T, E>(*bias)?;
         }
         if let Some(sink) = self.sinks.iter().flatten().find(|x| !x.finite() && **x != T::NEG_INFINITY) {
             return Err(Error::NonFinite(format!("sinks holds {sink:?}; expected finite numbers or -inf")));
@@ -220,12 +221,12 @@ impl<'a, T: Real> Heads<'a, T> {
 }
 
 /// An error where a bias of pairs holds NaN or plus infinity.
-fn check_bias<T: Real>(bias: MatRef<'_, T>) -> Result<()> {
+fn check_bias<T: Real, E: Stored<T>>(bias: MatRef<'_, E>) -> Result<()> {
     // Of entries that are all the same one, one is looked at.
     let bias = if bias.row_stride() == 0 { bias.subrows(0, bias.nrows().min(1)) } else { bias };
     let bias = if bias.col_stride() == 0 { bias.subcols(0, bias.ncols().min(1)) } else { bias };
     (0..bias.nrows()).into_par_iter().try_for_each(|i| {
-        match bias.row(i).iter().find(|x| !x.finite() && **x != T::NEG_INFINITY) {
+        match bias.row(i).iter().map(|x| x.widen()).find(|x| !x.finite() && *x != T::NEG_INFINITY) {
             Some(x) => Err(Error::NonFinite(format!("bias holds {x:?}; expected finite numbers or -inf"))),
             None => Ok(()),
         }

@@ -14,6 +14,7 @@ use faer::MatRef;
 
 use crate::error::{Error, Result};
 use crate::numerics::real::{Real, vectorised};
+use crate::numerics::stored::Stored;
 
 /// How scores are made, apart from the arrays.
 #[derive(Debug, Clone, PartialEq)]
@@ -214,14 +215,14 @@ impl Mask {
 
 /// What arrays say of the pairs of a tile, `(n, m)` each, read in place: neither need hold every pair by itself.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct PairArrays<'a, T> {
+pub(crate) struct PairArrays<'a, E> {
     /// Whether a query may attend to a key.
     pub allowed: Option<MatRef<'a, bool>>,
     /// Added to the scores.
-    pub bias: Option<MatRef<'a, T>>,
+    pub bias: Option<MatRef<'a, E>>,
 }
 
-impl<T: Real> PairArrays<'_, T> {
+impl<E: Copy> PairArrays<'_, E> {
     /// Whether there are none.
     pub fn is_none(&self) -> bool {
         self.allowed.is_none() && self.bias.is_none()
@@ -242,12 +243,20 @@ impl<T: Real> PairArrays<'_, T> {
 
     /// Adds to a tile of scores, whose pair (query i, key j) stands at `at(i, j)`, what the arrays say of it.
     #[inline(always)]
-    pub fn apply(&self, queries: Range<usize>, keys: Range<usize>, s: &mut [T], at: impl Fn(usize, usize) -> usize) {
+    pub fn apply<T: Real>(
+        &self,
+        queries: Range<usize>,
+        keys: Range<usize>,
+        s: &mut [T],
+        at: impl Fn(usize, usize) -> usize,
+    ) where
+        E: Stored<T>,
+    {
         let (rows, columns) = (queries.len(), keys.len());
         if let Some(bias) = self.bias {
             let bias = bias.submatrix(queries.start, keys.start, rows, columns);
             for (i, row) in bias.row_iter().enumerate() {
-                for (j, &b) in row.iter().enumerate() {
+                for (j, b) in row.iter().map(|b| b.widen()).enumerate() {
                     // What a hidden pair's score is may be anything.
                     s[at(i, j)] = if b == T::NEG_INFINITY { b } else { s[at(i, j)] + b };
                 }

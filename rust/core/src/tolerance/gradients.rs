@@ -12,7 +12,7 @@ use crate::memory::zeroed;
 use crate::numerics::real::Real;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::all_finite;
-use crate::problem::grads::{BiasGrads, Extras, HeadGrads, RowFactors, Upstream, delta};
+use crate::problem::grads::{BiasGrads, Extras, HeadGrads, RowFactors, Upstream, delta, sink_gradient};
 use crate::spec::{Auto, Engine};
 
 /// Engines that cost less than this, relative to exact attention, are run at once, without being sifted.
@@ -125,19 +125,11 @@ impl<T: Real> Group<'_, '_, T> {
                 reborrow(dq, grads),
                 extras.dbias.as_mut().map(BiasGrads::reborrow),
             )?;
-            self.sink_gradient(i, &delta, extras);
+            if let (Some(sink), Some(to)) = (self.head(i).sink, extras.dsinks.get_mut(i - self.first)) {
+                *to = sink_gradient(sink, &self.saved.lse[i * self.rows()..(i + 1) * self.rows()], &delta);
+            }
         }
         Ok(())
-    }
-
-    /// Writes the gradient of a head's sink: its share of row `i`, `e^(sink - lse_i)`, times `0 - delta_i`.
-    fn sink_gradient(&self, i: usize, delta: &[T], extras: &mut Extras<'_, T>) {
-        let n = self.rows();
-        if let (Some(sink), Some(to)) = (self.head(i).sink, extras.dsinks.get_mut(i - self.first)) {
-            let rows = self.saved.lse[i * n..(i + 1) * n].iter().zip(delta);
-            let share = |lse: f64| if lse == f64::NEG_INFINITY { 0.0 } else { (sink - lse).exp() };
-            *to = T::of(-rows.map(|(&lse, delta)| share(lse) * delta.to_f64()).sum::<f64>());
-        }
     }
 
     /// Replaces the gradients by exact ones.

@@ -1,18 +1,19 @@
 //! Attention: forward, backward, measured error.
 
+use half::{bf16, f16};
 use lingrad_core::memory::{copied, zeroed};
 use lingrad_core::{
-    Attention, AttentionGrads, BiasGrads, Context, Engine, Error, HeadReport, Heads, Mask, Method, Saved, Scores,
-    measure,
+    Attention, AttentionGrads, BiasGrads, ColRef, Context, Engine, Error, HeadReport, Heads, Mask, Method, Saved,
+    Scores, Stored, measure,
 };
 use numpy::PyUntypedArray;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{Any, Output, Scalar, View, by_dtype, joined};
+use crate::arrays::{Any, Half, Item, Output, Scalar, View, by_any_dtype, by_dtype, joined};
 use crate::convert::{self, AnyMethod, Estimate, estimate};
 use crate::entry::{Later, Outcome, entry};
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::run::run;
 
 /// `lingrad_rs.spec.scores.Scores`: how scores are made of queries and keys, checked, its arrays broadcast.
@@ -46,40 +47,49 @@ impl AnyScores<'_> {
     }
 }
 
-/// The views of one call's inputs.
-struct Inputs<'py, T: Scalar> {
-    q: View<'py, T>,
-    k: View<'py, T>,
-    v: View<'py, T>,
-    key_bias: Option<View<'py, T>>,
+/// The views of one call's inputs, whose numbers are computed with as `T`.
+struct Inputs<'py, T: Scalar, E: Item> {
+    q: View<'py, E>,
+    k: View<'py, E>,
+    v: View<'py, E>,
+    key_bias: Option<(Vec<usize>, Vec<Vec<T>>)>,
     mask: Option<View<'py, bool>>,
-    bias: Option<View<'py, T>>,
+    bias: Option<View<'py, E>>,
     bias_shape: Option<Vec<usize>>,
-    sinks: Option<View<'py, T>>,
+    sinks: Option<(Vec<usize>, Vec<T>)>,
 }
 
-impl<'py, T: Scalar> Inputs<'py, T> {
+impl<'py, T: Scalar, E: Item + Stored<T>> Inputs<'py, T, E> {
     fn new(q: Any<'_, 'py>, k: Any<'_, 'py>, v: Any<'_, 'py>, scores: &AnyScores<'py>) -> Result<Self> {
-        let view = |name, x: &Option<Bound<'py, PyUntypedArray>>| x.as_ref().map(|x| View::new(name, x)).transpose();
+        let view =
+            |name, x: &Option<Bound<'py, PyUntypedArray>>| x.as_ref().map(|x| View::<E>::new(name, x)).transpose();
+        let widened = |column: ColRef<'_, E>| column.iter().map(|x| x.widen()).collect();
+        // Of a shape that no memory can list, q speaks first.
+        let q = View::new("q", q)?;
+        q.matrices()?;
         Ok(Self {
-            q: View::new("q", q)?,
+            q,
             k: View::new("k", k)?,
             v: View::new("v", v)?,
-            key_bias: view("key_bias", &scores.key_bias)?,
+            key_bias: view("key_bias", &scores.key_bias)?
+                .map(|x| Ok::<_, Failure>((x.shape().to_vec(), x.columns()?.into_iter().map(widened).collect())))
+                .transpose()?,
             mask: scores.mask.as_ref().map(|x| View::new("mask", x)).transpose()?,
             bias: view("bias", &scores.bias)?,
             bias_shape: scores.bias_shape.clone(),
-            sinks: view("sinks", &scores.sinks)?,
+            sinks: view("sinks", &scores.sinks)?
+                .map(|x| Ok::<_, Failure>((x.shape().to_vec(), x.numbers()?.into_iter().map(E::widen).collect())))
+                .transpose()?,
         })
     }
 
-    fn heads(&self) -> Result<Heads<'_, T>> {
+    fn heads(&self) -> Result<Heads<'_, T, E>> {
         let heads = Heads::new(self.q.matrices()?, self.k.matrices()?, self.v.matrices()?);
         Ok(Heads {
-            key_bias: self.key_bias.as_ref().map(View::columns).transpose()?,
+            key_bias: self.key_bias.as_ref().map(|(_, x)| x.iter().map(|x| ColRef::from_slice(x)).collect()),
             allowed: self.mask.as_ref().map(View::matrices).transpose()?,
             bias: self.bias.as_ref().map(View::matrices).transpose()?,
-            sinks: self.sinks.as_ref().map(View::numbers).transpose()?,
+            sinks: self.sinks.as_ref().map(|(_, x)| x.clone()),
             ..heads
         })
     }
@@ -115,7 +125,40 @@ impl<'py, T: Scalar> Inputs<'py, T> {
 enum Kept {
     F32(Saved<f32>, Vec<f32>),
     F64(Saved<f64>, Vec<f64>),
+    F16(HalfState<f16>),
+    Bf16(HalfState<bf16>),
 }
+
+/// The same in half precision: the forward pass leaves nothing else.
+struct HalfState<E> {
+    out: Vec<E>,
+    lse: Vec<f64>,
+    reports: Vec<HeadReport>,
+}
+
+/// A `Half` that finds itself in [`Kept`].
+trait KeepHalf: Half {
+    fn keep_half(state: HalfState<Self>) -> Kept;
+    fn kept_half(kept: &Kept) -> Option<&HalfState<Self>>;
+}
+
+macro_rules! keep_half {
+    ($t:ty, $variant:ident) => {
+        impl KeepHalf for $t {
+            fn keep_half(state: HalfState<Self>) -> Kept {
+                Kept::$variant(state)
+            }
+            fn kept_half(kept: &Kept) -> Option<&HalfState<Self>> {
+                match kept {
+                    Kept::$variant(state) => Some(state),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+keep_half!(f16, F16);
+keep_half!(bf16, Bf16);
 
 /// The forward pass of `lingrad_rs.attention_vjp`, as its backward pass needs it.
 #[pyclass(frozen, module = "lingrad_rs._lingrad_rs")]
@@ -132,6 +175,8 @@ impl AttentionState {
             let reports = match &self.kept {
                 Kept::F32(saved, _) => &saved.reports,
                 Kept::F64(saved, _) => &saved.reports,
+                Kept::F16(state) => &state.reports,
+                Kept::Bf16(state) => &state.reports,
             };
             convert::reports(py, reports)
         })
@@ -179,8 +224,8 @@ pub fn attention_forward<'py>(
     entry(|| {
         let scores = scores.read()?;
         let attention = Attention { scores: scores.scores(), ..Attention::new(engine.read()?.0, Mask::NONE, 1.0) };
-        by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
+        by_any_dtype!(q, T => {
+            let inputs = Inputs::<T, T>::new(q, k, v, &scores)?;
             let heads = inputs.heads()?;
             let shape = inputs.out_shape()?;
             let mut out = Output::new(py, &shape)?;
@@ -195,6 +240,21 @@ pub fn attention_forward<'py>(
             })?;
             let state = kept.map(|kept| AttentionState { attention, kept });
             Ok((out.into_array(), lse.map(Output::into_array), state))
+        }, half H => {
+            let inputs = Inputs::<f32, H>::new(q, k, v, &scores)?;
+            let heads = inputs.heads()?;
+            let shape = inputs.out_shape()?;
+            let mut out = Output::<H>::new(py, &shape)?;
+            let mut lse =
+                (wants_lse || keep).then(|| Output::<f64>::new(py, &shape[..shape.len() - 1])).transpose()?;
+            let (entries, lse_entries) = (out.entries(), lse.as_mut().map_or(&mut [][..], Output::entries));
+            let kept = run(py, None, |ctx| {
+                let reports = attention.forward_half(ctx, &heads, entries, lse_entries)?;
+                let half = || Ok(HalfState { out: copied(entries, "a copy of out")?, lse: copied(lse_entries, "row sums")?, reports });
+                keep.then(half).transpose()
+            })?;
+            let state = kept.map(|kept| AttentionState { attention, kept: H::keep_half(kept) });
+            Ok((out.into_array(), lse.filter(|_| wants_lse).map(Output::into_array), state))
         })
     })
 }
@@ -204,19 +264,19 @@ pub fn attention_forward<'py>(
 type Gradients<'py> = (Vec<Option<Bound<'py, PyAny>>>, Vec<Bound<'py, PyDict>>);
 
 /// The gradients that `backward` writes.
-fn gradients<'py, T: Scalar>(
+fn gradients<'py, T: Scalar, E: Item + Stored<T>>(
     py: Python<'py>,
-    inputs: &Inputs<'py, T>,
-    backward: impl FnOnce(&Context, &Heads<'_, T>, AttentionGrads<'_, T>) -> lingrad_core::Result<Vec<HeadReport>> + Send,
+    inputs: &Inputs<'py, T, E>,
+    backward: impl FnOnce(&Context, &Heads<'_, T, E>, AttentionGrads<'_, E>) -> lingrad_core::Result<Vec<HeadReport>> + Send,
 ) -> Result<Gradients<'py>> {
     let heads = inputs.heads()?;
     let mut dq = Output::new(py, inputs.q.shape())?;
     let mut dk = Output::new(py, inputs.k.shape())?;
     let mut dv = Output::new(py, inputs.v.shape())?;
-    let mut dkey_bias = inputs.key_bias.as_ref().map(|b| Output::new(py, b.shape())).transpose()?;
+    let mut dkey_bias = inputs.key_bias.as_ref().map(|(shape, _)| Output::new(py, shape)).transpose()?;
     let places = inputs.bias_places();
     let mut dbias = inputs.bias_shape.as_ref().map(|shape| Output::new(py, shape)).transpose()?;
-    let mut dsinks = inputs.sinks.as_ref().map(|sinks| Output::new(py, sinks.shape())).transpose()?;
+    let mut dsinks = inputs.sinks.as_ref().map(|(shape, _)| Output::new(py, shape)).transpose()?;
     let grads = AttentionGrads {
         dkey_bias: dkey_bias.as_mut().map(Output::entries),
         dbias: dbias.as_mut().zip(places.as_ref()).map(|(dbias, (offsets, row_stride, col_stride))| BiasGrads {
@@ -248,14 +308,22 @@ pub fn attention_backward<'py>(
     samples: usize,
 ) -> Outcome<Gradients<'py>> {
     entry(|| {
-        by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, &scores.read()?)?;
-            let (saved, out) = T::kept(&state.kept)
-                .ok_or_else(|| Error::Argument("state is of another dtype than q".into()))?;
+        let other = || Error::Argument("state is of another dtype than q".into());
+        by_any_dtype!(q, T => {
+            let inputs = Inputs::<T, T>::new(q, k, v, &scores.read()?)?;
+            let (saved, out) = T::kept(&state.kept).ok_or_else(other)?;
             let dout = View::new("dout", dout)?;
             let dout = dout.matrices()?;
             gradients(py, &inputs, |ctx, heads, grads| {
                 state.attention.backward(ctx, heads, saved, out, &dout, samples, grads)
+            })
+        }, half H => {
+            let inputs = Inputs::<f32, H>::new(q, k, v, &scores.read()?)?;
+            let HalfState { out, lse, .. } = H::kept_half(&state.kept).ok_or_else(other)?;
+            let dout = View::new("dout", dout)?;
+            let dout = dout.matrices()?;
+            gradients(py, &inputs, |ctx, heads, grads| {
+                state.attention.backward_half(ctx, heads, (out, lse), &dout, samples, grads)
             })
         })
     })
@@ -284,8 +352,8 @@ pub fn attention_backward_again<'py>(
             infinite_gradients_pass: !check_finite,
             ..Attention::new(engine.read()?.0, Mask::NONE, 1.0)
         };
-        by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
+        by_any_dtype!(q, T => {
+            let inputs = Inputs::<T, T>::new(q, k, v, &scores)?;
             let (dout, out, lse) = (View::new("dout", dout)?, View::new("out", out)?, View::<f64>::new("lse", lse)?);
             let (dout, out, lse) = (dout.matrices()?, out.contiguous()?, lse.contiguous()?);
             gradients(py, &inputs, |ctx, heads, grads| {
@@ -296,6 +364,13 @@ pub fn attention_backward_again<'py>(
                     (attention.forward(ctx, heads, &mut again)?, again.into())
                 };
                 attention.backward(ctx, heads, &saved, &out, &dout, 0, grads)
+            })
+        }, half H => {
+            let inputs = Inputs::<f32, H>::new(q, k, v, &scores)?;
+            let (dout, out, lse) = (View::new("dout", dout)?, View::new("out", out)?, View::<f64>::new("lse", lse)?);
+            let (dout, out, lse) = (dout.matrices()?, out.contiguous()?, lse.contiguous()?);
+            gradients(py, &inputs, |ctx, heads, grads| {
+                attention.backward_half(ctx, heads, (&out, &lse), &dout, 0, grads)
             })
         })
     })
@@ -317,7 +392,7 @@ pub fn measure_error<'py>(
     entry(|| {
         let scores = scores.read()?;
         by_dtype!(q, T => {
-            let inputs = Inputs::<T>::new(q, k, v, &scores)?;
+            let inputs = Inputs::<T, T>::new(q, k, v, &scores)?;
             let out = View::new("out", out)?;
             let (heads, out) = (inputs.heads()?, out.matrices()?);
             let scores = scores.scores();

@@ -30,6 +30,7 @@ use crate::context::Context;
 use crate::error::Result;
 use crate::memory::{collected, made, zeroed};
 use crate::numerics::real::{Real, vectorised};
+use crate::numerics::stored::Stored;
 use crate::numerics::tile::{TILE, add_product, load_rows, load_transposed, product, tiles, view, view_mut, widen};
 use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::Head;
@@ -82,10 +83,10 @@ impl<T: Real> Prepared<T> for Exact {
 }
 
 /// Writes `out` and the row factors of one head.
-pub(crate) fn forward<T: Real>(
+pub(crate) fn forward<T: Real, E: Stored<T>, O: Stored<T>>(
     ctx: &Context,
-    head: &Head<'_, T>,
-    out: &mut [T],
+    head: &Head<'_, T, E>,
+    out: &mut [O],
     row_max: &mut [T],
     row_scale: &mut [T],
 ) -> Result<()> {
@@ -94,9 +95,9 @@ pub(crate) fn forward<T: Real>(
         .into_par_iter()
         .enumerate()
         .try_for_each_init(
-            || Ok((Softmax::new(d_v)?, zeroed(d * TILE, "a tile of queries")?)),
+            || Ok((Softmax::new(d_v)?, zeroed(d * TILE, "a tile of queries")?, Vec::new(), Vec::new())),
             |scratch, (block, (out, max, scale))| {
-                let (softmax, q) = made(scratch)?;
+                let (softmax, q, k, v) = made(scratch)?;
                 let queries = block * TILE..block * TILE + max.len();
                 load_transposed(head.q, queries.start, queries.len(), &[], q);
                 let q = view(q, d, queries.len());
@@ -106,8 +107,9 @@ pub(crate) fn forward<T: Real>(
                     if head.pairs.hide_all(queries.clone(), first..first + count) {
                         continue;
                     }
-                    scores(head, q, queries.clone(), first..first + count, &mut softmax.scores);
-                    softmax.add(count, head.v.subrows(first, count));
+                    let k = tile_rows(head.k, first, count, k)?;
+                    scores(head, q, k, queries.clone(), first..first + count, &mut softmax.scores);
+                    softmax.add(count, tile_rows(head.v, first, count, v)?);
                 }
                 softmax.finish(head.index, |i| queries.start + i, |row| head.may_be_empty(row), out, max, scale)
             },
@@ -116,9 +118,16 @@ pub(crate) fn forward<T: Real>(
 
 /// The tile `s_ij` of some queries `q`, `(d, queries)`, and keys, as `(keys, queries)`: `-inf` where a query does not see
 /// a key.
-fn scores<T: Real>(head: &Head<'_, T>, q: MatRef<'_, T>, queries: Range<usize>, keys: Range<usize>, s: &mut [T]) {
+fn scores<T: Real, E: Stored<T>>(
+    head: &Head<'_, T, E>,
+    q: MatRef<'_, T>,
+    k: MatRef<'_, T>,
+    queries: Range<usize>,
+    keys: Range<usize>,
+    s: &mut [T],
+) {
     let (bq, bk) = (queries.len(), keys.len());
-    product(view_mut(s, bk, bq), head.k.subrows(keys.start, bk), q, T::of(head.scores.scale));
+    product(view_mut(s, bk, bq), k, q, T::of(head.scores.scale));
     if let Some(cap) = head.scores.softcap {
         cap_all(T::of(cap), &mut s[..bk * bq], None);
     }
@@ -131,16 +140,33 @@ fn scores<T: Real>(head: &Head<'_, T>, q: MatRef<'_, T>, queries: Range<usize>, 
     head.mask.hide(queries, keys, head.m(), s);
 }
 
+/// Rows of keys or values: where they lie, or a copy of those in half precision.
+fn tile_rows<'a, T: Real, E: Stored<T>>(
+    x: MatRef<'a, E>,
+    first: usize,
+    count: usize,
+    copy: &'a mut Vec<T>,
+) -> Result<MatRef<'a, T>> {
+    if let Some(x) = E::plain(x) {
+        return Ok(x.subrows(first, count));
+    }
+    if copy.is_empty() {
+        *copy = zeroed(TILE * x.ncols(), "a tile of keys or values")?;
+    }
+    load_rows(x, first, count, &[], x.ncols(), copy);
+    Ok(view(copy, count, x.ncols()))
+}
+
 /// Adds one head's gradients.
 ///
 /// The `(query, key)` plane is cut into `p x p` squares. In round `t` square `((j + t) mod p, j)` is done for every `j`
 /// at once: no two squares of a round share a query or a key, so each owns its rows of dq, dk and dv, every score is
 /// computed once, and every sum has an order that does not depend on the number of threads. Sums over more than
 /// [`MAX_SIDE`] tokens are kept in float64.
-pub(crate) fn backward<T: Real>(
+pub(crate) fn backward<T: Real, E: Stored<T>>(
     ctx: &Context,
-    head: &Head<'_, T>,
-    up: Upstream<'_, T>,
+    head: &Head<'_, T, E>,
+    up: Upstream<'_, T, E>,
     grads: HeadGrads<'_, T>,
     mut dbias: Option<BiasGrads<'_, T>>,
 ) -> Result<()> {
@@ -307,7 +333,7 @@ struct Scratch<T> {
 const PAD: usize = 16;
 
 impl<T: Real> Scratch<T> {
-    fn new(rows_q: usize, head: &Head<'_, T>) -> Result<Self> {
+    fn new<E: Stored<T>>(rows_q: usize, head: &Head<'_, T, E>) -> Result<Self> {
         let (d, d_v) = (head.d(), head.d_v());
         let tile = |width: usize| zeroed(TILE * width, "a tile of exact gradients");
         Ok(Self {
@@ -329,10 +355,10 @@ impl<T: Real> Scratch<T> {
 
 /// Adds what the queries from `i0` and the keys from `j0` on (as many as `sums` has rows) give each other. Tiles are
 /// `(queries, keys)`.
-fn backward_square<T: Real>(
+fn backward_square<T: Real, E: Stored<T>>(
     ctx: &Context,
-    head: &Head<'_, T>,
-    up: Upstream<'_, T>,
+    head: &Head<'_, T, E>,
+    up: Upstream<'_, T, E>,
     (i0, j0): (usize, usize),
     mut sums: Sums<'_, T>,
     scratch: &mut Scratch<T>,
@@ -402,8 +428,8 @@ fn backward_square<T: Real>(
 }
 
 /// Turns a tile of scores into `f`, and one of `dout_i.v_j` into `dS`, for the queries from `first` on.
-fn score_gradients<T: Real>(
-    up: &Upstream<'_, T>,
+fn score_gradients<T: Real, E>(
+    up: &Upstream<'_, T, E>,
     first: usize,
     bk: usize,
     biases: Option<&[T]>,
@@ -429,7 +455,14 @@ fn score_gradients<T: Real>(
 }
 
 /// Clears the pairs of a tile that the mask hides.
-fn hide<T: Real>(head: &Head<'_, T>, first: usize, first_key: usize, bk: usize, f: &mut [T], ds: &mut [T]) {
+fn hide<T: Real, E: Stored<T>>(
+    head: &Head<'_, T, E>,
+    first: usize,
+    first_key: usize,
+    bk: usize,
+    f: &mut [T],
+    ds: &mut [T],
+) {
     for (i, (f, ds)) in f.chunks_exact_mut(bk).zip(ds.chunks_exact_mut(bk)).enumerate() {
         let seen = head.seen(first + i);
         let [start, end] = [seen.start, seen.end].map(|key| key.saturating_sub(first_key).min(bk));

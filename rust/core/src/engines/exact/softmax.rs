@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::memory::zeroed;
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::softmax::exponentials;
+use crate::numerics::stored::Stored;
 use crate::numerics::tile::{TILE, product, view, view_mut};
 use crate::problem::scores::NO_KEY_REMEDY;
 use crate::problem::state::{State, expect_same, pack, unpack};
@@ -90,19 +91,19 @@ impl<T: Real> Softmax<T> {
 
     /// Writes the rows, or says which one (`row(i)` of the head, for query i of the block) has no usable denominator.
     /// A row without keys that `may_be_empty` is 0.
-    pub fn finish(
+    pub fn finish<E: Stored<T>>(
         &mut self,
         head: usize,
         row: impl Fn(usize) -> usize,
         may_be_empty: impl Fn(usize) -> bool,
-        out: &mut [T],
+        out: &mut [E],
         max: &mut [T],
         scale: &mut [T],
     ) -> Result<()> {
         let bq = self.bq;
         for i in 0..bq {
             if self.max[i] == T::NEG_INFINITY && may_be_empty(row(i)) {
-                out[i * self.d_v..(i + 1) * self.d_v].fill(T::ZERO);
+                out[i * self.d_v..(i + 1) * self.d_v].fill(E::narrow(T::ZERO));
                 (max[i], scale[i]) = (T::ZERO, T::ZERO);
                 continue;
             }
@@ -123,7 +124,7 @@ impl<T: Real> Softmax<T> {
             max[i] = self.max[i];
             scale[i] = T::of(inverse);
             for c in 0..self.d_v {
-                out[i * self.d_v + c] = T::of(self.weighted[c * bq + i] * inverse);
+                out[i * self.d_v + c] = E::of_sum(self.weighted[c * bq + i] * inverse);
             }
         }
         Ok(())
