@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
+from dataclasses import fields
+from typing import Any
+
+import torch
 
 from .. import _check
 from ..errors import ArgumentError
-from ..spec.engines import Auto, Engine, Exact, check_engine, described, engine_of
+from ..spec.engines import Auto, Engine, LandmarkConstants, check_engine, engine_of
 
 __all__ = ["EXACT", "engine_from_text", "text_of_engine"]
+
+EXACT = "{'kind': 'Exact'}"
+"""The text of the exact engine."""
 
 
 def text_of_engine(engine: Engine | None, tol: float | None) -> str:
@@ -21,24 +28,34 @@ def text_of_engine(engine: Engine | None, tol: float | None) -> str:
                 "chooses"
             )
         engine = Auto(tol)
-    return EXACT if engine is None else _text(check_engine(engine))
+    if engine is None:
+        return EXACT
+    # A compiler would trace into the cache, and warn of it.
+    return _text(check_engine(engine)) if torch.compiler.is_compiling() else _cached_text(check_engine(engine))
 
 
 @functools.lru_cache(maxsize=256)
 def engine_from_text(text: str) -> Engine:
     """The engine that `text_of_engine` had."""
-    description = json.loads(text)
+    description = ast.literal_eval(text)
     if description["kind"] == "Auto":
         del description["kind"]
         return Auto(**description)
     return engine_of(description)
 
 
-# Constants of landmarks are many numbers, so that writing them takes longer than a small call.
-@functools.lru_cache(maxsize=256)
 def _text(engine: Engine) -> str:
-    return json.dumps(described(engine))  # type: ignore[arg-type]  # it takes any dataclass of numbers
+    # As Python writes it, and joined by hand: PyTorch's compiler follows that, but neither json nor dataclasses.fields.
+    options = [f", {name!r}: {_written(getattr(engine, name))}" for name in type(engine).__match_args__]
+    return f"{{'kind': {type(engine).__name__!r}" + "".join(options) + "}"
 
 
-EXACT = _text(Exact())
-"""The text of the exact engine."""
+def _written(value: Any) -> str:
+    if not isinstance(value, LandmarkConstants):
+        return f"{value!r}"
+    numbers = {f.name: getattr(value, f.name) for f in fields(value)}
+    return repr({name: x if isinstance(x, float) else x.tolist() for name, x in numbers.items()})
+
+
+# Constants of landmarks are many numbers, so that writing them takes longer than a small call.
+_cached_text = functools.lru_cache(maxsize=256)(_text)

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _check
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..spec.engines import Engine
 from . import ops
 from .engines import text_of_engine
-from .tensors import DTYPES, check_dtypes_match, check_tensor
+from .tensors import DTYPES, check_device, check_matches, check_tensor, dtype_name
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -84,7 +83,8 @@ def attention(
     out : Tensor, shape (..., h, n, d_v)
         Contiguous, of the dtype of query. Gradients flow to query, key, value, and to key_bias, bias and sinks.
     lse : Tensor, shape (..., h, n)
-        With ``return_lse``: float32, float64 for float64. It has no gradient: to ask for one is an `ArgumentError`.
+        With ``return_lse``: float32, float64 for float64. By `Exact` it is differentiated too; its gradient is rounded
+        to the dtype of query.
 
     Raises
     ------
@@ -117,8 +117,8 @@ def attention(
     if segment_ids is not None:
         segment_ids = check_tensor("segment_ids", segment_ids)
         if segment_ids.is_floating_point() or segment_ids.dtype is torch.bool:
-            raise DtypeError(f"segment_ids has dtype {segment_ids.dtype}; expected integers")
-        check_dtypes_match("segment_ids", segment_ids.to(query.dtype, copy=False)[:0], query, "query")
+            raise DtypeError(f"segment_ids has dtype {dtype_name(segment_ids.dtype)}; expected integers")
+        check_device("segment_ids", segment_ids, query, "query")
         segment_ids = _expanded("segment_ids", segment_ids, (*batch, 1, n), 1)
     if mask is not None:
         mask = _option("mask", mask, query, None, {torch.bool})
@@ -281,14 +281,11 @@ def _floats(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
         if cast is not None:
             x = _autocast(x, cast)
         if x.dtype not in DTYPES:
-            raise DtypeError(
-                f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected float32, float64, float16 or "
-                "bfloat16"
-            )
+            raise DtypeError(f"{name} has dtype {dtype_name(x.dtype)}; expected float32, float64, float16 or bfloat16")
         if x.dim() < 2:
             raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (..., heads, tokens, width)")
         if tensors:
-            check_dtypes_match(name, x, tensors[0], "query")
+            check_matches(name, x, tensors[0], "query")
         tensors.append(x)
     query, key, value = tensors
     if query.shape[-1] != key.shape[-1]:
@@ -301,25 +298,12 @@ def _floats(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
             f"value has shape {tuple(value.shape)}; expected (..., {key.shape[-2]}, d_v) to match key of shape "
             f"{tuple(key.shape)}"
         )
-    _refuse_forward_mode(query=query, key=key, value=value)
     return query, key, value, cast
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     # As PyTorch does: float64 stays.
     return x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
-
-
-def _refuse_forward_mode(**tensors: Tensor) -> None:
-    """Raise for a tensor with a tangent, which the operators would drop: the derivative would be 0, silently."""
-    if forward_ad._current_level < 0:
-        return
-    for name, x in tensors.items():
-        if forward_ad.unpack_dual(x).tangent is not None:
-            raise ArgumentError(
-                f"{name} has a tangent of forward-mode differentiation, which is not implemented; expected reverse "
-                "mode, as of torch.func.grad or backward()"
-            )
 
 
 def _with_same_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,15 +343,13 @@ def _option(name: str, value: Tensor, query: Tensor, cast: torch.dtype | None, o
     """A tensor beside the three, of the dtype of query or of `others`; without those, of `others` alone."""
     x = check_tensor(name, value)
     if x.dtype in others:
-        if x.device != query.device:
-            check_dtypes_match(name, x, query, "query")
+        check_device(name, x, query, "query")
         return x
     if others and name == "mask":
-        raise DtypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected bool")
+        raise DtypeError(f"{name} has dtype {dtype_name(x.dtype)}; expected bool")
     if cast is not None:
         x = _autocast(x, cast)
-    check_dtypes_match(name, x, query, "query")
-    _refuse_forward_mode(**{name: x})
+    check_matches(name, x, query, "query")
     return x
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 import lingrad_rs as lg
 
 from ..errors import ArgumentError
-from .engines import engine_from_text
+from .engines import EXACT, engine_from_text
 from .reports import report
-from .tensors import array_of, is_plain, tensor_of
+from .tensors import array_of, forward_mode_error, is_plain, is_transformed, refuse_forward_mode, tensor_of
 
 __all__ = ["attention"]
 
@@ -26,8 +26,10 @@ _OPTIONS = (
     "str engine, bool causal, float? scale, SymInt? query_offset, SymInt? left, SymInt? right, float? softcap, "
     "bool zero_empty_rows, Tensor? key_bias, Tensor? segment_ids, Tensor? mask, Tensor? bias, Tensor? sinks"
 )
-# Of the forward operator's arguments, those that may have a gradient; in the order in which gradients come.
+# The forward operator's arguments that may have a gradient, in the order in which gradients come.
 _DIFFERENTIABLE = ("q", "k", "v", "key_bias", "bias", "sinks")
+# Where the last three of them stand among the options.
+_BIASES = (8, 11, 12)
 _NAMES = (
     "q", "k", "v", "engine", "causal", "scale", "query_offset", "left", "right", "softcap", "zero_empty_rows",
     "key_bias", "segment_ids", "mask", "bias", "sinks",
@@ -121,34 +123,38 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
-) -> list[Tensor]:
-    """The gradients of `lingrad_rs.attention_backward`: of q, k, v, then of key_bias, bias and sinks where given."""
+) -> tuple[Tensor, ...]:
+    """The six gradients of `_DIFFERENTIABLE`; those of what was not given, or has none, are empty."""
+    with_gradient = _with_gradient(q, k, v, options)
     if _is_empty(q, k):
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in _with_gradient(q, k, v, options)]
-    arrays = (array_of(x) for x in (dout, q, k, v, out, lse))
-    # A scaler of losses (AMP) looks for infinities in gradients: they go through.
-    grads = lg.attention_backward(*arrays, **_options(*options), check_finite=False)
-    return [tensor_of(x) for x in grads]
+        grads = [q.new_zeros(x.shape) for x in with_gradient if x is not None]
+    else:
+        arrays = [array_of(x) for x in (dout, q, k, v, out, lse)]
+        # A scaler of losses (AMP) looks for infinities in gradients: they go through.
+        results = lg.attention_backward(*arrays, **_options(*options), check_finite=False)
+        grads = [tensor_of(x) for x in results]
+    found = iter(grads)
+    return tuple(q.new_empty(0) if x is None else next(found) for x in with_gradient)
 
 
-def _with_gradient(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any]) -> list[Tensor]:
-    """The arguments that have gradients, in the order of these; a key bias of bools has none."""
-    key_bias, bias, sinks = options[8], options[11], options[12]
-    biases = [x for x in (key_bias, bias, sinks) if x is not None and x.is_floating_point()]
-    return [q, k, v, *biases]
+def _with_gradient(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Of `_DIFFERENTIABLE`, those that have a gradient; a key bias of bools has none."""
+    biases = (options[i] for i in _BIASES)
+    return (q, k, v, *(x if x is not None and x.is_floating_point() else None for x in biases))
 
 
 _attention_backward = torch.library.custom_op(
     "lingrad_rs::attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor[]",
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in _with_gradient(q, k, v, options)]
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(0 if x is None else x.shape) for x in _with_gradient(q, k, v, options))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,26 +167,39 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _pull_back(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    if dlse is not None:
-        raise ArgumentError("lse was differentiated, which has no gradient here; expected lse.detach()")
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    if dout is None:
+    if dout is None and dlse is None:
         return (None,) * len(_NAMES)
-    # Where the gradient itself is to be differentiated, the operator refuses it.
-    pull = _backward if is_plain(dout) and not torch.is_grad_enabled() else _attention_backward
-    grads = pull(dout, q, k, v, out, lse, *ctx.options, *tensors)
-    key_bias, _, _, bias, sinks = tensors
-    results: dict[str, Tensor] = dict(zip("qkv", grads, strict=False))
-    biases = {"key_bias": key_bias, "bias": bias, "sinks": sinks}
-    given = [name for name, x in biases.items() if x is not None and x.is_floating_point()]
-    results |= zip(given, grads[3:], strict=True)
+    if dlse is not None:
+        dout, v, out = _with_gradient_of_lse(dout, dlse, v, out, engine=ctx.options[0])
+    assert dout is not None
+    grads = attention_backward(dout, q, k, v, out, lse, *ctx.options, *tensors)
+    given = _with_gradient(q, k, v, (*ctx.options, *tensors))
+    results = {name: grad for name, x, grad in zip(_DIFFERENTIABLE, given, grads, strict=True) if x is not None}
+    if dlse is not None:
+        results["v"] = results["v"][..., :-1]
     return tuple(results.get(name) for name in _NAMES)
 
 
-_attention.register_autograd(_pull_back, setup_context=_keep)
+def _with_gradient_of_lse(
+    dout: Tensor | None, dlse: Tensor, v: Tensor, out: Tensor, *, engine: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dout``, ``v`` and ``out`` with one more column, by which the gradient of ``lse`` is served too.
+
+    ``dlse_i / ds_ij = p_ij``, so that ``ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)``. A column of 0 in v, of
+    -1 in out and of dlse in dout adds just that.
+    """
+    if engine != EXACT:
+        raise ArgumentError("lse was differentiated, which Exact() alone can; expected that engine, or lse.detach()")
+    dout = torch.zeros_like(out) if dout is None else dout
+    return (
+        torch.cat([dout, dlse.to(dout.dtype).unsqueeze(-1)], dim=-1),
+        torch.cat([v, v.new_zeros((*v.shape[:-1], 1))], dim=-1),
+        torch.cat([out, out.new_full((*out.shape[:-1], 1), -1)], dim=-1),
+    )
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pass
 
 
@@ -191,6 +210,7 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     )
 
 
+_attention.register_autograd(_pull_back, setup_context=_keep)
 _attention_backward.register_autograd(_refuse_second_derivative, setup_context=_keep_nothing)
 
 
@@ -198,10 +218,10 @@ def _batched(names: Sequence[str], op: Callable[..., Any]) -> Callable[..., Any]
     """The rule of ``torch.vmap``: its axis becomes the first axis of batch.
 
     What has none is expanded, without a copy, so that its gradient is one for each entry of that axis. Sinks are common
-    to a batch: with them, one call an entry.
+    to a batch: with their gradient, or with an axis of theirs, one call an entry.
     """
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         dims = dict(zip(names, in_dims, strict=True))
         named = dict(zip(names, args, strict=True))
         if named["sinks"] is not None and (dims["sinks"] is not None or "dout" in named):
@@ -209,13 +229,13 @@ def _batched(names: Sequence[str], op: Callable[..., Any]) -> Callable[..., Any]
                 op(*(x if dims[name] is None else x.select(dims[name], i) for name, x in named.items()))
                 for i in range(info.batch_size)
             ]
-            stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+            results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
         else:
             axes = named["q"].dim() - (dims["q"] is not None)
             moved = (_with_first_axis(name, x, dims[name], info.batch_size, axes) for name, x in named.items())
-            stacked = list(op(*moved))
-        results = stacked if "dout" in named else tuple(stacked)
-        return results, type(results)([0] * len(results))
+            # Gradients of what was not given are empty, and have no such axis.
+            results = tuple(x if x.dim() > 1 else x.new_empty((info.batch_size, 0)) for x in op(*moved))
+        return results, (0,) * len(results)
 
     return rule
 
@@ -248,11 +268,76 @@ class _Eager(torch.autograd.Function):
         return _pull_back(ctx, *grads)
 
 
+class _Transformed(torch.autograd.Function):
+    """The operator for torch.func, which takes no operator that has a gradient of its own, but functions that do."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return attention(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _pull_back(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _batched(_NAMES, attention)(info, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise forward_mode_error("an argument")
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The same of the gradient."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep_nothing(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _refuse_second_derivative(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _batched(_BACKWARD_NAMES, attention_backward)(info, in_dims, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise forward_mode_error("an argument")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse``, through the operator where something looks at what is called.
 
     The dispatcher takes some 100 microseconds to keep 16 arguments for a gradient. Plain tensors go around it.
     """
+    refuse_forward_mode(_NAMES, (q, k, v, *options))
     if is_plain(q, k, v, *options[8:]):
         return _Eager.apply(q, k, v, *options) if torch.is_grad_enabled() else _forward(q, k, v, *options)
+    if is_transformed():
+        return _Transformed.apply(q, k, v, *options)
     return _attention(q, k, v, *options)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    """The six gradients, as `attention` computes its results."""
+    inputs = (dout, q, k, v, out, lse, *options)
+    refuse_forward_mode(_BACKWARD_NAMES, inputs)
+    # A gradient that is to be differentiated goes through the operator, which refuses that.
+    if not torch.is_grad_enabled() and is_plain(dout, q, k, v, out, lse, *options[8:]):
+        return _backward(*inputs)
+    if is_transformed():
+        return _TransformedBackward.apply(*inputs)
+    return _attention_backward(*inputs)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..errors import DeviceError, DtypeError
+from ..errors import ArgumentError, DeviceError, DtypeError
 from ..interchange import from_dlpack
 
-__all__ = ["DTYPES", "array_of", "check_dtypes_match", "check_tensor", "is_plain", "tensor_of"]
+__all__ = [
+    "DTYPES",
+    "array_of",
+    "check_device",
+    "check_matches",
+    "check_tensor",
+    "dtype_name",
+    "is_plain",
+    "forward_mode_error",
+    "is_transformed",
+    "refuse_forward_mode",
+    "tensor_of",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of queries, keys and values."""
@@ -43,32 +56,53 @@ def tensor_of(x: Any) -> Tensor:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether tensors hold numbers, and nothing traces, batches or counts what is done with them."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _is_watched()
-        or any(x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg()) for x in tensors)
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_watched():
+        return False
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg() or _is_batched(x)):
+            return False
+    return True
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func is under way, and is not compiled."""
+    return not torch.compiler.is_compiling() and _level() is not None
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-
-def _watcher() -> Callable[[], bool]:
-    """What tells whether a transformation of torch.func or a mode of dispatch is under way.
-
-    PyTorch has no public name for it. Where these are gone, everything counts as watched: slower, and right.
-    """
-    try:
-        level, modes = torch._C._functorch.maybe_current_level, torch._C._len_torch_dispatch_stack
-        if level() is None and modes() == 0:
-            return lambda: level() is not None or modes() != 0
-    except (AttributeError, TypeError):
-        pass
-    return lambda: True
+# PyTorch has no public names for these. Where they are gone, everything counts as watched: slower, and right.
+_functorch = getattr(torch._C, "_functorch", None)
+_level: Callable[[], int | None] = getattr(_functorch, "maybe_current_level", lambda: None)
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_is_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda x: True)
 
 
-_is_watched = _watcher()
+def _is_watched() -> bool:
+    return _level() is not None or _modes() != 0
+
+
+def refuse_forward_mode(names: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise for a tensor with a tangent, which the operators would drop: the derivative would be 0, silently."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in zip(names, values, strict=True):
+        if not isinstance(x, Tensor):
+            continue
+        try:
+            has_tangent = forward_ad.unpack_dual(x).tangent is not None
+        except RuntimeError:  # batched inside of forward mode, where PyTorch cannot tell
+            has_tangent = True
+        if has_tangent:
+            raise forward_mode_error(name)
+
+
+def forward_mode_error(name: str) -> ArgumentError:
+    """What is said of forward-mode differentiation."""
+    return ArgumentError(
+        f"{name} has a tangent of forward-mode differentiation, which is not implemented; expected reverse mode, as of "
+        "torch.func.grad or backward()"
+    )
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -82,20 +116,26 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def check_dtypes_match(name: str, x: Tensor, like: Tensor, match: str) -> None:
-    """Raise unless ``x`` is on the device of ``like`` and of its dtype."""
+def check_device(name: str, x: Tensor, like: Tensor, match: str) -> None:
+    """Raise unless ``x`` is on the device of ``like``."""
     if x.device != like.device:
         raise DeviceError(
             f"{name} is on {x.device}; expected {like.device} to match {match}: nothing is copied between devices"
         )
+
+
+def check_matches(name: str, x: Tensor, like: Tensor, match: str) -> None:
+    """Raise unless ``x`` is on the device of ``like`` and of its dtype."""
+    check_device(name, x, like, match)
     if x.dtype is not like.dtype:
         raise DtypeError(
-            f"{name} has dtype {_name(x.dtype)}; expected {_name(like.dtype)} to match {match}, which "
+            f"{name} has dtype {dtype_name(x.dtype)}; expected {dtype_name(like.dtype)} to match {match}, which "
             f"{name}.to({match}.dtype) has"
         )
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """What PyTorch calls it, without its own name."""
     return str(dtype).removeprefix("torch.")
 
 
