@@ -321,7 +321,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
 
     The dispatcher takes some 100 microseconds to keep 16 arguments for a gradient. Plain tensors go around it.
     """
-    refuse_forward_mode(_NAMES, (q, k, v, *options))
+    refuse_forward_mode(("query", "key", "value", *_NAMES[3:]), (q, k, v, *options))
     if is_plain(q, k, v, *options[8:]):
         return _Eager.apply(q, k, v, *options) if torch.is_grad_enabled() else _forward(q, k, v, *options)
     if is_transformed():
