@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import relative_error
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed, which the tests do not require")
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed, which the tests do not require")
@@ -23,6 +24,7 @@ reference = torch.nn.functional.scaled_dot_product_attention
 pytestmark = [
     # Of PyTorch's own parts, when they are used as documented.
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]
@@ -57,37 +59,36 @@ def samples_of_pytorch(dtype):
     return [x for x in op.sample_inputs("cpu", dtype, requires_grad=True) if not x.kwargs.get("dropout_p")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pytorch_s_own_samples_give_its_results_and_gradients(dtype):
-    samples = samples_of_pytorch(dtype)
-    for sample in samples:
-        tensors = [sample.input, *sample.args]
-        options = {name: x for name, x in sample.kwargs.items() if name != "dropout_p"}
-        mask = options.pop("attn_mask", None)
-        leaves = [*tensors, mask] if mask is not None and mask.requires_grad else tensors
-        fixed = {"attn_mask": mask} if len(leaves) == len(tensors) and mask is not None else {}
-        assert_same(
-            lambda *x, o=options | fixed: attend(*x, **o), lambda *x, o=options | fixed: reference(*x, **o), leaves
-        )
-    print(f"{len(samples)} samples of PyTorch in {dtype}")
-    assert len(samples) >= 10
+# PyTorch's samples hold numbers up to 9, and scores up to 200, by which gradients are differences that cancel, in its own
+# float64 too. A tenth of these numbers leaves rounding alone; half precision rounds out, from which gradients are made.
+SIZE = 0.1
+SAMPLES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_within_its_rounding_of_float64(dtype):
-    samples = samples_of_pytorch(torch.float32)
+@pytest.mark.parametrize("dtype", SAMPLES.keys(), ids=str)
+def test_pytorch_s_own_samples_give_its_results_in_float64(dtype):
+    samples, limit = samples_of_pytorch(torch.float64), SAMPLES[dtype]
     for sample in samples:
         options = {name: x for name, x in sample.kwargs.items() if name not in ("dropout_p", "attn_mask")}
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (sample.input, *sample.args)]
-        wide = [x.detach().double().requires_grad_() for x in leaves]
+        mask = sample.kwargs.get("attn_mask")
+        tensors = [sample.input, *sample.args, *([] if mask is None or mask.dtype is torch.bool else [mask])]
+        if mask is not None and mask.dtype is torch.bool:
+            options["attn_mask"] = mask
+        leaves = [(SIZE * x.detach()).to(dtype).requires_grad_() for x in tensors]
         got = with_gradients(lambda *x, o=options: attend(*x, **o), leaves)
-        want = with_gradients(lambda *x, o=options: reference(*x, **o), wide)
+        want = with_gradients(
+            lambda *x, o=options: reference(*x, **o), [x.detach().double().requires_grad_() for x in leaves]
+        )
         for x, y in zip(got, want, strict=True):
             assert x.dtype is dtype
-            # Gradients are computed from out, which was rounded once.
-            size = y.abs().max() if y.numel() else 1.0
-            assert ((x.double() - y).abs() <= 8 * torch.finfo(dtype).eps * max(float(size), 1.0)).all()
+            assert relative_error(x.double(), y) <= limit
     print(f"{len(samples)} samples of PyTorch in {dtype}")
+    assert len(samples) >= 10
 
 
 MASKS = {
@@ -227,9 +228,7 @@ def test_segments_see_only_themselves():
     q, k, v = draw(n=8)
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 2, 2]])
     mask = (ids[:, None, :, None] == ids[:, None, None, :]) & torch.ones(8, 8, dtype=torch.bool).tril()
-    assert_same(
-        lambda *x: lgt.attention(*x, segment_ids=ids, causal=True), lambda *x: reference(*x, mask), [q, k, v]
-    )
+    assert_same(lambda *x: lgt.attention(*x, segment_ids=ids, causal=True), lambda *x: reference(*x, mask), [q, k, v])
 
 
 def arguments_of_operator(options):
@@ -301,7 +300,7 @@ def test_one_graph_serves_every_length():
         dynamic=True,
         backend=lambda gm, inputs: graphs.append(gm) or gm,
     )
-    for n in (5, 6, 9, 12):
+    for n in (8, 9, 12, 17):  # no other axis is as long
         x = draw(n=n, m=n + 1, requires_grad=False)
         torch.testing.assert_close(f(*x), reference(*x, is_causal=True))
     assert len(graphs) == 1
@@ -339,7 +338,9 @@ def test_a_checkpointed_call_has_the_same_gradients(reentrant):
     from torch.utils.checkpoint import checkpoint
 
     leaves = draw()
-    assert_same(lambda *x: checkpoint(attend, *x, use_reentrant=reentrant), reference, leaves)
+    checkpoint(attend, *leaves, use_reentrant=reentrant).sin().sum().backward()
+    want = torch.autograd.grad(reference(*leaves).sin().sum(), leaves)
+    torch.testing.assert_close([x.grad for x in leaves], list(want))
 
 
 def test_functional_gradients_are_those_of_pytorch():
@@ -353,9 +354,7 @@ def test_functional_gradients_are_those_of_pytorch():
 
 def test_a_jacobian_is_that_of_pytorch():
     q, k, v = draw(n=3, h=2, requires_grad=False)
-    torch.testing.assert_close(
-        jacrev(lambda q: attend(q, k, v))(q), jacrev(lambda q: reference(q, k, v))(q)
-    )
+    torch.testing.assert_close(jacrev(lambda q: attend(q, k, v))(q), jacrev(lambda q: reference(q, k, v))(q))
     leaf = q.requires_grad_()
     douts = torch.randn(3, 2, 2, 3, 3, dtype=torch.float64)
     batched = torch.autograd.grad(attend(leaf, k, v), leaf, douts, is_grads_batched=True)[0]
@@ -532,7 +531,7 @@ REFUSED = {
     ),
     "widths": (lambda q, k, v: attend(q, k[..., :3], v), lg.ShapeError, "key has shape (2, 4, 7, 3); expected"),
     "lengths": (lambda q, k, v: attend(q, k, v[:, :, :3]), lg.ShapeError, "value has shape (2, 4, 3, 3); expected"),
-    "batches": (lambda q, k, v: attend(q, k.expand(2, 3, 2, 4, 7, 5)[0], v), lg.ShapeError, "key has shape"),
+    "batches": (lambda q, k, v: attend(q, k[:1].expand(3, 4, 7, 5), v), lg.ShapeError, "key has shape"),
     "heads": (lambda q, k, v: attend(q, k[:, :2], v[:, :2]), lg.ShapeError, "with enable_gqa=True"),
     "heads of groups": (
         lambda q, k, v: attend(q, k[:, :3], v[:, :3], enable_gqa=True),

@@ -197,6 +197,8 @@ def scaled_dot_product_attention(
         )
     if attn_mask is not None and is_causal:
         raise ArgumentError("attn_mask and is_causal=True are both given; expected one of them")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
     key_bias = mask = bias = None
     if query.dim() > 2 or key.dim() > 2 or value.dim() > 2:
         query, key, value = _with_same_heads(query, key, value, enable_gqa)
