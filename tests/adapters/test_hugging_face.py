@@ -154,7 +154,8 @@ def test_loss_and_every_gradient_are_those_of_eager_attention(name, kind, calls)
     for options in calls:
         assert not {"mask", "bias"} & options.keys(), "a mask of n x m was made"
         assert ("key_bias" in options) == (kind in ("left", "right"))
-        assert ("segment_ids" in options) == (kind == "packed")
+        # GPT-OSS does not tell its masks of positions.
+        assert ("segment_ids" in options) == (kind == "packed" and name != "gpt-oss, of sinks")
     print(f"{name}, {kind}: the loss and {len(want) - 1} gradients")
 
 

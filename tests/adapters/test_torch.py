@@ -59,8 +59,9 @@ def samples_of_pytorch(dtype):
     return [x for x in op.sample_inputs("cpu", dtype, requires_grad=True) if not x.kwargs.get("dropout_p")]
 
 
-# PyTorch's samples hold numbers up to 9, and scores up to 200, by which gradients are differences that cancel, in its own
-# float64 too. A tenth of these numbers leaves rounding alone; half precision rounds out, from which gradients are made.
+# PyTorch's samples hold numbers up to 9, and scores up to 200, by which gradients are differences that cancel, in its
+# own float64 too. A tenth of these numbers leaves rounding alone; half precision rounds out, from which gradients are
+# made.
 SIZE = 0.1
 SAMPLES = {
     torch.float64: 1e-12,
