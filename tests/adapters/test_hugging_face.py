@@ -233,6 +233,31 @@ def test_a_compiled_model_has_the_same_loss():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2, of softcaps"])
+def test_a_static_cache_is_filled_without_a_mask_of_all_pairs(name, calls):
+    mask = batch_of("left")["attention_mask"]
+    model = model_of(name, "lingrad").eval()
+    model.generate(TOKENS, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert len(calls) == 8
+    for options in calls:
+        assert "mask" not in options
+        assert "key_bias" in options
+
+
+def test_decoding_with_a_static_cache_compiles_whole():
+    torch._dynamo.reset()
+    model = model_of("llama", "lingrad").eval()
+    results = []
+    for forward in (model.forward, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            model(input_ids=TOKENS, past_key_values=cache)
+            results.append(
+                torch.cat([forward(input_ids=x, past_key_values=cache).logits for x in TOKENS.T[:3, :, None]])
+            )
+    torch.testing.assert_close(*results)
+
+
 def test_a_mask_of_a_user_s_own_is_served(calls):
     mask = (torch.rand(2, 1, 17, 17) > 0.3) | torch.eye(17, dtype=torch.bool)
     bias = torch.zeros(2, 1, 17, 17).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -286,7 +311,7 @@ def test_a_name_with_another_meaning_is_noticed(monkeypatch, calls):
 
 def test_a_structure_is_the_tensor_where_one_is_needed():
     dense = torch.rand(2, 1, 5, 5) > 0.5
-    structure = Structure({"causal": True}, lambda: dense)
+    structure = Structure({"causal": True}, lambda: dense, dense.shape)
     assert torch.equal(structure[..., :3], dense[..., :3])
     assert (structure.shape, structure.dtype, structure.ndim) == (dense.shape, torch.bool, 4)
     assert torch.equal(torch.logical_not(structure), ~dense)

@@ -255,7 +255,7 @@ def _with_same_heads(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -
         if h_k == h_v:
             return query, key, value
         # Groups of two sizes, which the engines do not know.
-        return query, *(x.repeat_interleave(h // x.shape[-3], dim=-3) for x in (key, value))
+        return query, key.repeat_interleave(h // h_k, dim=-3), value.repeat_interleave(h // h_v, dim=-3)
     heads = max(h, h_k, h_v)
     for name, x, count in (("query", query, h), ("key", key, h_k), ("value", value, h_v)):
         if count not in (1, heads):

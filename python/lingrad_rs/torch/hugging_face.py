@@ -63,8 +63,7 @@ def register_hugging_face(
     -----
     Served: padding on either side, sequences packed by position ids, sliding windows, softcaps, sinks, biases of
     positions, static and dynamic caches. Causal masks, windows, padding and packing are handed on as such, so that no
-    mask of n x m is made; other masks, those of static caches and those of compiled models are made as for "sdpa", and
-    need `Exact`. Rows of padding, which see nothing, are 0.
+    mask of n x m is made; other masks, and those of compiled models, are made as for "sdpa", and need `Exact`. Rows of padding, which see nothing, are 0.
     """
     if not _check.is_text(name) or not name:
         raise ArgumentError(f"name is {_check.shown(name)}; expected a text, such as 'lingrad'")
@@ -149,7 +148,11 @@ def _mask_options(
         return dict(mask.options)
     if mask is not None:
         mask = mask[..., : key.shape[-2]]
-        return {"mask": mask} if mask.dtype is torch.bool else {"bias": mask.to(query.dtype)}
+        if mask.dtype is not torch.bool:
+            return {"bias": mask.to(query.dtype)}
+        # A row suits every engine, which masks of pairs do not.
+        is_row = mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1
+        return {"key_bias": mask[:, 0]} if is_row else {"mask": mask}
     # No mask was made, so that the module says what it is: as for "sdpa", counted from the first key.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or query.shape[-2] == 1:
@@ -179,7 +182,8 @@ def _mask(
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def dense() -> Tensor:
-        return masking_utils.sdpa_mask(
+        sdpa_mask: Any = masking_utils.sdpa_mask  # whose types say neither Tensor nor None
+        return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -190,10 +194,15 @@ def _mask(
             **(kwargs | skips),
         )
 
-    # A static cache counts in a tensor, and hands its masks to the model as tensors. Tracing reads no values.
-    counted = all(isinstance(x, int) for x in (batch_size, q_length, kv_length, q_offset, kv_offset))
-    if not counted or not is_plain(attention_mask):
+    # Tracing reads no values. A static cache counts in a tensor: read once for many queries, and not for one, whose mask
+    # is a row and whose step may be compiled.
+    counts = (q_length, kv_length, kv_offset)
+    if not is_plain(attention_mask) or not all(isinstance(x, int) for x in counts):
         return dense()
+    if isinstance(q_offset, Tensor):
+        if q_length == 1 or not is_plain(q_offset):
+            return dense()
+        q_offset = int(q_offset)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)

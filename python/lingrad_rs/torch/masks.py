@@ -61,10 +61,18 @@ class Structure:
         ``causal``, ``query_offset``, ``window``, ``key_bias`` and ``segment_ids``, as for `lingrad_rs.torch.attention`.
     dense : callable
         Makes the bools.
+    shape : torch.Size
+        Of the bools, ``(batch, 1, n, m)``.
     """
 
     options: dict[str, Any]
     dense: Callable[[], Tensor]
+    shape: torch.Size
+
+    @property
+    def ndim(self) -> int:
+        """4; asked for before a mask is made, so that it is told without one."""
+        return len(self.shape)
 
     def __getattr__(self, name: str) -> Any:
         # Some models look into their masks.
@@ -136,7 +144,7 @@ def structure_of(
         options["key_bias"] = padding.unsqueeze(1)
     if rule.segments is not None:
         options["segment_ids"] = rule.segments
-    return Structure(options, dense)
+    return Structure(options, dense, torch.Size((batch, 1, n, m)))
 
 
 def _rule_of(function: Any) -> _Rule | None:

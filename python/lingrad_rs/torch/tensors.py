@@ -56,7 +56,8 @@ def tensor_of(x: Any) -> Tensor:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether tensors hold numbers, and nothing traces, batches or counts what is done with them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_watched():
+    # is_tracing is documented, and missing in torch.jit's list of names.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_watched():  # pyright: ignore[reportPrivateImportUsage]
         return False
     for x in tensors:
         if x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg() or _is_batched(x)):
