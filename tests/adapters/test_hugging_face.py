@@ -239,9 +239,8 @@ def test_a_static_cache_is_filled_without_a_mask_of_all_pairs(name, calls):
     model = model_of(name, "lingrad").eval()
     model.generate(TOKENS, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert len(calls) == 8
-    for options in calls:
-        assert "mask" not in options
-        assert "key_bias" in options
+    assert not any("mask" in options for options in calls)
+    assert sum("key_bias" in options for options in calls) >= 4  # of other layers, no window reaches the padding
 
 
 def test_decoding_with_a_static_cache_compiles_whole():

@@ -163,12 +163,10 @@ def _mask_options(
 
 def _mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     **kwargs: Any,
 ) -> Structure | Tensor:
     """The mask of a layer as its structure; as ``(batch, 1, n, m)`` bools where that is not known."""
@@ -185,27 +183,21 @@ def _mask(
         sdpa_mask: Any = masking_utils.sdpa_mask  # whose types say neither Tensor nor None
         return sdpa_mask(
             batch_size=batch_size,
-            q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
             **(kwargs | skips),
         )
 
-    # Tracing reads no values. A static cache counts in a tensor: read once for many queries, and not for one, whose mask
-    # is a row and whose step may be compiled.
-    counts = (q_length, kv_length, kv_offset)
-    if not is_plain(attention_mask) or not all(isinstance(x, int) for x in counts):
+    rows = _rows(kwargs)
+    if rows is None or not is_plain(attention_mask) or not isinstance(kv_length, int) or not isinstance(kv_offset, int):
         return dense()
-    if isinstance(q_offset, Tensor):
-        if q_length == 1 or not is_plain(q_offset):
-            return dense()
-        q_offset = int(q_offset)
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    q_length, q_offset = rows
+    padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        # A static cache holds keys that are yet to come.
+        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[-1]))
         padding = None if bool(padding.all()) else padding
     found = structure_of(
         mask_function,
@@ -218,3 +210,24 @@ def _mask(
         positions=(q_offset, kv_offset),
     )
     return dense() if found is None else found
+
+
+def _rows(kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """How many queries there are, and the position of the first; None where that is not to be read.
+
+    Tracing reads no values. A static cache counts in a tensor: read for many queries, and not for one, whose mask is a
+    row and whose step may be compiled.
+    """
+    positions = kwargs.get("cache_position")  # of all queries, before transformers 5
+    first = kwargs.get("q_offset", 0) if positions is None else positions
+    length = kwargs.get("q_length") if positions is None else len(positions)
+    if not isinstance(length, int):
+        return None
+    if not isinstance(first, Tensor):
+        return (length, first) if isinstance(first, int) else None
+    if length <= 1 or not is_plain(first):
+        return None
+    offset = int(first.reshape(-1)[0])
+    if positions is not None and not torch.equal(positions, torch.arange(offset, offset + length).to(positions)):
+        return None
+    return length, offset
