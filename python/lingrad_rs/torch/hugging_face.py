@@ -57,13 +57,14 @@ def register_hugging_face(
         The name, the engine or the tolerance will not do. Models raise it for what cannot be served: dropout of
         attention weights in training, weights of attention as an output, masks of heads.
     ModuleNotFoundError
-        transformers is not installed, or older than 4.56.
+        transformers is not installed, or older than 4.57.
 
     Notes
     -----
     Served: padding on either side, sequences packed by position ids, sliding windows, softcaps, sinks, biases of
     positions, static and dynamic caches. Causal masks, windows, padding and packing are handed on as such, so that no
-    mask of n x m is made; other masks, and those of compiled models, are made as for "sdpa", and need `Exact`. Rows of padding, which see nothing, are 0.
+    mask of n x m is made; other masks, and those of compiled models, are made as for "sdpa", and need `Exact`. Rows of
+    padding, which see nothing, are 0.
     """
     if not _check.is_text(name) or not name:
         raise ArgumentError(f"name is {_check.shown(name)}; expected a text, such as 'lingrad'")
@@ -74,7 +75,7 @@ def register_hugging_face(
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ModuleNotFoundError(
-            "register_hugging_face needs transformers of 4.56 or later: pip install 'lingrad_rs[huggingface]'"
+            "register_hugging_face needs transformers of 4.57 or later: pip install 'lingrad_rs[huggingface]'"
         ) from error
     AttentionInterface.register(name, _attention_function(engine, tol, report))
     # Without this one, models make no masks, and padding would be attended to.
@@ -191,7 +192,7 @@ def _mask(
         )
 
     rows = _rows(kwargs)
-    if rows is None or not is_plain(attention_mask) or not isinstance(kv_length, int) or not isinstance(kv_offset, int):
+    if rows is None or not is_plain(attention_mask) or not all(isinstance(x, int) for x in (kv_length, kv_offset)):
         return dense()
     q_length, q_offset = rows
     padding = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)

@@ -133,6 +133,8 @@ def structure_of(
     if not _agrees(mask_function, rule, batch, n, m, offset, positions):
         return None
     # What cuts nothing is left out: fewer options suit more engines.
+    if rule.segments is not None and bool((rule.segments == rule.segments[:, :1]).all()):
+        rule = replace(rule, segments=None)
     left = None if rule.left is None or offset + n - 1 - rule.left <= 0 else rule.left
     right = None if rule.right is None or offset + rule.right >= m - 1 else rule.right
     options: dict[str, Any] = {"causal": right == 0}
