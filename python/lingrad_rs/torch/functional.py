@@ -82,9 +82,8 @@ def attention(
     -------
     out : Tensor, shape (..., h, n, d_v)
         Contiguous, of the dtype of query. Gradients flow to query, key, value, and to key_bias, bias and sinks.
-    lse : Tensor, shape (..., h, n)
-        With ``return_lse``: float32, float64 for float64. By `Exact` it is differentiated too; its gradient is rounded
-        to the dtype of query.
+    lse : Tensor of float64, shape (..., h, n)
+        With ``return_lse``. By `Exact` it is differentiated too; its gradient is rounded to the dtype of query.
 
     Raises
     ------
