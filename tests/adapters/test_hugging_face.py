@@ -330,6 +330,19 @@ def test_what_each_head_chose_is_reported(monkeypatch):
     assert told == [Vjp.heads] * 2
 
 
+@pytest.mark.parametrize("kind", ["left", "packed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tolerance_serves_every_model_and_tells_of_every_head(name, kind):
+    told = []
+    lgt.register_hugging_face("lingrad-within", tol=1e-3, report=told.append)
+    want = loss_and_gradients(model_of(name, "eager"), batch_of(kind))
+    got = loss_and_gradients(model_of(name, "lingrad-within"), batch_of(kind))
+    assert got.keys() == want.keys()
+    assert abs(float(got["loss"] / want["loss"]) - 1) <= 1e-2
+    heads = 4 * batch_of(kind)["input_ids"].shape[0]
+    assert [len(x) for x in told] == [heads] * 2
+
+
 def test_an_engine_is_handed_on(calls, monkeypatch):
     engine = lg.Polynomial(degree=4)
     lgt.register_hugging_face("lingrad-polynomial", engine=engine)

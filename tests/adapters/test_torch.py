@@ -187,6 +187,26 @@ def test_half_precision_is_read_where_it_lies(dtype, monkeypatch):
     assert str(seen[0].dtype) == str(dtype).removeprefix("torch.")
 
 
+def test_signs_that_are_yet_to_be_changed_are_changed():
+    x = torch.randn(2, 4, 7, 5, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(attend(x, x, x), reference(x, x, x))
+
+
+def test_inference_mode_is_served():
+    x = draw(requires_grad=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(attend(*x), reference(*x))
+
+
+def test_only_what_requires_a_gradient_has_one():
+    q, k, v = draw(requires_grad=False)
+    k.requires_grad_()
+    (dk,) = torch.autograd.grad(attend(q, k, v).sin().sum(), k)
+    torch.testing.assert_close(dk, torch.autograd.grad(reference(q, k, v).sin().sum(), k)[0])
+    assert not attend(q, q, q).requires_grad
+
+
 OPTIONS = {
     "nothing": dict,
     "causal, of a cache": lambda: {"causal": True, "query_offset": 2},
