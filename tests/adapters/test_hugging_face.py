@@ -11,6 +11,7 @@ transformers = pytest.importorskip(
 
 import lingrad_rs as lg  # noqa: E402
 import lingrad_rs.torch as lgt  # noqa: E402
+from lingrad_rs.torch import hugging_face  # noqa: E402
 from lingrad_rs.torch.masks import Structure  # noqa: E402
 
 pytestmark = [
@@ -289,6 +290,76 @@ def test_a_mask_that_is_not_understood_is_made_pair_by_pair(calls):
     i = torch.arange(17)
     want = (i[None, :] <= i[:, None]) & (((i % 2) == 0)[None, :] | (i[None, :] == i[:, None]))
     assert torch.equal(masks(), want.expand(2, 1, 17, 17))
+
+
+def bools_of(options, batch, n, m):
+    """The mask that a structure's options mean, pair by pair."""
+    at = torch.arange(n)[:, None] + options.get("query_offset", 0)
+    key = torch.arange(m)[None, :]
+    left, right = options.get("window") or (None, None)
+    sees = torch.ones(batch, 1, n, m, dtype=torch.bool)
+    if options["causal"]:
+        sees &= key <= at
+    if left is not None:
+        sees &= key >= at - left
+    if right is not None:
+        sees &= key <= at + right
+    if "key_bias" in options:
+        sees &= options["key_bias"][:, :, None, :]
+    if "segment_ids" in options:
+        ids = options["segment_ids"]
+        assert (ids.diff() >= 0).all()
+        sees &= (ids[:, :, None] == ids[:, None, :])[:, None]
+    return sees
+
+
+def test_the_structure_of_a_mask_says_what_the_mask_does():
+    """Of functions that transformers has, with what it does to them, for caches that are empty, filled and turning."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    packed = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+    functions = {
+        "causal": masking.causal_mask_function,
+        "both ways": masking.bidirectional_mask_function,
+        "window": masking.sliding_window_causal_mask_function(4),
+        "window both ways": masking.sliding_window_bidirectional_mask_function(2),
+        "chunks": masking.chunked_causal_mask_function(4, torch.tensor([0, 3])),
+    }
+    for name in ("causal", "window"):
+        functions[f"packed, {name}"] = masking.and_masks(
+            masking.remap_positions_for_packed_sequence(functions[name], position_ids),
+            masking.packed_sequence_mask_function(packed),
+        )
+    paddings = {
+        "none": None,
+        "left": torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]]),
+        "right": torch.tensor([[1] * 9, [1, 1, 1, 1, 1, 1, 0, 0, 0]]),
+    }
+    # n, m, and the positions of query 0 and key 0: of 9 tokens, of a part, of a cache, of one that turns, of more room.
+    sizes = [(9, 9, 0, 0), (4, 9, 5, 0), (1, 9, 8, 0), (2, 5, 7, 4), (9, 12, 0, 0)]
+    structures = 0
+    for name, function in functions.items():
+        for n, m, q_offset, kv_offset in sizes:
+            if "packed" in name and (n, m) != (9, 9):
+                continue
+            for padding in paddings.values():
+                made = hugging_face._mask(
+                    batch_size=2,
+                    q_length=n,
+                    kv_length=m,
+                    q_offset=q_offset,
+                    kv_offset=kv_offset,
+                    mask_function=function,
+                    attention_mask=padding if padding is None else padding.bool(),
+                )
+                if isinstance(made, Structure):
+                    structures += 1
+                    assert torch.equal(bools_of(made.options, 2, n, m), made.dense()), (name, n, m)
+                else:
+                    assert name == "chunks"
+                    assert n != m
+    print(f"{structures} masks as structure")
+    assert structures >= 60
 
 
 def test_a_name_with_another_meaning_is_noticed(monkeypatch, calls):

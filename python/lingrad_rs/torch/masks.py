@@ -18,6 +18,7 @@ _OVERLAYS = {
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": lambda values: _Rule(
         left=values["sliding_window"], right=values["sliding_window"]
     ),
+    "chunked_overlay.<locals>.inner_mask": lambda values: _Rule(chunks=(values["chunk_size"], values["left_padding"])),
     "packed_sequence_mask_function.<locals>.inner_mask": lambda values: _Rule(segments=values["packed_sequence_mask"]),
     "causal_mask_function": lambda values: _Rule(right=0),
     "bidirectional_mask_function": lambda values: _Rule(),
@@ -33,16 +34,20 @@ class _Rule:
     left: int | None = None
     right: int | None = None
     segments: Tensor | None = None  # (batch, n), nondecreasing
+    # Segments of one length, which begin after so many tokens of padding in each batch.
+    chunks: tuple[int, Tensor] | None = None
     # Whether positions count from the start of a segment: the same only where segments are apart.
     in_segments: bool = False
 
     def __and__(self, other: _Rule) -> _Rule | None:
-        if self.segments is not None and other.segments is not None:
+        cuts = (self.segments, self.chunks, other.segments, other.chunks)
+        if sum(x is not None for x in cuts) > 1:
             return None
         return _Rule(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
             segments=other.segments if self.segments is None else self.segments,
+            chunks=self.chunks or other.chunks,
             in_segments=self.in_segments or other.in_segments,
         )
 
@@ -128,6 +133,12 @@ def structure_of(
     rule = _rule_of(mask_function)
     if rule is None or (rule.in_segments and rule.segments is None) or not -n <= offset <= m:
         return None
+    if rule.chunks is not None:
+        if rule.in_segments:
+            return None
+        size, left = rule.chunks
+        tokens = torch.arange(n, device=left.device) + positions[0]
+        rule = replace(rule, segments=(tokens - left[:, None]).div(size, rounding_mode="floor"), chunks=None)
     if rule.segments is not None and (rule.segments.shape != (batch, n) or n != m or offset != 0):
         return None
     if not _agrees(mask_function, rule, batch, n, m, offset, positions):
