@@ -1,0 +1,65 @@
+"""Arrays that lie on several devices: each device attends to its own batch entries and heads.
+
+A call of the host is not split by XLA. Inside ``jax.shard_map`` there is nothing to split; where the mesh has explicit
+axes, the types of arrays say how they lie, and `over_shards` is that ``shard_map``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+__all__ = ["over_shards", "same_varying_axes", "varying_axes"]
+
+
+def varying_axes(x: Any) -> dict[str, Any]:
+    """The axes of a mesh over which an array varies inside ``jax.shard_map``, as a result's type has to say them."""
+    axes = getattr(jax.typeof(x), "vma", None)
+    return {"vma": axes} if axes else {}
+
+
+def same_varying_axes(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, varying over the same axes of a mesh; what did not is summed over them in the gradient."""
+    axes: frozenset[str] = frozenset().union(*(varying_axes(x).get("vma", ()) for x in arrays.values()))
+    if not axes:
+        return arrays
+    return {name: _varying(x, axes) for name, x in arrays.items()}
+
+
+def _varying(x: Any, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - varying_axes(x).get("vma", frozenset())))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def over_shards(attend: Callable[[dict[str, Any]], tuple[Any, Any]], arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """``attend(arrays)``, by each device on its own part where the types of arrays say how they are spread."""
+    sharding = jax.typeof(arrays["query"]).sharding
+    mesh = sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return attend(arrays)
+    batch, _, heads, _ = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
+    if heads is not None and arrays["key"].shape[2] % _size(mesh, heads):
+        heads = None  # a part of the query heads would need a part of a key head
+    specs = {name: _spec(name, x.shape, batch, heads) for name, x in arrays.items()}
+    arrays = {name: jax.sharding.reshard(x, specs[name]) for name, x in arrays.items()}
+    results = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, heads, None)
+    return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=results)(arrays)
+
+
+def _spec(name: str, shape: tuple[int, ...], batch: Any, heads: Any) -> PartitionSpec:
+    batch = None if shape[0] == 1 else batch
+    if name in ("query", "key", "value"):
+        return PartitionSpec(batch, None, heads, None)
+    if name in ("bias", "mask"):
+        return PartitionSpec(batch, None if shape[1] == 1 else heads, None, None)
+    return PartitionSpec(batch, *(None,) * (len(shape) - 1))
+
+
+def _size(mesh: Any, axes: Any) -> int:
+    size = 1
+    for axis in axes if isinstance(axes, tuple) else (axes,):
+        size *= mesh.shape[axis]
+    return size
