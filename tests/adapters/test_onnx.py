@@ -1,7 +1,7 @@
 """The operator `Attention` of ONNX, by the cases that the onnx package itself generates: one call of the library each.
 
 What ONNX prescribes, in this order: scores ``(sqrt(scale) q) . (sqrt(scale) k)``; softcap ``c tanh(s / c)``; then the
-mask is added, where False and what is missing at its end are ``-inf``, and so are keys that causality, the window or the
+mask is added, where False and what is missing at its end are ``-inf``, as are keys that causality, the window or the
 number of keys in a cache take out; softmax; rows without a key are 0. Query 0 stands at the number of keys before it:
 the length of ``past_key``, or what of ``nonpad_kv_seqlen`` (one number a sequence) is more than the queries.
 """
@@ -112,10 +112,10 @@ def arrays_of(case):
 
 
 READ = {"is_causal", "scale", "softcap", "q_num_heads", "kv_num_heads", "left_window_size", "right_window_size"}
-# What else is given out; and that softmax is to be float32, or float64's like, which it is.
+# What else is given out; and that softmax is to be in a wider dtype, which it always is.
 NOT_OF_Y = {"qk_matmul_output_mode", "softmax_precision"}
-# The cases ask for 1e-3, which is less than the distance of two numbers of bfloat16, up to 2**-7 of them. They round the
-# weights to bfloat16 as well, where the library rounds the result alone: that is within two such distances.
+# The cases ask for 1e-3, which is less than the distance of two numbers of bfloat16, up to 2**-7 of them. They round
+# the weights to bfloat16 as well, where the library rounds the result alone: that is within two such distances.
 BFLOAT16 = 2 * 2.0**-7
 
 
