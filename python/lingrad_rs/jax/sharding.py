@@ -12,26 +12,34 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-__all__ = ["over_shards", "same_varying_axes", "varying_axes"]
+__all__ = ["over_shards", "result_like", "same_varying_axes"]
 
 
-def varying_axes(x: Any) -> dict[str, Any]:
-    """The axes of a mesh over which an array varies inside ``jax.shard_map``, as a result's type has to say them."""
-    axes = getattr(jax.typeof(x), "vma", None)
-    return {"vma": axes} if axes else {}
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a mesh over which an array varies, inside ``jax.shard_map``."""
+    kind = jax.typeof(x)
+    axes = getattr(kind, "vma", None)  # its name until JAX 0.9
+    return kind.manual_axis_type.varying if axes is None else axes
+
+
+def result_like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of a result that varies over the axes over which ``x`` does."""
+    axes = varying_axes(x)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    options: dict[str, Any] = {"vma": axes} if kind is None else {"manual_axis_type": kind}
+    return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
 def same_varying_axes(arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays, varying over the same axes of a mesh; what did not is summed over them in the gradient."""
-    axes: frozenset[str] = frozenset().union(*(varying_axes(x).get("vma", ()) for x in arrays.values()))
-    if not axes:
-        return arrays
-    return {name: _varying(x, axes) for name, x in arrays.items()}
+    axes: frozenset[str] = frozenset().union(*map(varying_axes, arrays.values()))
+    return {name: _varying(x, axes - varying_axes(x)) for name, x in arrays.items()}
 
 
 def _varying(x: Any, axes: frozenset[str]) -> Any:
-    missing = tuple(sorted(axes - varying_axes(x).get("vma", frozenset())))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def over_shards(attend: Callable[[dict[str, Any]], tuple[Any, Any]], arrays: dict[str, Any]) -> tuple[Any, Any]:
