@@ -15,7 +15,7 @@ from .. import _check
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..spec.engines import Engine, Exact, check_engine
 from . import host
-from .sharding import over_shards, result_like, same_varying_axes
+from .sharding import over_shards, same_varying_axes, varying_like
 
 __all__ = ["dot_product_attention"]
 
@@ -164,8 +164,8 @@ def _attention(options: host.Options, floats: dict[str, Any], others: dict[str, 
     query, value = floats["query"], floats["value"]
     b, t, n, _ = query.shape
     results = (
-        result_like(query, (b, t, n, value.shape[-1]), query.dtype),
-        result_like(query, (b, n, t), jnp.promote_types(query.dtype, jnp.float32)),
+        jax.ShapeDtypeStruct((b, t, n, value.shape[-1]), query.dtype),
+        jax.ShapeDtypeStruct((b, n, t), jnp.promote_types(query.dtype, jnp.float32)),
     )
     return _call_host(functools.partial(host.forward, options), results, floats | others)
 
@@ -180,7 +180,7 @@ def _attention_forward(
 def _attention_backward(options: host.Options, kept: Any, grads: tuple[Any, Any]) -> tuple[dict[str, Any], None]:
     floats, others, out, lse = kept
     dout, _ = grads
-    results = {name: result_like(x, x.shape, x.dtype) for name, x in floats.items()}
+    results = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in floats.items()}
     arrays = floats | others | {"out": out, "lse": lse, "dout": dout}
     return _call_host(functools.partial(host.backward, options), results, arrays), None
 
@@ -190,7 +190,8 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _call_host(function: Any, results: Any, arrays: dict[str, Any]) -> Any:
     # What vmap does not map comes with an axis of length 1.
-    return jax.pure_callback(function, results, arrays, vmap_method="expand_dims")
+    computed = jax.pure_callback(function, results, arrays, vmap_method="expand_dims")
+    return varying_like(arrays["query"], computed)
 
 
 def _ask_engine(options: host.Options, arrays: dict[str, Any]) -> None:

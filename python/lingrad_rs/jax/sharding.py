@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-__all__ = ["over_shards", "result_like", "same_varying_axes"]
+__all__ = ["over_shards", "same_varying_axes", "varying_like"]
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -22,20 +22,15 @@ def varying_axes(x: Any) -> frozenset[str]:
     return kind.manual_axis_type.varying if axes is None else axes
 
 
-def result_like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """The type of a result that varies over the axes over which ``x`` does."""
-    axes = varying_axes(x)
-    if not axes:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
-    options: dict[str, Any] = {"vma": axes} if kind is None else {"manual_axis_type": kind}
-    return jax.ShapeDtypeStruct(shape, dtype, **options)
-
-
 def same_varying_axes(arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays, varying over the same axes of a mesh; what did not is summed over them in the gradient."""
     axes: frozenset[str] = frozenset().union(*map(varying_axes, arrays.values()))
     return {name: _varying(x, axes - varying_axes(x)) for name, x in arrays.items()}
+
+
+def varying_like(x: Any, results: Any) -> Any:
+    """Results of the host, which are the same on all devices to JAX, varying over the axes over which ``x`` does."""
+    return jax.tree.map(lambda y: _varying(y, varying_axes(x) - varying_axes(y)), results)
 
 
 def _varying(x: Any, axes: frozenset[str]) -> Any:
