@@ -1,11 +1,5 @@
 """Attention of arrays on four devices, two by two over batch and heads; run by `test_jax`, with that many devices."""
 
-import importlib
-import sys
-
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,4 +78,5 @@ def main():
         check("one key head", grads, wanted, {(2, 4, 5, 8)})
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""`lingrad_rs.jax.dot_product_attention`, held against `jax.nn.dot_product_attention`: values, gradients, transforms."""
+"""`lingrad_rs.jax.dot_product_attention`, held against that of `jax.nn`: values, gradients, transforms."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ import lingrad_rs.jax as lgj  # noqa: E402
 LIMIT = {"float32": 5e-6, "float64": 5e-6, "float16": 5e-3, "bfloat16": 3e-2}
 B, S, N, H = 2, 7, 4, 8
 
-# What each option may be; the grid is all pairs of them, by `--every-combination` all. T is 5, 7 or 9 beside S = 7.
+# What each option may be. T is 5, 7 or 9 beside S = 7.
 GRID = {
     "dtype": list(LIMIT),
     "key_heads": [4, 2, 1],
@@ -34,6 +34,7 @@ GRID = {
     "local_window_size": [None, 2, (1, 0), (0, 3)],
     "batch": [True, False],
 }
+DRAWS = 200
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def assert_same(got, want, limit):
 
 
 def options_of_grid():
-    """Enough draws of all options that every three of them come together many times over, and the same in each run."""
+    """Each option by itself, each pair of them beside defaults, and draws of all; the same in each run."""
     rng = np.random.default_rng(7)
     singles = [{name: value} for name, values in GRID.items() for value in values]
     pairs = [
@@ -102,7 +103,7 @@ def options_of_grid():
         for first, second in itertools.combinations(GRID, 2)
         for x, y in itertools.product(GRID[first], GRID[second])
     ]
-    drawn = [{name: values[rng.integers(len(values))] for name, values in GRID.items()} for _ in range(400)]
+    drawn = [{name: values[rng.integers(len(values))] for name, values in GRID.items()} for _ in range(DRAWS)]
     return singles + pairs + drawn
 
 
@@ -284,34 +285,46 @@ def test_what_an_engine_does_not_serve_is_told_while_tracing(rng):
         lgj.dot_product_attention(q, k, v, engine=lg.Exact(), tol=0.1)
 
 
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
 BAD = {
-    "an integer query": (
+    "integers": (lg.DtypeError, "query has dtype int32; expected one of", {"query": ones(2, 7, 4, 8, dtype=np.int32)}),
+    "another dtype": (
         lg.DtypeError,
-        "query has dtype int32; expected one of",
-        {"query": jnp.ones((2, 7, 4, 8), int)},
+        "key has dtype float16; expected float32 to match query",
+        {"key": ones(2, 7, 2, 8, dtype=np.float16)},
     ),
-    "key of another dtype": (lg.DtypeError, "key has dtype float16; expected float32 to match query", {"key": "half"}),
     "no array": (lg.DtypeError, "value is a str; expected an array", {"value": "text"}),
-    "two axes": (lg.ShapeError, "query has shape (7, 8); expected four axes", {"query": np.ones((7, 8), np.float32)}),
-    "another batch": (lg.ShapeError, "key has shape (3, 7, 2, 8); expected (2, S, K, 8) to match query", {"batch": 3}),
-    "heads": (lg.ShapeError, "query has 4 heads and key has 3; expected a multiple", {"heads": 3}),
-    "bias": (lg.ShapeError, "bias has shape (5, 7); expected what broadcasts to", {"bias": np.ones((5, 7))}),
-    "a bool bias": (lg.DtypeError, "bias has dtype bool; expected numbers", {"bias": np.ones((7, 7), bool)}),
+    "two axes": (lg.ShapeError, "query has shape (7, 8); expected four axes", {"query": ones(7, 8)}),
+    "another batch": (
+        lg.ShapeError,
+        "key has shape (3, 7, 2, 8); expected (2, S, K, 8) to match query",
+        {"key": ones(3, 7, 2, 8)},
+    ),
+    "heads": (
+        lg.ShapeError,
+        "query has 4 heads and key has 3; expected a multiple",
+        {"key": ones(2, 7, 3, 8), "value": ones(2, 7, 3, 8)},
+    ),
+    "bias": (lg.ShapeError, "bias has shape (5, 7); expected what broadcasts to", {"bias": ones(5, 7)}),
+    "a bool bias": (lg.DtypeError, "bias has dtype bool; expected numbers", {"bias": ones(7, 7, dtype=bool)}),
     "a mask of numbers": (
         lg.DtypeError,
         "mask has dtype float32; expected bool",
-        {"mask": np.ones((7, 7), np.float32)},
+        {"mask": ones(7, 7)},
     ),
-    "mask": (lg.ShapeError, "mask has shape (2, 3, 7, 7); expected what", {"mask": np.ones((2, 3, 7, 7), bool)}),
+    "mask": (lg.ShapeError, "mask has shape (2, 3, 7, 7); expected what", {"mask": ones(2, 3, 7, 7, dtype=bool)}),
     "lengths": (
         lg.ShapeError,
         "query_seq_lengths has shape (3,); expected (2,) to match the batch",
-        {"query_seq_lengths": np.ones(3, np.int32)},
+        {"query_seq_lengths": ones(3, dtype=np.int32)},
     ),
     "lengths of floats": (
         lg.DtypeError,
         "key_value_seq_lengths has dtype float32; expected integers",
-        {"key_value_seq_lengths": np.ones(2, np.float32)},
+        {"key_value_seq_lengths": ones(2)},
     ),
     "a window": (lg.ArgumentError, "local_window_size is -1; expected an integer >= 0", {"local_window_size": -1}),
     "three sides": (lg.ArgumentError, "local_window_size is (1, 2, 3)", {"local_window_size": (1, 2, 3)}),
@@ -324,14 +337,6 @@ BAD = {
 @pytest.mark.parametrize(("kind", "message", "change"), BAD.values(), ids=BAD.keys())
 def test_a_bad_argument_is_named(kind, message, change, rng):
     (q, k, v, _), _ = inputs_of(rng)
-    change = dict(change)
-    if "batch" in change or "heads" in change:
-        k = jnp.ones((change.pop("batch", 2), 7, change.pop("heads", 2), 8), k.dtype)
-    if change.get("key") == "half":
-        change["key"] = k.astype("float16")
-    for name in ("query", "mask", "bias", "query_seq_lengths", "key_value_seq_lengths"):
-        if name == "query" and name in change and change[name].dtype == int:
-            change[name] = change[name].astype("int32")
     with pytest.raises(kind, match=re.escape(message)):
         lgj.dot_product_attention(**({"query": q, "key": k, "value": v} | change))
 
@@ -357,10 +362,7 @@ def test_devices_compute_their_own_parts():
     """In a process of its own, as JAX counts devices once: what `sharded.py` beside this file asserts."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     program = Path(__file__).parent / "sharded.py"
-    preload = [name for name in sys.modules if name == "stubplugin"]
-    run = subprocess.run(
-        [sys.executable, program, *preload], env=os.environ | flags, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, program], env=os.environ | flags, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
