@@ -63,6 +63,10 @@ PYTHON = [
     "cli.grad",
     "cli.plan",
     "cli",
+    "jax.host",
+    "jax.sharding",
+    "jax.attention",
+    "jax",
 ]
 RUST = [
     "error",

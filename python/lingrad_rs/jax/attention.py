@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import lingrad_rs as lg
 
@@ -170,15 +171,13 @@ def _attention(options: host.Options, floats: dict[str, Any], others: dict[str, 
     return _call_host(functools.partial(host.forward, options), results, floats | others)
 
 
-def _attention_forward(
-    options: host.Options, floats: dict[str, Any], others: dict[str, Any]
-) -> tuple[tuple[Any, Any], Any]:
-    out, lse = _attention(options, floats, others)
-    return (out, lse), (floats, others, out, lse)
+def _attention_forward(options: host.Options, floats: dict[str, Any], others: dict[str, Any]) -> tuple[Any, Any]:
+    results = _attention(options, floats, others)
+    return results, (floats, others, results)
 
 
 def _attention_backward(options: host.Options, kept: Any, grads: tuple[Any, Any]) -> tuple[dict[str, Any], None]:
-    floats, others, out, lse = kept
+    floats, others, (out, lse) = kept
     dout, _ = grads
     results = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in floats.items()}
     arrays = floats | others | {"out": out, "lse": lse, "dout": dout}
@@ -265,7 +264,7 @@ def _lengths(name: str, given: Any, b: int) -> Any:
 
 
 def _scale(scale: Any) -> float | None:
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         raise ArgumentError("scale is traced by JAX; expected a Python number (to learn a scale, multiply query by it)")
     if isinstance(scale, jax.Array | np.ndarray) and scale.ndim == 0:
         scale = scale.item()
