@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 __all__ = ["over_shards", "same_varying_axes", "varying_like"]
 
@@ -34,14 +34,19 @@ def varying_like(x: Any, results: Any) -> Any:
 
 
 def _varying(x: Any, axes: frozenset[str]) -> Any:
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+    if not axes:
+        return x
+    names = tuple(sorted(axes))
+    # JAX 0.6 has the older name.
+    return jax.lax.pcast(x, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, names)
 
 
 def over_shards(attend: Callable[[dict[str, Any]], tuple[Any, Any]], arrays: dict[str, Any]) -> tuple[Any, Any]:
     """``attend(arrays)``, by each device on its own part where the types of arrays say how they are spread."""
     sharding = jax.typeof(arrays["query"]).sharding
     mesh = sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    explicit = not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    if not explicit or not hasattr(jax.sharding, "reshard"):  # which JAX 0.6 does not have
         return attend(arrays)
     batch, _, heads, _ = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
     if heads is not None and arrays["key"].shape[2] % _size(mesh, heads):
