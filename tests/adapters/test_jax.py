@@ -34,7 +34,8 @@ GRID = {
     "local_window_size": [None, 2, (1, 0), (0, 3)],
     "batch": [True, False],
 }
-DRAWS = 200
+# JAX compiles each shape anew: a second or two for each draw.
+DRAWS = 60
 
 
 @pytest.fixture(autouse=True)
