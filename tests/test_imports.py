@@ -73,6 +73,10 @@ PYTHON = [
     "cli.grad",
     "cli.plan",
     "cli",
+    "jax.host",
+    "jax.sharding",
+    "jax.attention",
+    "jax",
 ]
 RUST = [
     "error",
