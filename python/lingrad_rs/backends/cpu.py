@@ -48,6 +48,7 @@ __all__ = [
     "feed_forward_backward",
     "feed_forward_forward",
     "frobenius_norm",
+    "in_float64",
     "linear_backward",
     "linear_forward",
     "measure_error",
@@ -133,6 +134,11 @@ def attention_forward(
             raise ShapeError(f"out would have shape {shape}, which no array can have") from None
     scores = _broadcast(q, k, scores)
     return core.attention_forward(q, k, v, scores, engine=engine, keep=keep, wants_lse=wants_lse)
+
+
+def in_float64(x: Array) -> Array:
+    """An array in float64; itself where it is so already."""
+    return x.astype(np.float64, copy=False)
 
 
 def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:

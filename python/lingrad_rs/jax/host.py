@@ -55,7 +55,10 @@ class Options:
 
 
 def forward(options: Options, arrays: Arrays) -> tuple[NDArray[Any], NDArray[Any]]:
-    """``out (..., b, t, h, d_v)`` and the library's ``lse (..., b, h, t)``, of `arrays` by name."""
+    """``out (..., b, t, h, d_v)`` and ``lse (..., b, h, t)``, of `arrays` by name.
+
+    JAX has no float64 unless it is asked for, so that of float32 and less ``lse`` is float32.
+    """
     call = _Call(options, arrays)
     out, lse = lg.attention(*call.inputs, **call.keywords, return_lse=True)
     beyond, lost = call.beyond(lse), call.lost(lse)
@@ -64,7 +67,7 @@ def forward(options: Options, arrays: Arrays) -> tuple[NDArray[Any], NDArray[Any
     if lost is not None:
         for head, rows, weights in call.averages(lost):
             out[head][rows] = call.average(head, weights)
-    return _swapped(out), lse
+    return _swapped(out), lse.astype(np.result_type(out.dtype, np.float32), copy=False)
 
 
 def backward(options: Options, arrays: Arrays) -> dict[str, NDArray[Any]]:

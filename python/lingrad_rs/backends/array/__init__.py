@@ -34,6 +34,7 @@ __all__ = [
     "feed_forward_backward",
     "feed_forward_forward",
     "frobenius_norm",
+    "in_float64",
     "linear_backward",
     "linear_forward",
     "measure_error",
@@ -163,6 +164,11 @@ def attention_forward(
     return run(
         q, lambda sp: attention.forward_scores(sp, q, k, v, scores, engine=engine, keep=keep, wants_lse=wants_lse)
     )
+
+
+def in_float64(x: Array) -> Array:
+    """An array in float64; itself where it is so already."""
+    return run(x, lambda sp: sp.wide(x))
 
 
 def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:
