@@ -3,6 +3,7 @@
 Errors are relative, ratios of Frobenius norms, unless said otherwise.
 """
 
+import ml_dtypes  # noqa: F401  (it tells NumPy of bfloat16)
 import numpy as np
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -147,3 +148,7 @@ KERNEL = {FLOAT32: 8e-7, FLOAT64: 2e-15}
 # Sums of up to 9000 positive terms, in other orders, each as runs of at most some tens that are added up pairwise:
 # some ten units.
 KERNEL_SUMS = {FLOAT32: 2e-6, FLOAT64: 4e-15}
+
+# Half precision is computed in float32 and rounded once: half a unit in the last place of each entry, 2^-12 and 2^-9,
+# whose root mean square is half of that; a gradient with few entries, whose inputs were rounded (out), has more.
+HALF = {np.dtype(np.float16): 2.0**-10, np.dtype("bfloat16"): 2.0**-7}

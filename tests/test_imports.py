@@ -91,6 +91,7 @@ RUST = [
     "plan",
     "tolerance",
     "attention",
+    "halves",
     "naive",
     "layers",
     "model",

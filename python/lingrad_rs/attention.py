@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
@@ -357,28 +356,15 @@ def _given(
     grads: Sequence[NDArray[Any] | None], q: NDArray[Any], scores: Scores, options: dict[str, Any]
 ) -> tuple[NDArray[Any], ...]:
     """The gradients of what was given, in the shapes that it was given in."""
-    dq, dk, dv, dkey_bias, dbias, dsinks = grads
-    results = [x for x in (dq, dk, dv) if x is not None]
-    if dkey_bias is not None and not _is_bool(options["key_bias"]):
-        results.append(_summed(dkey_bias, scores.key_bias, options["key_bias"].shape))
-    if dbias is not None:
-        results.append(dbias.reshape(options["bias"].shape))
-    if dsinks is not None:
-        results.append(_summed(dsinks, scores.sinks, options["sinks"].shape))
+    backend, results = select.of(q), [x for x in grads[:3] if x is not None]
+    for name, gradient in zip(("key_bias", "bias", "sinks"), grads[3:], strict=True):
+        if gradient is not None and not _is_bool(options[name]):
+            results.append(backend.summed_to(gradient, getattr(scores, name).shape, options[name].shape))
     return tuple(results)
 
 
 def _is_bool(x: object) -> bool:
     return str(getattr(x, "dtype", "")).endswith("bool")
-
-
-def _summed(grad: Any, lined_up: Any, shape: tuple[int, ...]) -> Any:
-    """The gradient of an array that was lined up and then broadcast: sums over what it broadcast along."""
-    if grad.shape == shape:
-        return grad
-    lined_up_shape = (1,) * (grad.ndim - lined_up.ndim) + lined_up.shape
-    axes = tuple(i for i, (a, b) in enumerate(zip(grad.shape, lined_up_shape, strict=True)) if a != b)
-    return grad.sum(axis=axes, dtype=np.float64).astype(grad.dtype).reshape(shape)
 
 
 class Plan(PlanData):
@@ -602,6 +588,8 @@ def _arguments(
     for name, kind in _OF_OTHER_KINDS.items():
         if options.get(name) is not None:
             checked[name] = _check.of_kind(name, options[name], q_, kind)
+    if "segment_ids" in checked:
+        checked["segment_ids"] = select.of(q_).on_host(checked["segment_ids"])
     if key_bias is not None and "key_bias" not in checked:
         checked["key_bias"] = select.of(q_).removed_where_false(_check.of_kind("key_bias", key_bias, q_, "bool"), q_)
     _check_shapes(q_, k_, v_, empty=options.get("empty_rows") == "zero")

@@ -54,10 +54,12 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "on_host",
     "removed_where_false",
     "same",
     "self_attention_backward",
     "self_attention_forward",
+    "summed_to",
     "token_ids",
     "transformer_backward",
     "transformer_forward",
@@ -66,6 +68,13 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+
+def summed_to(x: Array, lined_up: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The sums of ``x`` over the axes along which an array of ``lined_up`` shape broadcasts to it, in another shape."""
+    lined_up = (1,) * (x.ndim - len(lined_up)) + lined_up
+    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, lined_up, strict=True)) if a != b)
+    return (x.sum(axis=axes, dtype=np.float64).astype(x.dtype) if axes else x).reshape(shape)
 
 
 def token_ids(name: str, x: Array, below: int) -> NDArray[np.uint32]:
@@ -139,6 +148,11 @@ def attention_forward(
 def in_float64(x: Array) -> Array:
     """An array in float64; itself where it is so already."""
     return x.astype(np.float64, copy=False)
+
+
+def on_host(x: Array) -> Array:
+    """An array where the host reads it: itself."""
+    return x
 
 
 def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:

@@ -96,7 +96,7 @@ def scores_of(
 ) -> Scores:
     """The options of a call, once they are known to fit q and k and each other.
 
-    Arrays are known to be arrays of their kinds.
+    Arrays are known to be arrays of their kinds; ``segment_ids`` is NumPy's.
     """
     m = k.shape[-2]
     causal = _check.flag("causal", causal)
@@ -144,7 +144,7 @@ def _offset(offset: object, q: Array, k: Array, causal: bool, banded: bool, pack
         raise ArgumentError(f"query_offset is {_check.shown(offset)}; expected an integer")
     if not -n <= offset <= m:
         raise ArgumentError(
-            f"query_offset is {_check.shown(int(offset))}; expected -n <= query_offset <= m = {m}, n = {n}"
+            f"query_offset is {_check.shown(int(offset))}; expected {-n} to {m}: n = {n} queries, m = {m} keys"
         )
     if packed and offset != 0:
         raise ArgumentError(f"query_offset is {offset} with segment_ids, whose tokens are queries and keys; expected 0")
@@ -156,7 +156,6 @@ def _starts(ids: Array, q: Array, m: int) -> list[list[int]]:
     if n != m:
         raise ShapeError(f"segment_ids are given with n = {n} queries and m = {m} keys; expected as many")
     ids = _of_keys("segment_ids", ids, q.shape[:-1], "q", q)
-    ids = ids if isinstance(ids, np.ndarray) else ids.get()
     runs = q.shape[:-2]
     if q.ndim > 2 and ids.shape[-2] == 1:  # heads share them
         ids, runs = ids[..., 0, :], q.shape[:-3]
@@ -177,7 +176,7 @@ def _of_keys(name: str, x: Array, shape: tuple[int, ...], match: str, like: Arra
         missing = len(shape) - x.ndim
         # The heads' axis first, then those of the batch.
         x = x[..., None, :] if x.ndim > 1 or missing == 1 else x
-        x = x[(None,) * (len(shape) - x.ndim)]
+        x = x[(None,) * (len(shape) - x.ndim) + (...,)]
     if any(a not in (1, b) for a, b in zip(x.shape, shape, strict=True)):
         raise _misfit(name, got, shape, match, like)
     return x
@@ -185,7 +184,7 @@ def _of_keys(name: str, x: Array, shape: tuple[int, ...], match: str, like: Arra
 
 def _misfit(name: str, got: tuple[int, ...], shape: tuple[int, ...], match: str, like: Array) -> ShapeError:
     return ShapeError(
-        f"{name} has shape {got}; expected one that broadcasts to {shape} to match {match} of shape {like.shape}"
+        f"{name} has shape {got}; expected {shape} to match {match} of shape {like.shape}, or what broadcasts to it"
     )
 
 
@@ -193,7 +192,7 @@ def _of_pairs(name: str, x: Array, q: Array, m: int) -> Array:
     shape = (*q.shape[:-1], m)
     if x.ndim > len(shape) or any(a not in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise _misfit(name, x.shape, shape, "q", q)
-    return x[(None,) * (len(shape) - x.ndim)]
+    return x[(None,) * (len(shape) - x.ndim) + (...,)]
 
 
 def _sinks(sinks: Array, q: Array) -> Array:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ... import _check
 from ..._lingrad_rs import transformer_param_shapes
 from ...spec.engines import Engine
@@ -40,10 +42,12 @@ __all__ = [
     "measure_error",
     "norm_backward",
     "norm_forward",
+    "on_host",
     "removed_where_false",
     "same",
     "self_attention_backward",
     "self_attention_forward",
+    "summed_to",
     "token_ids",
     "transformer_backward",
     "transformer_forward",
@@ -169,6 +173,23 @@ def attention_forward(
 def in_float64(x: Array) -> Array:
     """An array in float64; itself where it is so already."""
     return run(x, lambda sp: sp.wide(x))
+
+
+def summed_to(x: Array, lined_up: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The sums of ``x`` over the axes along which an array of ``lined_up`` shape broadcasts to it, in another shape."""
+    lined_up = (1,) * (x.ndim - len(lined_up)) + lined_up
+    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, lined_up, strict=True)) if a != b)
+
+    def summed(sp: Space) -> Array:
+        total = sp.astype(sp.xp.sum(sp.wide(x), axis=axes), x.dtype) if axes else x
+        return sp.contiguous(sp.xp.reshape(total, shape))
+
+    return run(x, summed)
+
+
+def on_host(x: Array) -> np.ndarray[Any, Any]:
+    """A copy of an array where the host reads it; waits for the device."""
+    return run(x, lambda sp: sp.host(x))
 
 
 def _no_gradients(q: Array, k: Array, v: Array, scores: Scores) -> list[Array | None]:

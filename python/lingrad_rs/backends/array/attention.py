@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ... import _lingrad_rs as core
-from ...errors import DeviceError
+from ...errors import ArgumentError, DeviceError
 from ...spec.engines import Auto, Engine, Exact, HeadEngine
 from ...spec.plan import PlanData
 from ...spec.scores import Scores
@@ -181,7 +181,11 @@ def _with_options(sp: Space, engine: Engine | PlanData, scores: Scores, q: Array
     """Whether the call has options that the exact engine alone has here; any other engine refuses them."""
     if scores.is_plain(q.shape[-2], k.shape[-2]):
         return False
-    core.check_engine(engine, scores, sp.xp.finfo(q.dtype).bits // 8)
+    numbers = replace(scores, key_bias=None, mask=None, bias=None, sinks=None)
+    core.check_engine(engine, numbers, sp.xp.finfo(q.dtype).bits // 8)
+    option = scores.needs_exact()
+    if isinstance(engine, HeadEngine) and not isinstance(engine, Exact) and option is not None:
+        raise ArgumentError(f"{type(engine).__name__} has no {option}; use Exact()")
     if isinstance(engine, Exact) or _tolerance(engine) is not None:
         return True
     raise DeviceError(

@@ -88,7 +88,7 @@ impl Piece {
     fn of(empty: Range<usize>, queries: Range<usize>, keys: Range<usize>, offset: Option<usize>) -> Self {
         let whole = Self { empty, queries, keys, causal: false, before: 0, after: 0 };
         match offset {
-            Some(before) if before + 1 < whole.keys.len() => {
+            Some(before) if before < whole.keys.len() => {
                 let positions = before + whole.queries.len();
                 let keys = whole.keys.start..whole.keys.end.min(whole.keys.start + positions);
                 let after = positions - keys.len();

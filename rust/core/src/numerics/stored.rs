@@ -3,7 +3,6 @@
 use faer::MatRef;
 use half::{bf16, f16};
 
-use super::real::vectorised;
 
 /// What an array holds whose numbers are computed with as `T`.
 pub trait Stored<T>: Copy + Send + Sync + std::fmt::Debug + 'static {
@@ -18,7 +17,7 @@ pub trait Stored<T>: Copy + Send + Sync + std::fmt::Debug + 'static {
 
     /// [`widen`](Self::widen), number after number.
     fn widen_all(x: &[Self], to: &mut [T]) {
-        vectorised(
+        pulp::Arch::new().dispatch(
             #[inline(always)]
             || to.iter_mut().zip(x).for_each(|(to, x)| *to = x.widen()),
         );
