@@ -9,7 +9,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4"
-nox.options.sessions = ["lint", "rust", "wheel", "types", "sweep"]
+nox.options.sessions = ["lint", "rust", "wheel", "types", "sweep", "adapters"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
@@ -114,6 +114,16 @@ def sweep(session: nox.Session) -> None:
     """The tests that draw many distributions: tolerances, intervals of measured errors, accuracy. Some minutes."""
     session.install(".[test]", env=BUILD_ENV)
     session.run("pytest", "-n", "auto", "-m", "sweep", *session.posargs)
+
+
+@nox.session
+def adapters(session: nox.Session) -> None:
+    """The adapters beside PyTorch, JAX and transformers, which are large, and which no other session needs."""
+    session.install(".[test,huggingface,jax]", env=BUILD_ENV)
+    dev_tools(session, "pyright")
+    session.run("pyright", "python/lingrad_rs/torch", "python/lingrad_rs/jax")
+    tests = [f"tests/test_{name}.py" for name in ("interchange", "readme", "examples")]
+    session.run("pytest", "-rP", "-n", "auto", *(session.posargs or ["tests/adapters", *tests]))
 
 
 @nox.session

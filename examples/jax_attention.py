@@ -1,15 +1,8 @@
 """Attention in a JAX model: the function of jax.nn, computed here, under jit and grad; and within a tolerance."""
 
-import sys
-
+import jax
+import jax.numpy as jnp
 import numpy as np
-
-try:
-    import jax
-    import jax.numpy as jnp
-except ImportError:
-    print("this example needs JAX: pip install 'lingrad_rs[jax]'")
-    sys.exit(0)
 
 import lingrad_rs.jax as lgj
 

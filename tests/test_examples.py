@@ -8,7 +8,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 # What an example needs beside the package, which the tests do not require.
-NEEDED = {"torch_attention": "torch", "hugging_face": "transformers"}
+NEEDED = {"torch_attention": "torch", "hugging_face": "transformers", "jax_attention": "jax"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -1,15 +1,12 @@
 """Arrays of other libraries, in and out, without a copy; and what is said where that cannot be."""
 
-import doctest
-import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import array_api_strict as strict
 import numpy as np
 import pytest
-from helpers import assert_close, draw, relative_error
+from helpers import assert_close, draw
 from limits import ORACLE
 
 import lingrad_rs as lg
@@ -24,102 +21,6 @@ def torch():
 @pytest.fixture
 def jax():
     return pytest.importorskip("jax", reason="JAX is not installed, which the tests do not require")
-
-
-def of_docstring():
-    examples = doctest.DocTestParser().get_examples(lg.from_dlpack.__doc__)
-    return "".join(example.source for example in examples if doctest.SKIP not in example.options)
-
-
-def of_readme():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    return text.split("<!-- needs PyTorch -->\n```python\n")[1].split("device = ")[0]
-
-
-@pytest.fixture(params=[of_docstring, of_readme], ids=["docstring", "README"])
-def recipe(request):
-    return request.param()
-
-
-def attention_function(torch, recipe, **options):
-    """Attention as a function that PyTorch differentiates: an example of the documentation, with other options."""
-    source, count = re.subn(r"tol=1e-\d, causal=True", "**options", recipe)
-    assert count == 1
-    names = {"torch": torch, "lg": lg, "options": options}
-    exec(source, names)
-    return names["attention"]
-
-
-def softmax_attention(torch, q, k, v, causal):
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
-    return torch.softmax(scores, -1) @ v
-
-
-def torch_gradients(torch, attend, inputs, device):
-    leaves = [torch.tensor(inputs[name], device=device, requires_grad=True) for name in "qkv"]
-    out = attend(*leaves)
-    (out * torch.tensor(inputs["dout"], device=device)).sum().backward()
-    results = zip(("out", "dq", "dk", "dv"), (out.detach(), *(leaf.grad for leaf in leaves)), strict=True)
-    return {name: x.cpu().numpy() for name, x in results}
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("causal", [False, True])
-def test_gradients_in_pytorch_are_those_of_its_own_softmax_attention(causal, device, recipe, torch, rng):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("PyTorch is built without CUDA")
-    inputs = draw(rng, n=50, heads=(2,))
-    ours = attention_function(torch, recipe, engine=lg.Exact(), causal=causal)
-    want = torch_gradients(torch, lambda *qkv: softmax_attention(torch, *qkv, causal), inputs, device)
-    assert_close(torch_gradients(torch, ours, inputs, device), want, ORACLE[np.dtype(np.float64)])
-
-
-def torch_leaves(torch, rng):
-    return [torch.tensor(x, requires_grad=True) for name, x in draw(rng, n=30).items() if name != "dout"]
-
-
-@pytest.mark.parametrize("changed", [0, 1, 2], ids="qkv")
-def test_pytorch_notices_what_is_changed_between_forward_and_backward(changed, recipe, torch, rng):
-    inputs = [2 * x for x in torch_leaves(torch, rng)]
-    out = attention_function(torch, recipe)(*inputs)
-    inputs[changed].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_what_is_made_of_the_output_in_place_does_not_matter(recipe, torch, rng):
-    leaves = torch_leaves(torch, rng)
-    attend = attention_function(torch, recipe)
-    want = torch.autograd.grad((3 * attend(*leaves)).sum(), leaves)
-    got = torch.autograd.grad(attend(*leaves).mul_(3).sum(), leaves)
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-def test_pytorch_says_that_gradients_of_gradients_there_are_none(recipe, torch, rng):
-    leaves = torch_leaves(torch, rng)
-    attend = attention_function(torch, recipe)
-    want = torch.autograd.grad(attend(*leaves).square().sum(), leaves)
-    # The gradient that comes in requires a gradient itself.
-    got = torch.autograd.grad(attend(*leaves).square().sum(), leaves, create_graph=True)
-    assert all(torch.equal(x.detach(), y) for x, y in zip(got, want, strict=True))
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        got[0].sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_pytorch_compiles_what_is_around_it(recipe, torch, rng):
-    leaves = torch_leaves(torch, rng)
-    attend = attention_function(torch, recipe)
-
-    def model(q, k, v):
-        return attend(q.sin(), k, v.cos()).square().sum()
-
-    want = torch.autograd.grad(model(*leaves), leaves)
-    got = torch.autograd.grad(torch.compile(model, backend="aot_eager")(*leaves), leaves)
-    for x, y in zip(got, want, strict=True):
-        assert relative_error(x, y) <= ORACLE[np.dtype(np.float64)]
 
 
 def test_pytorch_s_memory_is_read_and_written_in_place(torch):

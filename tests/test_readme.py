@@ -10,7 +10,7 @@ EXAMPLE = re.compile(r"(?:<!-- needs (.*?) -->\n)?```python\n(.*?)```", re.DOTAL
 def run_examples(count, needs=""):
     """The examples of the README that need that beside the library, one after the other."""
     found = EXAMPLE.findall(README.read_text(encoding="utf-8"))
-    assert {need for need, _ in found} == {"", "PyTorch", "a GPU"}
+    assert {need for need, _ in found} == {"", "PyTorch", "transformers", "JAX", "a GPU"}
     examples = [code for need, code in found if need == needs]
     assert len(examples) == count
     exec("\n".join(examples), {})
@@ -18,14 +18,16 @@ def run_examples(count, needs=""):
 
 def test_the_examples_of_the_readme_run_as_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run_examples(4)
+    run_examples(5)
     assert "ErrorEstimate(relative=0.00" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_example_of_pytorch_runs_as_typed():
-    pytest.importorskip("torch", reason="PyTorch is not installed, which the tests do not require")
-    run_examples(1, needs="PyTorch")
+@pytest.mark.parametrize("library", ["PyTorch", "transformers", "JAX"])
+def test_the_example_of_a_library_runs_as_typed(library):
+    module = {"PyTorch": "torch", "JAX": "jax"}.get(library, library)
+    pytest.importorskip(module, reason=f"{library} is not installed, which the tests do not require")
+    run_examples(1, needs=library)
 
 
 @pytest.mark.gpu

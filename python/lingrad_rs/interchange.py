@@ -58,28 +58,7 @@ def from_dlpack(x: Any) -> Any:
     -----
     Results go back in the same way: ``torch.from_dlpack(out)`` is the same memory, and so is
     ``jax.dlpack.from_dlpack(out)``, but that JAX itself copies CPU arrays that do not start at a multiple of 64 bytes.
-
-    Examples
-    --------
-    Attention as a function that PyTorch differentiates, once, on the CPU or a GPU:
-
-    >>> class Attention(torch.autograd.Function):
-    ...     @staticmethod
-    ...     def forward(ctx, q, k, v):
-    ...         ctx.save_for_backward(q, k, v)
-    ...         arrays = (lg.from_dlpack(x.detach()) for x in (q, k, v))
-    ...         out, ctx.vjp = lg.attention_vjp(*arrays, tol=1e-2, causal=True)
-    ...         return torch.from_dlpack(out)
-    ...
-    ...     @staticmethod
-    ...     @torch.autograd.function.once_differentiable
-    ...     def backward(ctx, dout):
-    ...         ctx.saved_tensors  # raises where q, k or v has been changed in place
-    ...         return tuple(torch.from_dlpack(x) for x in ctx.vjp(lg.from_dlpack(dout.detach())))
-    >>> @torch.compiler.disable  # which does not look into other libraries
-    ... def attention(q, k, v):
-    ...     return Attention.apply(q, k, v)
-    >>> out = attention(q, k, v)  # doctest: +SKIP
+    As operators that these libraries differentiate, attention is in `lingrad_rs.torch` and `lingrad_rs.jax`.
     """
     if select.kind(x) is not None:
         return _check.array("x", x)
