@@ -1,5 +1,6 @@
 """Arrays of other libraries, in and out, without a copy; and what is said where that cannot be."""
 
+import re
 import sys
 from types import SimpleNamespace
 

@@ -42,6 +42,7 @@ __all__ = [
 
 _FLOATS = ("float32", "float64")
 _ALL_FLOATS = (*_FLOATS, "float16", "bfloat16")
+_NUMPY_FLOATS = frozenset((np.dtype(np.float32), np.dtype(np.float64)))
 _LONGEST_TEXT = 500
 
 
@@ -93,6 +94,8 @@ def floats(half: bool = False, /, **arrays: object) -> list[Any]:
 
     With ``half`` they may be float16 or bfloat16 too.
     """
+    if _are_plain(arrays.values()):
+        return list(arrays.values())
     checked: list[Any] = []
     first = next(iter(arrays))
     for name, value in arrays.items():
@@ -107,6 +110,24 @@ def floats(half: bool = False, /, **arrays: object) -> list[Any]:
             _aligned(name, x)
         checked.append(x)
     return checked
+
+
+def _are_plain(arrays: Iterable[Any]) -> bool:
+    """Whether these are NumPy arrays of one of its own dtypes, and aligned: nothing is to be said of them."""
+    dtype = None
+    for x in arrays:
+        if type(x) is not np.ndarray or not x.flags.aligned:
+            return False
+        if dtype is None:
+            dtype, size = x.dtype, x.itemsize
+            if dtype not in _NUMPY_FLOATS:
+                return False
+        elif x.dtype != dtype:
+            return False
+        for step in x.strides:
+            if step % size:
+                return False
+    return True
 
 
 def of_kind(name: str, value: object, like: Any, kind: str) -> Any:

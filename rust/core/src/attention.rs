@@ -213,6 +213,57 @@ impl Attention {
         Ok(saved)
     }
 
+    /// [`forward`](Self::forward) by the exact engine of heads of one query, or of little work, without the preparations
+    /// that long calls make: in as many tasks as there is work for, up to `threads`, which `run` runs. `None` where that is
+    /// not what was asked for, or where something is to be said of a number; then `forward` says it.
+    pub fn forward_here<T: Real, E: Stored<T>>(
+        &self,
+        threads: usize,
+        run: impl FnOnce(&mut [&mut (dyn FnMut() + Send)]),
+        heads: &Heads<'_, T, E>,
+        out: &mut [E],
+        lse: &mut [f64],
+    ) -> Option<()> {
+        let Sizes { h, n, m, d, d_v, .. } = self.check(heads).ok()?;
+        let served = self.method == Method::Engine(Engine::Exact)
+            && heads.sinks.is_none()
+            && h * n * m > 0
+            && out.len() == h * n * d_v
+            && exact::one::serves(&heads.head(0, &self.scores));
+        if !served {
+            return None;
+        }
+        let some = |first: usize, out: &mut [E], lse: &mut [f64]| {
+            let (mut max, mut scale) = (zeroed(n, "row maxima").ok()?, zeroed(n, "row sums").ok()?);
+            let mut lse = lse.chunks_mut(n);
+            for (i, out) in out.chunks_exact_mut(n * d_v).enumerate() {
+                exact::one::forward(&heads.head(first + i, &self.scores), out, &mut max, &mut scale)?;
+                if let Some(lse) = lse.next() {
+                    let sums = RowFactors { max: &max, scale: &scale };
+                    lse.iter_mut().zip(sums.log_sums()).for_each(|(lse, sum)| *lse = sum);
+                }
+            }
+            Some(())
+        };
+        let parts = (h * n * m * (d + d_v) / WORK_A_THREAD).clamp(1, threads.max(1)).min(h);
+        let heads_a_part = h.div_ceil(parts);
+        let mut results = vec![Some(()); parts];
+        let chunks = out.chunks_mut(heads_a_part * n * d_v).zip(split(lse, heads_a_part * n, parts)).zip(&mut results);
+        let task = |(i, ((out, lse), result)): (usize, ((&mut [E], &mut [f64]), &mut Option<()>))| {
+            *result = some(i * heads_a_part, out, lse);
+        };
+        let mut tasks: Vec<_> = chunks
+            .enumerate()
+            .map(|chunk| {
+                let mut chunk = Some(chunk);
+                move || chunk.take().into_iter().for_each(task)
+            })
+            .collect();
+        let mut tasks: Vec<&mut (dyn FnMut() + Send)> = tasks.iter_mut().map(|task| task as _).collect();
+        run(&mut tasks);
+        results.into_iter().collect()
+    }
+
     /// The gradients with respect to q, k, v and key_bias of any loss whose gradient with respect to `out` is `dout`
     /// (each `(n, d_v)`). `out` and `saved` are those of [`forward`](Self::forward) on the same inputs.
     ///
@@ -317,6 +368,9 @@ impl Attention {
         Ok(reports.concat())
     }
 }
+
+/// Multiplications that one thread does in about 20 microseconds: less is not worth another one.
+const WORK_A_THREAD: usize = 1 << 18;
 
 /// `count` consecutive parts of `len` each, or empty ones of nothing.
 pub(crate) fn split<T>(x: &mut [T], len: usize, count: usize) -> Vec<&mut [T]> {

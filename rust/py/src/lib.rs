@@ -6,6 +6,7 @@
 mod arrays;
 mod bind;
 mod convert;
+mod crew;
 mod entry;
 mod error;
 mod huge_pages;

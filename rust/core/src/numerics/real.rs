@@ -21,6 +21,8 @@ pub unsafe trait Lanes: Copy {
     fn multiply<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// `a b + c`, rounded once where the machine can.
     fn multiply_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+    /// The sum of all lanes.
+    fn sum_of_lanes<S: Simd>(simd: S, x: Self::Vector<S>) -> Self;
     /// A vector from any address.
     ///
     /// # Safety
@@ -44,7 +46,7 @@ pub unsafe trait Lanes: Copy {
 }
 
 macro_rules! lanes {
-    ($t:ty, $vector:ident, $lanes:ident, $splat:ident, $mul:ident, $mul_add:ident, $load:ident, $store:ident) => {
+    ($t:ty, $vector:ident, $lanes:ident, $splat:ident, $mul:ident, $mul_add:ident, $load:ident, $store:ident, $sum:ident) => {
         // SAFETY: pulp's vectors hold so many numbers, at most 64 bytes of them.
         unsafe impl Lanes for $t {
             type Vector<S: Simd> = S::$vector;
@@ -63,6 +65,10 @@ macro_rules! lanes {
             #[inline(always)]
             fn multiply_add<S: Simd>(simd: S, a: S::$vector, b: S::$vector, c: S::$vector) -> S::$vector {
                 simd.$mul_add(a, b, c)
+            }
+            #[inline(always)]
+            fn sum_of_lanes<S: Simd>(simd: S, x: S::$vector) -> Self {
+                simd.$sum(x)
             }
             #[inline(always)]
             unsafe fn load<S: Simd>(_: S, at: *const Self) -> S::$vector {
@@ -88,8 +94,28 @@ macro_rules! lanes {
     };
 }
 
-lanes!(f32, f32s, F32_LANES, splat_f32s, mul_f32s, mul_add_e_f32s, partial_load_f32s, partial_store_f32s);
-lanes!(f64, f64s, F64_LANES, splat_f64s, mul_f64s, mul_add_e_f64s, partial_load_f64s, partial_store_f64s);
+lanes!(
+    f32,
+    f32s,
+    F32_LANES,
+    splat_f32s,
+    mul_f32s,
+    mul_add_e_f32s,
+    partial_load_f32s,
+    partial_store_f32s,
+    reduce_sum_f32s
+);
+lanes!(
+    f64,
+    f64s,
+    F64_LANES,
+    splat_f64s,
+    mul_f64s,
+    mul_add_e_f64s,
+    partial_load_f64s,
+    partial_store_f64s,
+    reduce_sum_f64s
+);
 
 /// `f32` or `f64`.
 pub trait Real:

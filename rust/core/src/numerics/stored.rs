@@ -3,7 +3,6 @@
 use faer::MatRef;
 use half::{bf16, f16};
 
-
 /// What an array holds whose numbers are computed with as `T`.
 pub trait Stored<T>: Copy + Send + Sync + std::fmt::Debug + 'static {
     /// The same number, exactly.

@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use lingrad_core::memory::{copied, zeroed};
 use lingrad_core::{
-    Attention, AttentionGrads, BiasGrads, ColRef, Context, Engine, Error, HeadReport, Heads, Mask, Method, Saved,
-    Scores, Stored, measure,
+    Attention, AttentionGrads, BiasGrads, ColRef, Context, Engine, Error, HeadReport, Heads, Mask, MatRef, Method,
+    Real, Saved, Scores, Stored, measure,
 };
 use numpy::PyUntypedArray;
 use pyo3::prelude::*;
@@ -12,9 +12,10 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{Any, Half, Item, Output, Scalar, View, by_any_dtype, by_dtype, joined};
 use crate::convert::{self, AnyMethod, Estimate, estimate};
+use crate::crew;
 use crate::entry::{Later, Outcome, entry};
 use crate::error::{Failure, Result};
-use crate::run::run;
+use crate::run::{num_threads, run};
 
 /// `lingrad_rs.spec.scores.Scores`: how scores are made of queries and keys, checked, its arrays broadcast.
 #[derive(FromPyObject)]
@@ -207,6 +208,27 @@ macro_rules! keep {
 keep!(f32, F32);
 keep!(f64, F64);
 
+/// More pairs than that are worth waits in which Ctrl-C is heard.
+const MOST_PAIRS_HERE: usize = 1 << 22;
+
+/// Whether a call was so little work that it has been computed at once.
+fn forward_here<T: Real, E: Stored<T>>(
+    py: Python<'_>,
+    attention: &Attention,
+    heads: &Heads<'_, T, E>,
+    out: &mut [E],
+    lse: Option<&mut [f64]>,
+) -> bool {
+    let rows = |x: Option<&MatRef<'_, E>>| x.map_or(0, |x| x.nrows());
+    let pairs = rows(heads.k.first()).saturating_mul(rows(heads.q.first())).saturating_mul(heads.q.len());
+    if pairs == 0 || pairs > MOST_PAIRS_HERE {
+        return false;
+    }
+    let lse = lse.unwrap_or_default();
+    let threads = num_threads(py);
+    py.detach(|| attention.forward_here(threads, crew::run, heads, out, lse)).is_some()
+}
+
 /// `out`, the logarithms of the rows' denominators where `wants_lse` asks for them, and the state of the backward pass where
 /// `keep` does.
 #[pyfunction]
@@ -231,6 +253,10 @@ pub fn attention_forward<'py>(
             let mut out = Output::new(py, &shape)?;
             let mut lse = wants_lse.then(|| Output::<f64>::new(py, &shape[..shape.len() - 1])).transpose()?;
             let (entries, lse_entries) = (out.entries(), lse.as_mut().map(Output::entries));
+            if !keep && forward_here(py, &attention, &heads, entries, lse_entries) {
+                return Ok((out.into_array(), lse.map(Output::into_array), None));
+            }
+            let (entries, lse_entries) = (out.entries(), lse.as_mut().map(Output::entries));
             let kept = run(py, None, |ctx| {
                 let saved = attention.forward_with(ctx, &heads, entries, wants_lse)?;
                 if let Some(lse) = lse_entries {
@@ -247,6 +273,9 @@ pub fn attention_forward<'py>(
             let mut out = Output::<H>::new(py, &shape)?;
             let mut lse =
                 (wants_lse || keep).then(|| Output::<f64>::new(py, &shape[..shape.len() - 1])).transpose()?;
+            if !keep && forward_here(py, &attention, &heads, out.entries(), lse.as_mut().map(Output::entries)) {
+                return Ok((out.into_array(), lse.map(Output::into_array), None));
+            }
             let (entries, lse_entries) = (out.entries(), lse.as_mut().map_or(&mut [][..], Output::entries));
             let kept = run(py, None, |ctx| {
                 let reports = attention.forward_half(ctx, &heads, entries, lse_entries)?;

@@ -17,6 +17,7 @@
 //! of which a key's bias takes the sums over the queries. Where scores are capped, `dq` and `dk` take `dS_ij` times the
 //! derivative of the cap. Where `f_ij` rounds to 1, the row has no other key that counts, and `dS_ij` is 0.
 
+pub(crate) mod one;
 mod softmax;
 
 use std::ops::Range;
@@ -91,6 +92,9 @@ pub(crate) fn forward<T: Real, E: Stored<T>, O: Stored<T>>(
     row_scale: &mut [T],
 ) -> Result<()> {
     let (m, d, d_v) = (head.m(), head.d(), head.d_v());
+    if one::serves(head) && one::forward(head, out, row_max, row_scale).is_some() {
+        return Ok(());
+    }
     (out.par_chunks_mut(TILE * d_v), row_max.par_chunks_mut(TILE), row_scale.par_chunks_mut(TILE))
         .into_par_iter()
         .enumerate()
@@ -324,6 +328,8 @@ struct Scratch<T> {
     ds: Vec<T>,
     /// Derivatives of the cap, where there is one.
     slopes: Vec<T>,
+    /// A key.
+    row: Vec<T>,
     dq: Vec<T>,
     dk: Vec<T>,
     dv: Vec<T>,
@@ -346,6 +352,7 @@ impl<T: Real> Scratch<T> {
             f: tile(TILE)?,
             ds: tile(TILE)?,
             slopes: tile(if head.scores.softcap.is_some() { TILE } else { 0 })?,
+            row: zeroed(d, "a key")?,
             dq: zeroed(rows_q * d, "a square's gradients of queries")?,
             dk: tile(d)?,
             dv: tile(d_v)?,
@@ -366,7 +373,7 @@ fn backward_square<T: Real, E: Stored<T>>(
     let (d, d_v) = (head.d(), head.d_v());
     let (rows_q, rows_k) = (sums.dq.len() / d, sums.dk.len() / d);
     let c = T::of(head.scores.scale);
-    let Scratch { q, dout, k, k_columns, v_columns, bias, f, ds, slopes, dq, dk, dv: grad_v } = scratch;
+    let Scratch { q, dout, k, k_columns, v_columns, bias, f, ds, slopes, row, dq, dk, dv: grad_v } = scratch;
     for (part_k, part_q) in
         (0..rows_k).step_by(MAX_SIDE).flat_map(|k| (0..rows_q).step_by(MAX_SIDE).map(move |q| (k, q)))
     {
@@ -395,7 +402,15 @@ fn backward_square<T: Real, E: Stored<T>>(
                 load_rows(head.q, first, bq, &[], d + PAD, q);
                 load_rows(up.dout, first, bq, &[], d_v + PAD, dout);
                 let (q, dout) = (view(q, bq, d + PAD).subcols(0, d), view(dout, bq, d_v + PAD).subcols(0, d_v));
-                product(view_mut(f, bq, bk), q, view(k_columns, d, bk), c);
+                if one::serves(head) {
+                    // In the order in which its forward pass sums.
+                    for (i, f) in f[..bq * bk].chunks_exact_mut(bk).enumerate() {
+                        let q = q.row(i).try_as_row_major().map_or(&[][..], |q| q.as_slice());
+                        one::dots(q, head.k, keys.clone(), c, f, row);
+                    }
+                } else {
+                    product(view_mut(f, bq, bk), q, view(k_columns, d, bk), c);
+                }
                 product(view_mut(ds, bq, bk), dout, view(v_columns, d_v, bk), T::ONE);
                 let biases = head.key_bias.map(|_| &bias[..bk]);
                 let (f_tile, ds_tile) = (&mut f[..bq * bk], &mut ds[..bq * bk]);
