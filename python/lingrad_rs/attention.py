@@ -578,26 +578,44 @@ def _arguments(
     q: object, k: object, v: object, engine: object, options: dict[str, Any], *, half: bool = True
 ) -> tuple[_Arrays, Scores]:
     """The arrays and how scores are made of them, checked, once the engine is one."""
-    biases = {name: options[name] for name in _OF_Q if options.get(name) is not None}
-    key_bias = biases.get("key_bias")
-    if key_bias is not None and _is_bool(key_bias):
-        del biases["key_bias"]
+    given = {name: x for name, x in options.items() if x is not None and name in _ARRAYS}
+    if given:
+        return _arguments_with_arrays(q, k, v, engine, options, given, half=half)
+    arrays = _check.floats(half, q=q, k=k, v=v)
+    check_engine(engine)
+    q_, k_, v_ = arrays
+    _check_shapes(q_, k_, v_, empty=options.get("empty_rows") == "zero")
+    return (q_, k_, v_), scores_of(q_, k_, **options)
+
+
+def _arguments_with_arrays(
+    q: object,
+    k: object,
+    v: object,
+    engine: object,
+    options: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    half: bool,
+) -> tuple[_Arrays, Scores]:
+    allowed = given["key_bias"] if "key_bias" in given and _is_bool(given["key_bias"]) else None
+    biases = {name: x for name, x in given.items() if name in _OF_Q and x is not allowed}
     checked = dict(zip(("q", "k", "v", *biases), _check.floats(half, q=q, k=k, v=v, **biases), strict=True))
     q_, k_, v_ = (checked.pop(name) for name in "qkv")
     check_engine(engine)
-    for name, kind in _OF_OTHER_KINDS.items():
-        if options.get(name) is not None:
-            checked[name] = _check.of_kind(name, options[name], q_, kind)
+    for name in given.keys() & _OF_OTHER_KINDS.keys():
+        checked[name] = _check.of_kind(name, given[name], q_, _OF_OTHER_KINDS[name])
     if "segment_ids" in checked:
         checked["segment_ids"] = select.of(q_).on_host(checked["segment_ids"])
-    if key_bias is not None and "key_bias" not in checked:
-        checked["key_bias"] = select.of(q_).removed_where_false(_check.of_kind("key_bias", key_bias, q_, "bool"), q_)
+    if allowed is not None:
+        checked["key_bias"] = select.of(q_).removed_where_false(_check.of_kind("key_bias", allowed, q_, "bool"), q_)
     _check_shapes(q_, k_, v_, empty=options.get("empty_rows") == "zero")
     return (q_, k_, v_), scores_of(q_, k_, **(options | checked))
 
 
 _OF_Q = ("key_bias", "bias", "sinks")
 _OF_OTHER_KINDS = {"mask": "bool", "segment_ids": "integer"}
+_ARRAYS = frozenset((*_OF_Q, *_OF_OTHER_KINDS))
 
 
 def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, empty: bool) -> None:
@@ -607,7 +625,8 @@ def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, empty: b
     if d == 0:
         raise ShapeError(f"q has shape {q.shape}; expected a last axis of at least 1")
     batch, heads = q.shape[:-3], ("h_kv",) if q.ndim > 2 else ()
-    _check.shape("k", k, (*batch, *heads, "n", d), match=f"q of shape {q.shape}")
+    if k.ndim != q.ndim or k.shape[:-3] != batch or k.shape[-1] != d:
+        _check.shape("k", k, (*batch, *heads, "n", d), match=f"q of shape {q.shape}")
     if q.ndim > 2:
         h, h_kv = q.shape[-3], k.shape[-3]
         if h != h_kv and (h_kv == 0 or h % h_kv):
@@ -617,6 +636,7 @@ def _check_shapes(q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], *, empty: b
             )
     if k.shape[-2] == 0 and n > 0 and not empty:
         raise ShapeError(f"k has shape {k.shape}; expected at least one key (m >= 1)")
-    _check.shape("v", v, (*k.shape[:-1], "dv"), match=f"k of shape {k.shape}")
+    if v.ndim != k.ndim or v.shape[:-1] != k.shape[:-1]:
+        _check.shape("v", v, (*k.shape[:-1], "dv"), match=f"k of shape {k.shape}")
     if v.shape[-1] == 0:
         raise ShapeError(f"v has shape {v.shape}; expected a last axis of at least 1")

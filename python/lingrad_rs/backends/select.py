@@ -58,7 +58,8 @@ def of(*arrays: Any) -> ModuleType:
     found = kind(arrays[0] if arrays else np.empty(0))
     if found is None:
         raise TypeError(f"no backend takes a {type(arrays[0]).__name__}")
-    return importlib.import_module(f".{found.backend}", __package__)
+    name = f"{__package__}.{found.backend}"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def cupy() -> Any:

@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// How long a helper looks for a task before it sleeps: longer than what lies between two calls of a model that decodes.
-const LOOK: Duration = Duration::from_micros(150);
-/// Looks between two glances at the clock.
+/// How long a helper looks for a task before it sleeps: longer than what lies between two calls of a model that decodes. It
+/// gives way to any other thread meanwhile.
+const LOOK: Duration = Duration::from_micros(500);
+/// Looks between two glances at the clock, and at who else wants to run.
 const LOOKS: usize = 64;
 
 /// Something to be done while its owner waits.
@@ -137,6 +138,7 @@ impl Desk {
                 }
                 since = Instant::now();
             }
+            thread::yield_now();
             if since.elapsed() > LOOK {
                 self.sleeps.store(true, Ordering::SeqCst);
                 if self.job.load(Ordering::SeqCst).is_null() {

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use lingrad_core::memory::{make_product_buffers, room};
@@ -53,12 +53,15 @@ fn threads(_py: Python<'_>) -> MutexGuard<'static, Threads> {
     THREADS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the machine has for this process, asked once: the system takes longer to say so than a small call.
+static MACHINE: OnceLock<usize> = OnceLock::new();
+
 fn default_threads() -> usize {
     std::env::var("RAYON_NUM_THREADS")
         .ok()
         .and_then(|text| text.parse().ok())
         .filter(|n| (1..=rayon::max_num_threads()).contains(n))
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        .unwrap_or_else(|| *MACHINE.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from)))
 }
 
 /// The number of threads of the next call.
