@@ -576,6 +576,23 @@ def shapes(draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
     return (*batch, *heads, n, d), (*batch, *key_heads, m, d), (*batch, *key_heads, m, dv), causal
 
 
+def options_of_scores(draw: Draw, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+    """Some of the options that need not fit, nor be what engines have."""
+    r, n, m = draw.r, q[-2], k[-2]
+    side = lambda: r.choice([None, 0, 1, 7, n, m])  # noqa: E731
+    given = {
+        "query_offset": lambda: r.choice([0, m - n, -1, n, m]),
+        "window": lambda: (side(), side()),
+        "segment_ids": lambda: np.sort(np.array([r.randint(0, 4) for _ in range(n)], int)),
+        "mask": lambda: np.array([r.random() < 0.7 for _ in range(m)], bool),
+        "bias": lambda: draw.array((n, 1), dtype, bias=True),
+        "softcap": lambda: draw.number(0.5, 30.0),
+        "sinks": lambda: draw.array(q[-3:-2] or (1,), dtype, bias=True),
+    }
+    names = r.sample(sorted(given), r.randint(1, 3))
+    return {name: given[name]() for name in names} | {"empty_rows": r.choice(["zero", "error"])}
+
+
 def attention_arguments(case: Case, *, tol: bool) -> tuple[list[Any], dict[str, Any], tuple[Any, ...]]:
     draw, r = case.draw, case.draw.r
     dtype = draw.dtype()
@@ -586,6 +603,8 @@ def attention_arguments(case: Case, *, tol: bool) -> tuple[list[Any], dict[str, 
         options["scale"] = draw.number(0.5, 1.0, -1.0, 0.0, 3.0)
     if r.random() < 0.4:
         options["key_bias"] = draw.array(k[:-1], dtype, bias=True)
+    if tol and r.random() < 0.2:
+        options |= options_of_scores(draw, q, k, dtype)
     if tol and r.random() < 0.85:
         options["engine"] = engine(case, q[-1])
     if tol and r.random() < (0.1 if "engine" in options else 0.5) * (draw.odd + ("engine" not in options)):
@@ -613,8 +632,8 @@ def pull(case: Case, arrays: list[Any], options: dict[str, Any], out: Any, vjp: 
     for _ in range(r.choice((1, 1, 1, 2))):
         more = {"samples": draw.number(0, 1, 2, 3, 8, 1000)} if r.random() < 0.4 else {}
         grads = case.call(vjp, draw.array(out.shape, dtype), of=lg.Pullback.__call__, **more)
-        bias = options.get("key_bias")
-        given = [*arrays, *([] if bias is None else [bias])]
+        biases = [options[name] for name in ("key_bias", "bias", "sinks") if options.get(name) is not None]
+        given = [*arrays, *(x for x in biases if x.dtype != np.bool_)]
         if type(grads) is not tuple or len(grads) != len(given):
             raise Find(f"{len(grads)} gradients")
         for x, like in zip(grads, given, strict=True):

@@ -464,3 +464,13 @@ def test_measured_errors_know_every_option(rng):
     vjp(rng.standard_normal(out.shape), samples=10**6)
     for head in vjp.heads:
         assert all(error.relative <= 1e-11 for error in head.errors.values())
+
+
+def test_rows_that_see_no_key_are_measured_too(rng):
+    inputs = arrays(rng, 30, 30)
+    dout = inputs.pop("dout")
+    options = {"causal": True, "query_offset": -30, "empty_rows": "zero"}
+    out, vjp = lg.attention_vjp(**inputs, engine=lg.Polynomial(), **options)
+    assert not out.any()
+    assert not any(gradient.any() for gradient in vjp(dout, samples=8))
+    assert lg.measure_error(**inputs, out=out, **options).relative == 0

@@ -188,21 +188,25 @@ impl<T: Real> Arrays<T> {
     }
 
     fn heads(&self) -> Heads<'_, T> {
-        Heads {
-            q: self.q.iter().map(Matrix::view).collect(),
-            k: self.k.iter().map(Matrix::view).collect(),
-            v: self.v.iter().map(Matrix::view).collect(),
-            key_bias: self.bias.as_ref().map(|bias| bias.iter().map(Column::view).collect()),
+        fn views<T: Real>(x: &[Matrix<T>]) -> Vec<lingrad_core::MatRef<'_, T>> {
+            x.iter().map(Matrix::view).collect()
         }
+        let key_bias = self.bias.as_ref().map(|bias| bias.iter().map(Column::view).collect());
+        Heads { key_bias, ..Heads::new(views(&self.q), views(&self.k), views(&self.v)) }
     }
 }
 
 fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
     let arrays = Arrays::<T>::new(s);
     let [h, h_kv, n, m, d, dv] = arrays.sizes;
-    let heads = arrays.heads();
+    let mut heads = arrays.heads();
     let scale = s.number(&[0.5, 1.0, -1.0, 0.0, 3.0]);
     let mut attention = Attention::new(engine(s, d, h), Mask::causal(arrays.causal), scale);
+    if s.one_in(3) {
+        with_options(s, n, m, &mut attention);
+        let count = s.near(h);
+        heads.sinks = s.one_in(3).then(|| s.numbers(count));
+    }
     s.tell(&(arrays.sizes, &attention));
     let ctx = context(s);
     for turn in 0..2 {
@@ -234,6 +238,21 @@ fn attention<T: Real>(s: &mut Source<'_>) -> Result<(), Find> {
         }
     }
     Ok(())
+}
+
+/// Options of scores, which need not fit.
+fn with_options(s: &mut Source<'_>, n: usize, m: usize, attention: &mut Attention) {
+    let side = |s: &mut Source<'_>| s.one_in(3).then(|| s.size(&[0, 1, 7, 64, 200]));
+    let offset = s.size(&[0, 1, m / 2, m]) as isize - s.size(&[0, 0, 1, n]) as isize;
+    let mut mask = Mask::band(s.flag(), offset, side(s), side(s));
+    if s.one_in(3) {
+        let cut = s.size(&[1, 2, 5, 40]).max(1);
+        mask = Mask::causal(s.flag()).packed((0..s.near(n)).step_by(cut).collect());
+    }
+    let scores = &mut attention.scores;
+    scores.masks = vec![mask; s.size(&[1, 1, 2]).min(8)];
+    scores.softcap = s.one_in(3).then(|| s.number(&[1.0, 30.0]));
+    scores.empty_rows_are_zero = s.flag();
 }
 
 fn of_heads(reports: &[HeadReport]) -> Result<(), Find> {

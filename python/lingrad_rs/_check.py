@@ -114,7 +114,7 @@ def floats(half: bool = False, /, **arrays: object) -> list[Any]:
 
 def _are_plain(arrays: Iterable[Any]) -> bool:
     """Whether these are NumPy arrays of one of its own dtypes, and aligned: nothing is to be said of them."""
-    dtype = None
+    dtype, size = None, 1
     for x in arrays:
         if type(x) is not np.ndarray or not x.flags.aligned:
             return False

@@ -363,8 +363,8 @@ def _given(
     return tuple(results)
 
 
-def _is_bool(x: object) -> bool:
-    return str(getattr(x, "dtype", "")).endswith("bool")
+def _is_bool(x: Any) -> bool:
+    return select.kind(x) is not None and _check.dtype_name(x) == "bool"
 
 
 class Plan(PlanData):

@@ -249,15 +249,9 @@ impl Attention {
         let heads_a_part = h.div_ceil(parts);
         let mut results = vec![Some(()); parts];
         let chunks = out.chunks_mut(heads_a_part * n * d_v).zip(split(lse, heads_a_part * n, parts)).zip(&mut results);
-        let task = |(i, ((out, lse), result)): (usize, ((&mut [E], &mut [f64]), &mut Option<()>))| {
-            *result = some(i * heads_a_part, out, lse);
-        };
         let mut tasks: Vec<_> = chunks
             .enumerate()
-            .map(|chunk| {
-                let mut chunk = Some(chunk);
-                move || chunk.take().into_iter().for_each(task)
-            })
+            .map(|(i, ((out, lse), result))| move || *result = some(i * heads_a_part, out, lse))
             .collect();
         let mut tasks: Vec<&mut (dyn FnMut() + Send)> = tasks.iter_mut().map(|task| task as _).collect();
         run(&mut tasks);

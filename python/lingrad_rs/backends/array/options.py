@@ -269,10 +269,12 @@ def backward(
         dsinks = sp.astype(-xp.sum(share * delta, axis=-1), q.dtype)
         dsinks = xp.reshape(dsinks, q.shape[:-2] or (1,))
     grads = {"dq": xp.reshape(dq, q.shape), "dk": xp.reshape(dk, k.shape), "dv": xp.reshape(dv, v.shape)}
-    if check_finite:
-        check_results(sp, **grads)
     kinds = (scores.key_bias, scores.bias)
     of_biases = [None if x is None else xp.reshape(total, x.shape) for x, (_, total) in zip(kinds, biases, strict=True)]
+    if check_finite:
+        vectors = {"dkey_bias": of_biases[0], "dsinks": dsinks}
+        lined = {name: x[..., None] if x.ndim > 1 else x[None, :] for name, x in vectors.items() if x is not None}
+        check_results(sp, **grads, **lined, **({} if of_biases[1] is None else {"dbias": of_biases[1]}))
     return [*(sp.contiguous(x) for x in grads.values()), *of_biases, dsinks]
 
 

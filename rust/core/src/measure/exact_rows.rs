@@ -105,7 +105,15 @@ pub(crate) fn exact_rows<T: Real>(
             })
             .collect::<Result<Vec<_>>>()?;
         let mut parts = parts.into_iter();
-        let Some(mut softmax) = parts.next() else { continue };
+        let mut softmax = match parts.next() {
+            Some(softmax) => softmax,
+            None => {
+                // Rows that see no key.
+                let mut softmax = Softmax::new(width)?;
+                softmax.start(count);
+                softmax
+            }
+        };
         parts.try_for_each(|part| softmax.merge(&part))?;
         let mut sums = zeroed(count * width, "a tile of exact rows")?;
         let (mut max, mut scales) = (vec![0.0; count], vec![0.0; count]);

@@ -73,7 +73,7 @@ impl Scores {
         {
             return Err(Error::Argument(format!("softcap is {cap}; expected a finite number above 0")));
         }
-        if self.masks.is_empty() || h % self.masks.len() != 0 {
+        if self.masks.is_empty() || !h.is_multiple_of(self.masks.len()) {
             return Err(Error::Shape(format!("{} masks for {h} heads; expected a divisor", self.masks.len())));
         }
         self.masks.iter().try_for_each(|mask| mask.check(n, m))

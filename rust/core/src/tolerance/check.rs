@@ -294,12 +294,7 @@ impl<'a> RowSums<'a> {
             product(view_mut(scores, count, width), q.subrows(first, count), k.transpose(), scale);
             product(view_mut(upstream, count, width), dout.subrows(first, count), v.transpose(), 1.0);
             for (&row, scores) in rows[drawn.clone()].iter().zip(scores.chunks_exact_mut(width)) {
-                let seen = head.seen(row);
-                for (&j, s) in keys.iter().zip(scores) {
-                    let bias = head.bias(j);
-                    let hidden = bias == f64::NEG_INFINITY || !seen.contains(&j);
-                    *s = if hidden { f64::NEG_INFINITY } else { *s + bias };
-                }
+                keys.iter().zip(scores).for_each(|(&j, s)| *s = head.score(row, j, *s));
             }
             let pairs = Pairs {
                 scores,

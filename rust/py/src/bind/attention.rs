@@ -229,6 +229,9 @@ fn forward_here<T: Real, E: Stored<T>>(
     py.detach(|| attention.forward_here(threads, crew::run, heads, out, lse)).is_some()
 }
 
+/// `out`, `lse`, and the state of the backward pass.
+type Forward<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<AttentionState>);
+
 /// `out`, the logarithms of the rows' denominators where `wants_lse` asks for them, and the state of the backward pass where
 /// `keep` does.
 #[pyfunction]
@@ -242,7 +245,7 @@ pub fn attention_forward<'py>(
     engine: Later<'py, AnyMethod>,
     keep: bool,
     wants_lse: bool,
-) -> Outcome<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<AttentionState>)> {
+) -> Outcome<Forward<'py>> {
     entry(|| {
         let scores = scores.read()?;
         let attention = Attention { scores: scores.scores(), ..Attention::new(engine.read()?.0, Mask::NONE, 1.0) };

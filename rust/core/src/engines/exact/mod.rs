@@ -426,7 +426,7 @@ fn backward_square<T: Real, E: Stored<T>>(
                 }
                 sums.add_biases(first_key, first, (i, j), bk, ds_tile);
                 if head.scores.softcap.is_some() {
-                    ds_tile.iter_mut().zip(&*slopes).for_each(|(ds, slope)| *ds = *ds * *slope);
+                    ds_tile.iter_mut().zip(&*slopes).for_each(|(ds, slope)| *ds *= *slope);
                 }
                 let (f, ds) = (view(f, bq, bk), view(ds, bq, bk));
                 add_product(view_mut(grad_v, bk, d_v), f.transpose(), dout, T::ONE);
