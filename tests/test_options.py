@@ -474,3 +474,38 @@ def test_rows_that_see_no_key_are_measured_too(rng):
     assert not out.any()
     assert not any(gradient.any() for gradient in vjp(dout, samples=8))
     assert lg.measure_error(**inputs, out=out, **options).relative == 0
+
+
+@pytest.mark.parametrize("engine", [EXACT, lg.Polynomial(2), lg.Landmark(8)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_removed_keys_may_hold_infinities_but_not_nan(engine, causal, backend, dtype, rng):
+    inputs = {name: (0.3 * x).astype(dtype) for name, x in arrays(rng, 140, 140).items()}
+    allowed = rng.random((B, 140)) < 0.8
+    allowed[:, 0] = True
+    dout = inputs.pop("dout")
+    results = []
+    for value in (0, np.inf):
+        for name in "kv":
+            inputs[name][~np.broadcast_to(allowed[:, None], (B, KV, 140))] = value
+        own = on_backend(backend, inputs | {"key_bias": allowed})
+        out, vjp = lg.attention_vjp(**own, engine=engine, causal=causal)
+        names = ("out", "dq", "dk", "dv")
+        results.append(on_host(backend, dict(zip(names, (out, *vjp(backend.array(dout))), strict=True))))
+    assert_same_bits(*results)
+    inputs["v"][~np.broadcast_to(allowed[:, None], (B, KV, 140))] = np.nan
+    with pytest.raises(lg.NonFiniteError, match="v holds NaN"):
+        lg.attention(**on_backend(backend, inputs | {"key_bias": allowed}), engine=engine, causal=causal)
+
+
+def test_batch_axes_broadcast_and_gradients_are_summed(backend, rng):
+    inputs = arrays(rng, 20, 30)
+    whole = inputs | {"k": np.broadcast_to(inputs["k"][:1], inputs["k"].shape).copy()}
+    dout = backend.array(inputs.pop("dout"))
+    del whole["dout"]
+    for k in (inputs["k"][:1], inputs["k"][0]):
+        out, vjp = lg.attention_vjp(**on_backend(backend, inputs | {"k": k}), engine=EXACT)
+        want, pull = lg.attention_vjp(**on_backend(backend, whole), engine=EXACT)
+        got = on_host(backend, dict(zip(("out", "dq", "dk", "dv"), (out, *vjp(dout)), strict=True)))
+        want = on_host(backend, dict(zip(("out", "dq", "dk", "dv"), (want, *pull(dout)), strict=True)))
+        want["dk"] = want["dk"].sum(axis=0).reshape(k.shape)
+        assert_close(got, want, 1e-13)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
@@ -93,8 +94,8 @@ def attention(
     ----------
     q : ndarray, shape (..., h, n, d)
         Queries, float32, float64, float16 or bfloat16 (of ``ml_dtypes``), any strides. Two axes are one head, three are
-        heads, the others batch. All arrays are NumPy's, or CuPy's on one device; so are the results. Half precision is
-        computed in float32 (NumPy only).
+        heads, the others batch, whose axes broadcast. All arrays are NumPy's, or CuPy's on one device; so are the
+        results. Half precision is computed in float32 (NumPy only).
     k : ndarray, shape (..., h_kv, m, d)
         Keys. ``h`` is a multiple of ``h_kv``: query head ``i`` reads key head ``i // (h // h_kv)``.
     v : ndarray, shape (..., h_kv, m, d_v)
@@ -243,7 +244,7 @@ def attention_vjp(
         "empty_rows": empty_rows,
     }
     engine = _chosen(engine, tol, gradients=True)
-    return _vjp(*_arguments(q, k, v, engine, options), engine, options)
+    return _vjp(*_arguments(q, k, v, engine, options), engine, options, (q, k, v))
 
 
 def attention_backward(
@@ -332,11 +333,11 @@ def attention_backward(
     grads = select.of(*arrays).attention_backward_again(
         dout, *arrays, out, lse, scores, engine=engine, check_finite=finite
     )
-    return _given(grads, arrays[0], scores, options)
+    return _given(grads, (q, k, v), scores, options)
 
 
 def _vjp(
-    arrays: _Arrays, scores: Scores, engine: Engine | PlanData, options: dict[str, Any]
+    arrays: _Arrays, scores: Scores, engine: Engine | PlanData, options: dict[str, Any], given: _Arrays
 ) -> tuple[NDArray[Any], Pullback]:
     q, k, v = arrays
     backend = select.of(q, k, v)
@@ -347,16 +348,20 @@ def _vjp(
         _, dout = _check.floats(True, q=q, dout=dout)
         _check.shape("dout", dout, shape, match=f"out of shape {shape}")
         grads, reports = backend.attention_backward(q, k, v, scores, state, dout, samples=samples)
-        return _given(grads, q, scores, options), head_plans(reports)
+        return _given(grads, given, scores, options), head_plans(reports)
 
     return out, Pullback(call, () if state is None else head_plans(state.reports()))
 
 
 def _given(
-    grads: Sequence[NDArray[Any] | None], q: NDArray[Any], scores: Scores, options: dict[str, Any]
+    grads: Sequence[NDArray[Any] | None], given: Sequence[Any], scores: Scores, options: dict[str, Any]
 ) -> tuple[NDArray[Any], ...]:
-    """The gradients of what was given, in the shapes that it was given in."""
-    backend, results = select.of(q), [x for x in grads[:3] if x is not None]
+    """The gradients of what was given, q, k and v first, in the shapes that it was given in."""
+    backend, results = select.of(*given), []
+    for x, gradient in zip(given, grads[:3], strict=True):
+        assert gradient is not None
+        same = gradient.shape == x.shape
+        results.append(gradient if same else backend.summed_to(gradient, x.shape, x.shape))
     for name, gradient in zip(("key_bias", "bias", "sinks"), grads[3:], strict=True):
         if gradient is not None and not _is_bool(options[name]):
             results.append(backend.summed_to(gradient, getattr(scores, name).shape, options[name].shape))
@@ -415,7 +420,7 @@ class Plan(PlanData):
             The plan was made for data of another shape or dtype.
         """
         arrays, scores, options = _planned(self, q, k, v, key_bias)
-        return _vjp(arrays, scores, self, options)
+        return _vjp(arrays, scores, self, options, arrays)
 
 
 def plan_attention(
@@ -583,9 +588,22 @@ def _arguments(
         return _arguments_with_arrays(q, k, v, engine, options, given, half=half)
     arrays = _check.floats(half, q=q, k=k, v=v)
     check_engine(engine)
-    q_, k_, v_ = arrays
+    q_, k_, v_ = _of_one_batch(*arrays)
     _check_shapes(q_, k_, v_, empty=options.get("empty_rows") == "zero")
     return (q_, k_, v_), scores_of(q_, k_, **options)
+
+
+def _of_one_batch(q: Any, k: Any, v: Any) -> _Arrays:
+    """Views whose batch axes are the same, where they broadcast; themselves where they do not."""
+    if q.shape[:-3] == k.shape[:-3] == v.shape[:-3] or min(q.ndim, k.ndim, v.ndim) < 3:
+        return q, k, v
+    try:
+        batch = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    except ValueError:
+        return q, k, v
+    backend = select.of(q)
+    q, k, v = (backend.broadcast_to(x, (*batch, *x.shape[-3:])) for x in (q, k, v))
+    return q, k, v
 
 
 def _arguments_with_arrays(
@@ -601,7 +619,7 @@ def _arguments_with_arrays(
     allowed = given["key_bias"] if "key_bias" in given and _is_bool(given["key_bias"]) else None
     biases = {name: x for name, x in given.items() if name in _OF_Q and x is not allowed}
     checked = dict(zip(("q", "k", "v", *biases), _check.floats(half, q=q, k=k, v=v, **biases), strict=True))
-    q_, k_, v_ = (checked.pop(name) for name in "qkv")
+    q_, k_, v_ = _of_one_batch(*(checked.pop(name) for name in "qkv"))
     check_engine(engine)
     for name in given.keys() & _OF_OTHER_KINDS.keys():
         checked[name] = _check.of_kind(name, given[name], q_, _OF_OTHER_KINDS[name])

@@ -42,6 +42,7 @@ __all__ = [
     "attention_backward",
     "attention_backward_again",
     "attention_forward",
+    "broadcast_to",
     "copy",
     "embedding_backward",
     "embedding_forward",
@@ -68,6 +69,11 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+
+def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """A view of an array in a shape that it broadcasts to."""
+    return np.broadcast_to(x, shape)
 
 
 def summed_to(x: Array, lined_up: tuple[int, ...], shape: tuple[int, ...]) -> Array:

@@ -174,6 +174,8 @@ impl Attention {
             }
             return Ok(saved);
         }
+        let cleaned = heads.without_removed()?;
+        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
         heads.check_finite()?;
         let mut lse = split(&mut saved.lse, n, h);
         let (prepared, reports): (Vec<_>, Vec<_>) =
@@ -304,6 +306,8 @@ impl Attention {
         if !self.infinite_gradients_pass {
             check_finite("dout", dout)?;
         }
+        let cleaned = heads.without_removed()?;
+        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
         let group = h / h_kv;
         let AttentionGrads { dq, dk, dv, dbias, dsinks, dkey_bias } = &mut grads;
         let mut biases: Vec<Option<&mut [T]>> = match dkey_bias {

@@ -86,6 +86,8 @@ impl Attention {
         if n == 0 || h == 0 {
             return Ok(Vec::new());
         }
+        let cleaned = heads.without_removed()?;
+        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
         heads.check_finite()?;
         let reports = if self.is_exact() {
             let mut lse = split(lse, n, h);
@@ -153,6 +155,8 @@ impl Attention {
         if !self.infinite_gradients_pass {
             check_stored("dout", dout)?;
         }
+        let cleaned = heads.without_removed()?;
+        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
         let group = h / h_kv;
         let AttentionGrads { dq, dk, dv, dkey_bias, dbias, dsinks } = grads;
         let mut wide_bias = zeroed::<f32>(dbias.as_ref().map_or(0, |dbias| dbias.data.len()), "gradients of a bias")?;

@@ -30,6 +30,7 @@ __all__ = [
     "attention_backward",
     "attention_backward_again",
     "attention_forward",
+    "broadcast_to",
     "copy",
     "embedding_backward",
     "embedding_forward",
@@ -175,6 +176,11 @@ def in_float64(x: Array) -> Array:
     return run(x, lambda sp: sp.wide(x))
 
 
+def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """A view of an array in a shape that it broadcasts to."""
+    return run(x, lambda sp: sp.xp.broadcast_to(x, shape))
+
+
 def summed_to(x: Array, lined_up: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     """The sums of ``x`` over the axes along which an array of ``lined_up`` shape broadcasts to it, in another shape."""
     lined_up = (1,) * (x.ndim - len(lined_up)) + lined_up
@@ -239,7 +245,12 @@ def measure_error(
     """``(relative, low, high, rows)``."""
     attention.expect_plain(scores, q, k, "measure_error")
     options = {"causal": scores.causal, "scale": scores.scale, "samples": samples, "seed": seed}
-    return run(q, lambda sp: measure.measure_error(sp, q, k, v, attention.lined_up(sp, k, scores), out, **options))
+
+    def measured(sp: Space) -> tuple[float, float, float, int]:
+        kept = attention.without_removed(sp, k, v, scores)
+        return measure.measure_error(sp, q, *kept, attention.lined_up(sp, k, scores), out, **options)
+
+    return run(q, measured)
 
 
 def linear_forward(x: Array, w: Array, b: Array | None) -> Array:

@@ -26,6 +26,7 @@ __all__ = [
     "forward",
     "forward_scores",
     "lined_up",
+    "without_removed",
 ]
 
 Array = Any
@@ -177,6 +178,16 @@ def lined_up(sp: Space, k: Array, scores: Scores) -> Array | None:
     return sp.xp.asarray(sp.xp.broadcast_to(scores.key_bias, k.shape[:-1]), copy=True)
 
 
+def without_removed(sp: Space, k: Array, v: Array, scores: Scores) -> tuple[Array, Array]:
+    """Keys and values with zeros in place of the infinities of removed keys, which products would show."""
+    xp, key_bias = sp.xp, lined_up(sp, k, scores)
+    if key_bias is None or bool(xp.all(xp.stack([xp.all(xp.isfinite(x)) for x in (k, v)]))):
+        return k, v
+    removed = (key_bias == -math.inf)[..., None]
+    k, v = (xp.where(removed & xp.isinf(x), xp.zeros_like(x), x) for x in (k, v))
+    return k, v
+
+
 def _with_options(sp: Space, engine: Engine | PlanData, scores: Scores, q: Array, k: Array) -> bool:
     """Whether the call has options that the exact engine alone has here; any other engine refuses them."""
     if scores.is_plain(q.shape[-2], k.shape[-2]):
@@ -211,6 +222,7 @@ def forward_scores(
     wants_lse: bool,
 ) -> tuple[Array, Array | None, State | OptionsState | None]:
     """``out``, the logarithms of row sums where asked for, and with ``keep`` what the backward pass needs."""
+    k, v = without_removed(sp, k, v, scores)
     if _with_options(sp, engine, scores, q, k):
         out, lse = options.forward(sp, q, k, v, scores)
         known = [] if isinstance(engine, Exact) else tolerance.of_nothing(math.prod(q.shape[:-2]))
@@ -241,6 +253,7 @@ def backward_scores(
     samples: int,
 ) -> tuple[list[Array | None], list[dict[str, Any]]]:
     """``dq, dk, dv, dkey_bias, dbias, dsinks``, None of what was not given; and what is known of each head."""
+    k, v = without_removed(sp, k, v, scores)
     if isinstance(state, OptionsState):
         if samples:
             raise DeviceError("samples are not taken with these options on a GPU; expected samples=0")
@@ -263,6 +276,7 @@ def backward_again(
     check_finite: bool,
 ) -> list[Array | None]:
     """The gradients, from the inputs and results of a forward pass that kept nothing else."""
+    k, v = without_removed(sp, k, v, scores)
     if isinstance(engine, Exact) or _with_options(sp, engine, scores, q, k):
         return options.backward(sp, q, k, v, scores, out, lse, dout, check_finite=check_finite)
     _, _, state = forward_scores(sp, q, k, v, scores, engine=engine, keep=True, wants_lse=False)

@@ -50,6 +50,8 @@ pub fn measure_error<T: Real>(
     if h * n == 0 {
         return Ok(ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 });
     }
+    let cleaned = heads.without_removed()?;
+    let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
     heads.check_finite()?;
     check_finite("out", out)?;
     let draw = Draw::new(h * n, samples, seed, &guides_of_all_heads(heads, scores, out)?)?;

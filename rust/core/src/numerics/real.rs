@@ -151,6 +151,8 @@ pub trait Real:
     fn to_f64(self) -> f64;
     /// Neither NaN nor infinite.
     fn finite(self) -> bool;
+    /// Plus or minus infinity.
+    fn infinite(self) -> bool;
     /// `e^x` for `x <= 0` (to the last bits), 0 for `-inf`; written so that loops over it vectorise.
     fn exp_nonpositive(self) -> Self;
     /// `tanh x` to the last bits; written so that loops over it vectorise.
@@ -179,6 +181,10 @@ macro_rules! real {
             #[inline(always)]
             fn finite(self) -> bool {
                 self.is_finite()
+            }
+            #[inline(always)]
+            fn infinite(self) -> bool {
+                self.is_infinite()
             }
             // e^x = 2^j e^r with j = round(x / ln 2), |r| <= ln(2)/2, and e^r by its Taylor polynomial, whose
             // remainder is below half a unit in the last place. Adding `magic` rounds to an integer and leaves that

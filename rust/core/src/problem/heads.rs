@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::finite::check_stored;
 use super::scores::{Mask, PairArrays, Scores};
 use crate::error::{Error, Result};
+use crate::memory::room;
 use crate::numerics::real::Real;
 use crate::numerics::stored::Stored;
 
@@ -197,6 +198,34 @@ impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
         Head { index, q: self.q[index], k: self.k[kv], v: self.v[kv], key_bias, pairs, sink, scores, mask }
     }
 
+    /// Keys and values of which removed keys hold infinities, with zeros in their place: what a removed key holds must not
+    /// be seen, and products would show it. `None` where there are none.
+    pub(crate) fn without_removed(&self) -> Result<Option<Cleaned<E>>> {
+        let Some(biases) = &self.key_bias else { return Ok(None) };
+        let infinite = |x: MatRef<'_, E>, bias: ColRef<'_, T>| {
+            let removed = |j: &usize| bias[*j] == T::NEG_INFINITY;
+            (0..x.nrows()).filter(removed).any(|j| x.row(j).iter().any(|x| x.widen().infinite()))
+        };
+        let of_heads = |views: &[MatRef<'a, E>]| views.iter().zip(biases).any(|(x, bias)| infinite(*x, *bias));
+        if !of_heads(&self.k) && !of_heads(&self.v) {
+            return Ok(None);
+        }
+        let cleaned = |views: &[MatRef<'a, E>]| {
+            let clean = |(x, bias): (&MatRef<'a, E>, &ColRef<'a, T>)| {
+                let mut rows = room(x.nrows() * x.ncols(), "keys and values without removed ones")?;
+                for (j, row) in x.row_iter().enumerate() {
+                    let removed = bias[j] == T::NEG_INFINITY;
+                    rows.extend(
+                        row.iter().map(|x| if removed && x.widen().infinite() { E::narrow(T::ZERO) } else { *x }),
+                    );
+                }
+                Ok(rows)
+            };
+            views.iter().zip(biases).map(clean).collect::<Result<_>>()
+        };
+        Ok(Some(Cleaned { k: cleaned(&self.k)?, v: cleaned(&self.v)? }))
+    }
+
     /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
     pub(crate) fn check_finite(&self) -> Result<()> {
         for (name, views) in [("q", &self.q), ("k", &self.k), ("v", &self.v)] {
@@ -217,6 +246,27 @@ impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
             return Err(Error::NonFinite(format!("sinks holds {sink:?}; expected finite numbers or -inf")));
         }
         Ok(())
+    }
+}
+
+/// Copies of keys and values, head by head.
+pub(crate) struct Cleaned<E> {
+    k: Vec<Vec<E>>,
+    v: Vec<Vec<E>>,
+}
+
+impl<E> Cleaned<E> {
+    /// The same heads with these keys and values.
+    pub fn heads<'b, T: Real>(&'b self, heads: &Heads<'b, T, E>) -> Heads<'b, T, E>
+    where
+        E: Stored<T>,
+    {
+        let views = |copies: &'b [Vec<E>], like: &[MatRef<'b, E>]| {
+            let view =
+                |(x, like): (&'b Vec<E>, &MatRef<'b, E>)| MatRef::from_row_major_slice(x, like.nrows(), like.ncols());
+            copies.iter().zip(like).map(view).collect()
+        };
+        Heads { k: views(&self.k, &heads.k), v: views(&self.v, &heads.v), ..heads.clone() }
     }
 }
 
