@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import array_api_strict as strict
 import numpy as np
 import pytest
-from helpers import assert_close, draw
-from limits import ORACLE
+from helpers import assert_close, draw, relative_error
+from limits import HALF, ORACLE
 
 import lingrad_rs as lg
 from lingrad_rs.backends import select
@@ -138,10 +138,28 @@ def test_jax_s_arrays_on_a_gpu_are_read_in_place(jax):
     assert np.array_equal(jax.dlpack.from_dlpack(y), x)
 
 
+def test_tensors_in_bfloat16_are_read_in_place_and_computed_with(torch, rng):
+    x = torch.asarray(rng.standard_normal((2, 30, 8))).to(torch.bfloat16)
+    y = lg.from_dlpack(x.transpose(0, 1))
+    assert y.dtype.name == "bfloat16"
+    assert y.ctypes.data == x.data_ptr()
+    assert (y.shape, y.strides) == ((30, 2, 8), (16, 480, 2))
+    assert np.array_equal(y.astype(np.float32), x.transpose(0, 1).float().numpy())
+    out = lg.attention(*(lg.from_dlpack(x) for _ in range(3)), engine=lg.Exact())
+    want = torch.nn.functional.scaled_dot_product_attention(*[x.float()[None]] * 3)
+    assert relative_error(out.astype(np.float64), want[0].numpy()) <= HALF[out.dtype]
+
+
+def test_jax_s_arrays_in_bfloat16_are_read_in_place(jax):
+    x = jax.numpy.asarray([[1.5, -2.0], [0.25, 3.0]], "bfloat16")
+    y = lg.from_dlpack(x)
+    assert y.ctypes.data == x.unsafe_buffer_pointer()
+    assert y.astype(float).tolist() == [[1.5, -2.0], [0.25, 3.0]]
+
+
 REFUSED = {
     "requires grad": (lambda torch: torch.ones(3, requires_grad=True), "requires grad; expected one that does not: x."),
     "a parameter": (lambda torch: torch.nn.Parameter(torch.ones(3)), "x.detach()"),
-    "bfloat16": (lambda torch: torch.ones(3, dtype=torch.bfloat16), "without a copy (Unsupported dtype"),
     "sparse": (lambda torch: torch.ones(3, 3).to_sparse(), "x.to_dense()"),
     "conjugated": (lambda torch: torch.ones(3, dtype=torch.complex64).conj(), "conjugate bit"),
     "negated": (lambda torch: torch.ones(3, dtype=torch.complex64).conj().imag, "x.resolve_neg()"),

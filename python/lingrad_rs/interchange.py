@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ __all__ = ["from_dlpack"]
 # The protocol's numbers of kinds of devices.
 _HOST = (1, 3)  # ordinary memory, and memory pinned for CUDA
 _CUDA = (2, 13)  # a GPU's own, and managed
+# Its kinds of numbers, and where in a tensor theirs stands.
+_UNSIGNED, _BFLOAT, _DTYPE = 1, 4, 20
 _OTHERS = {
     4: "OpenCL",
     7: "Vulkan",
@@ -50,7 +54,7 @@ def from_dlpack(x: Any) -> Any:
     ------
     DtypeError
         ``x`` does not speak DLPack, or is something that cannot be handed over as it is: a tensor that requires grad
-        (``x.detach()`` can), a sparse or lazily negated one, on the CPU a dtype that NumPy does not have (bfloat16).
+        (``x.detach()`` can), a sparse or lazily negated one, or in bfloat16 where ``ml_dtypes`` is not installed.
     DeviceError
         ``x`` is on a device of another kind, or on an NVIDIA GPU where CuPy is missing or finds no driver or device.
 
@@ -80,14 +84,47 @@ def from_dlpack(x: Any) -> Any:
             "CPU or an NVIDIA GPU: nothing is copied between devices"
         )
     try:
+        if library is np and str(getattr(x, "dtype", "")).endswith("bfloat16"):
+            return _bfloat16_of(x)
         return library.from_dlpack(x)
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Exception as error:  # of whatever kind its library raises
         raise DtypeError(
             f"x is a {name} that cannot be handed over without a copy ({error}); expected plain numbers in strides, "
-            "such as x.float() of a PyTorch tensor in bfloat16, or x.to_dense() of a sparse one"
+            "such as x.to_dense() of a sparse PyTorch tensor"
         ) from error
+
+
+class _Bits:
+    """An array in bfloat16, which NumPy's DLPack does not know, as one of 16-bit integers: the same memory."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __dlpack_device__(self) -> Any:
+        return self._x.__dlpack_device__()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = self._x.__dlpack__()
+        get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        tensor = get_pointer(capsule, b"dltensor")
+        # Behind the address, the device and the number of axes stands the dtype: its kind, bits and lanes.
+        kind = ctypes.cast(tensor + _DTYPE, ctypes.POINTER(ctypes.c_uint8))
+        if (kind[0], kind[1]) != (_BFLOAT, 16):
+            raise DtypeError(f"x says that it is of bfloat16, and its DLPack that its kind is {kind[0]}")
+        kind[0] = _UNSIGNED
+        return capsule
+
+
+def _bfloat16_of(x: Any) -> Any:
+    """A view of an array in bfloat16 as NumPy's, of the dtype that ``ml_dtypes`` has."""
+    try:
+        bfloat16 = importlib.import_module("ml_dtypes").bfloat16
+    except ImportError as error:
+        raise DtypeError("x is of bfloat16, which NumPy has from ml_dtypes: pip install ml_dtypes") from error
+    return np.from_dlpack(_Bits(x)).view(bfloat16)
 
 
 def _refuse_what_dlpack_loses(name: str, x: Any) -> None:
