@@ -5,10 +5,12 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import GPU_NUMPY
 from helpers import assert_close, assert_same_bits, difference_error, on_backend, on_host, relative_error
 from limits import DIFFERENCE, HALF, ORACLE
 
 import lingrad_rs as lg
+from lingrad_rs.backends import select
 
 EXACT = lg.Exact()
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -509,3 +511,13 @@ def test_batch_axes_broadcast_and_gradients_are_summed(backend, rng):
         want = on_host(backend, dict(zip(("out", "dq", "dk", "dv"), (want, *pull(dout)), strict=True)))
         want["dk"] = want["dk"].sum(axis=0).reshape(k.shape)
         assert_close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("half", [FLOAT16, BFLOAT16], ids=str)
+def test_half_precision_is_refused_where_it_would_be_computed_in_itself(half, monkeypatch):
+    monkeypatch.setattr(select, "KINDS", [*GPU_NUMPY.kinds, *select.KINDS])
+    q = np.ones((4, 3), half)
+    with pytest.raises(lg.DtypeError, match="on a GPU; expected float32 or float64"):
+        lg.attention(q, q, q, engine=EXACT)
+    with pytest.raises(lg.DtypeError, match="on a GPU; expected float32 or float64"):
+        lg.attention_backward(q, q, q, q, q, np.ones(4), engine=EXACT)

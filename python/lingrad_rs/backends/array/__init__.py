@@ -15,6 +15,7 @@ import numpy as np
 
 from ... import _check
 from ..._lingrad_rs import transformer_param_shapes
+from ...errors import DtypeError
 from ...spec.engines import Engine
 from ...spec.plan import PlanData
 from ...spec.scores import Scores
@@ -145,6 +146,11 @@ def frobenius_norm(arrays: Sequence[Array]) -> float:
     return run(arrays[0], norm)
 
 
+def _refuse_half(q: Array) -> None:
+    if not _check.is_float(q):
+        raise DtypeError(f"q has dtype {_check.dtype_name(q)} on a GPU; expected float32 or float64")
+
+
 def removed_where_false(allowed: Array, q: Array) -> Array:
     """The key bias that stands for the keys that may be attended to: 0 there, and minus infinity elsewhere."""
 
@@ -159,6 +165,7 @@ def attention_forward(
     q: Array, k: Array, v: Array, scores: Scores, *, engine: Engine | PlanData, keep: bool, wants_lse: bool
 ) -> tuple[Array, Array | None, attention.State | attention.OptionsState | None]:
     """``out``, the logarithms of row sums where asked for, and with ``keep`` what the backward pass needs."""
+    _refuse_half(q)
     if k.shape[-2] == 0:
 
         def nothing(sp: Space) -> tuple[Array, Array | None]:
@@ -233,6 +240,7 @@ def attention_backward_again(
     check_finite: bool,
 ) -> list[Array | None]:
     """The same gradients, from the inputs and results of a forward pass that kept nothing else."""
+    _refuse_half(q)
     if k.shape[-2] == 0:
         return _no_gradients(q, k, v, scores)
     options = {"engine": engine, "check_finite": check_finite}
