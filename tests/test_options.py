@@ -521,3 +521,21 @@ def test_half_precision_is_refused_where_it_would_be_computed_in_itself(half, mo
         lg.attention(q, q, q, engine=EXACT)
     with pytest.raises(lg.DtypeError, match="on a GPU; expected float32 or float64"):
         lg.attention_backward(q, q, q, q, q, np.ones(4), engine=EXACT)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (0, 0), (4, 0)])
+def test_calls_without_queries_or_keys_have_results_and_gradients(n, m, backend, rng):
+    inputs = arrays(rng, n, m)
+    given = options_of(rng, n, m, ["mask", "bias", "key_bias", "sinks", "softcap"])
+    for got in run(backend, inputs, given):
+        assert {name: x.shape for name, x in got.items()} == {
+            "out": (B, H, n, DV),
+            "lse": (B, H, n),
+            "dq": (B, H, n, D),
+            "dk": (B, KV, m, D),
+            "dv": (B, KV, m, DV),
+            "dkey_bias": (B, m),
+            "dbias": (H, n, m),
+            "dsinks": (H,),
+        }
+        assert all(not x.any() for name, x in got.items() if name != "lse")

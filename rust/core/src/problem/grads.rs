@@ -55,7 +55,7 @@ impl<T> BiasGrads<'_, T> {
     /// An error where it does not hold `h` heads of shape `(n, m)`.
     pub(crate) fn check(&self, h: usize, n: usize, m: usize) -> Result<()> {
         let last = n.saturating_sub(1) * self.row_stride + m.saturating_sub(1) * self.col_stride;
-        if self.offsets.len() == h && self.offsets.iter().all(|offset| offset + last < self.data.len()) {
+        if n * m == 0 || self.offsets.len() == h && self.offsets.iter().all(|offset| offset + last < self.data.len()) {
             return Ok(());
         }
         Err(Error::Shape(format!("dbias holds {} numbers; expected those of {h} heads of ({n}, {m})", self.data.len())))
