@@ -62,8 +62,8 @@ MUTATIONS = [
     Mutation(
         "a lost reverse scan: later queries give far keys nothing",
         "linear/scan.rs",
-        "    pull_back_far_keys(pass, &cut, &up, dk, dv, dkey_bias)\n",
-        "    let _ = (dk, dv, dkey_bias, pull_back_far_keys::<T>);\n    Ok(())\n",
+        "    add_far_key_gradients(pass, &cut, &up, dk, dv, dkey_bias)\n",
+        "    let _ = (dk, dv, dkey_bias, add_far_key_gradients::<T>);\n    Ok(())\n",
     ),
     Mutation(
         "a wrong merge: states of other levels are added as they are",
@@ -79,7 +79,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one key too few: the window before a block",
-        "linear/near.rs",
+        "linear/nearby.rs",
         "(c * BLOCK).saturating_sub(self.window)",
         "(c * BLOCK).saturating_sub(self.window.saturating_sub(1))",
     ),

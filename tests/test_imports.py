@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "lingrad_rs"
@@ -201,3 +202,8 @@ def test_no_files_of_the_core_name_each_other_in_a_circle():
         for here in leaves:
             del edges[here]
     assert edges == {}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_what_mutations_change_stands_in_the_core_once(mutation):
+    assert (CORE / mutation.file).read_text().count(mutation.old) == 1
