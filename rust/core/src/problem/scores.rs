@@ -4,8 +4,8 @@
 //! s_ij = cap(scale q_i.k_j) + key_bias_j + bias_ij,    cap(x) = softcap tanh(x / softcap), or x
 //! ```
 //!
-//! for the keys `j` that the [`Mask`] lets query `i` see, and that no array hides. The arrays lie with the head ([`Head`](
-//! super::heads::Head)); everything else that makes a score is here.
+//! for the keys `j` that the [`Mask`] lets query `i` see, and that no array hides. The arrays lie with the head
+//! (`heads`); everything else that makes a score is here.
 
 use std::ops::Range;
 use std::sync::Arc;
