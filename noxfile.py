@@ -9,7 +9,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4"
-nox.options.sessions = ["lint", "rust", "wheel", "types", "sweep", "adapters"]
+nox.options.sessions = ["lint", "rust", "wheel", "types", "sweep"]
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
