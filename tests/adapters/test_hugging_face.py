@@ -344,6 +344,7 @@ def test_the_structure_of_a_mask_says_what_the_mask_does():
                 continue
             for padding in paddings.values():
                 made = hugging_face._mask(
+                    masking,
                     batch_size=2,
                     q_length=n,
                     kv_length=m,

@@ -349,6 +349,8 @@ HeadEngine = Exact | Polynomial | Landmark
 """What may compute a head."""
 Engine = HeadEngine | Auto
 """Any engine, or a tolerance in its place."""
+# As a tuple: compilers of PyTorch before 2.11 do not follow isinstance with a union.
+_KINDS: tuple[type[Engine], ...] = get_args(Engine)
 
 
 def engine_name(engine: HeadEngine) -> str:
@@ -426,11 +428,11 @@ def _coefficients(value: object, degree: int) -> str | tuple[float, ...]:
 
 def check_engine(value: object) -> Engine:
     """``value``, if it is an engine, of no class derived from one: what that computes, no backend would know."""
-    if not isinstance(value, Engine):
+    if not isinstance(value, _KINDS):
         raise ArgumentError(
             f"engine is {_check.shown(value)}; expected Exact(), Polynomial(...), Landmark(...) or Auto(...)"
         )
-    not_derived("engine", value, get_args(Engine))
+    not_derived("engine", value, _KINDS)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,14 +73,14 @@ def register_hugging_face(
     if report is not None and not callable(report):
         raise ArgumentError(f"report is {_check.shown(report)}; expected a callable")
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     except ImportError as error:
         raise ModuleNotFoundError(
             "register_hugging_face needs transformers of 4.57 or later: pip install 'lingrad_rs[huggingface]'"
         ) from error
     AttentionInterface.register(name, _attention_function(engine, tol, report))
     # Without this one, models make no masks, and padding would be attended to.
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, functools.partial(_mask, masking_utils))
 
 
 def _attention_function(engine: Engine | None, tol: float | None, report: Listener | None) -> Callable[..., Any]:
@@ -163,6 +164,7 @@ def _mask_options(
 
 
 def _mask(
+    masking_utils: Any,
     batch_size: int,
     kv_length: int,
     kv_offset: int = 0,
@@ -171,8 +173,6 @@ def _mask(
     **kwargs: Any,
 ) -> Structure | Tensor:
     """The mask of a layer as its structure; as ``(batch, 1, n, m)`` bools where that is not known."""
-    from transformers import masking_utils
-
     if isinstance(attention_mask, Structure):  # made by an outer model
         return attention_mask
     if mask_function is None:
