@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -158,19 +159,7 @@ def attention(
     -----
     Cost: that of the engine. Source: arXiv 2408.13233.
     """
-    options = {
-        "causal": causal,
-        "scale": scale,
-        "key_bias": key_bias,
-        "query_offset": query_offset,
-        "window": window,
-        "segment_ids": segment_ids,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-        "sinks": sinks,
-        "empty_rows": empty_rows,
-    }
+    options = _options(locals())
     engine = _chosen(engine, tol, gradients=False)
     wants_lse = _check.flag("return_lse", return_lse)
     arrays, scores = _arguments(q, k, v, engine, options)
@@ -230,19 +219,7 @@ def attention_vjp(
     Memory kept until ``vjp`` is gone: the inputs, a copy of ``out``, two numbers a query, and with the consistent
     gradient and no mask a state no larger than keys and values. Time: that of the engine.
     """
-    options = {
-        "causal": causal,
-        "scale": scale,
-        "key_bias": key_bias,
-        "query_offset": query_offset,
-        "window": window,
-        "segment_ids": segment_ids,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-        "sinks": sinks,
-        "empty_rows": empty_rows,
-    }
+    options = _options(locals())
     engine = _chosen(engine, tol, gradients=True)
     return _vjp(*_arguments(q, k, v, engine, options), engine, options, (q, k, v))
 
@@ -304,19 +281,7 @@ def attention_backward(
     -----
     Cost: as the pullback of `attention_vjp`; for engines other than `Exact` that of a forward pass too.
     """
-    options = {
-        "causal": causal,
-        "scale": scale,
-        "key_bias": key_bias,
-        "query_offset": query_offset,
-        "window": window,
-        "segment_ids": segment_ids,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-        "sinks": sinks,
-        "empty_rows": empty_rows,
-    }
+    options = _options(locals())
     engine = _chosen(engine, tol, gradients=True)
     arrays, scores = _arguments(q, k, v, engine, options)
     finite = _check.flag("check_finite", check_finite)
@@ -555,19 +520,7 @@ def measure_error(
     -----
     Cost: O((n + m) d^2 + samples m (d + d_v)) time.
     """
-    options = {
-        "causal": causal,
-        "scale": scale,
-        "key_bias": key_bias,
-        "query_offset": query_offset,
-        "window": window,
-        "segment_ids": segment_ids,
-        "mask": mask,
-        "bias": bias,
-        "softcap": softcap,
-        "sinks": sinks,
-        "empty_rows": empty_rows,
-    }
+    options = _options(locals())
     arrays, scores = _arguments(q, k, v, Exact(), options, half=False)
     q, k, v = arrays
     _, out = _check.floats(q=q, out=out)
@@ -577,6 +530,14 @@ def measure_error(
     if out.size == 0:
         return ErrorEstimate(0.0, 0.0, 0.0, 0)
     return ErrorEstimate(*select.of(q, k, v).measure_error(q, k, v, scores, out, samples=samples, seed=seed))
+
+
+_NAMES = tuple(name for name in inspect.signature(scores_of).parameters if name not in ("q", "k"))
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of a function's arguments those that say how scores are made."""
+    return {name: arguments[name] for name in _NAMES}
 
 
 def _arguments(
@@ -621,8 +582,9 @@ def _arguments_with_arrays(
     checked = dict(zip(("q", "k", "v", *biases), _check.floats(half, q=q, k=k, v=v, **biases), strict=True))
     q_, k_, v_ = _of_one_batch(*(checked.pop(name) for name in "qkv"))
     check_engine(engine)
-    for name in given.keys() & _OF_OTHER_KINDS.keys():
-        checked[name] = _check.of_kind(name, given[name], q_, _OF_OTHER_KINDS[name])
+    for name, kind in _OF_OTHER_KINDS.items():
+        if name in given:
+            checked[name] = _check.of_kind(name, given[name], q_, kind)
     if "segment_ids" in checked:
         checked["segment_ids"] = select.of(q_).on_host(checked["segment_ids"])
     if allowed is not None:

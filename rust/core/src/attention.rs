@@ -14,7 +14,7 @@ use crate::numerics::stored::Stored;
 use crate::plan::report::HeadReport;
 use crate::problem::finite::{check_finite, check_result};
 use crate::problem::grads::{AttentionGrads, Extras, HeadGrads, RowFactors, expect_views};
-use crate::problem::heads::{Heads, Sizes};
+use crate::problem::heads::{Copies, Heads, Sizes};
 use crate::problem::scores::{Mask, Scores, join_sink};
 use crate::spec::{Auto, Engine};
 use crate::tolerance::{self, Given, Group, Planned, Saved};
@@ -174,8 +174,8 @@ impl Attention {
             }
             return Ok(saved);
         }
-        let cleaned = heads.without_removed()?;
-        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
+        let mut copies = Copies::new();
+        let heads = &*heads.without_removed(&mut copies)?;
         heads.check_finite()?;
         let mut lse = split(&mut saved.lse, n, h);
         let (prepared, reports): (Vec<_>, Vec<_>) =
@@ -306,8 +306,8 @@ impl Attention {
         if !self.infinite_gradients_pass {
             check_finite("dout", dout)?;
         }
-        let cleaned = heads.without_removed()?;
-        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
+        let mut copies = Copies::new();
+        let heads = &*heads.without_removed(&mut copies)?;
         let group = h / h_kv;
         let AttentionGrads { dq, dk, dv, dbias, dsinks, dkey_bias } = &mut grads;
         let mut biases: Vec<Option<&mut [T]>> = match dkey_bias {

@@ -16,7 +16,7 @@ use crate::problem::finite::{check_result, check_stored};
 use crate::problem::grads::{
     AttentionGrads, BiasGrads, HeadGrads, RowFactors, Upstream, delta, expect_views, sink_gradient,
 };
-use crate::problem::heads::{Heads, Sizes};
+use crate::problem::heads::{Copies, Heads, Sizes};
 use crate::problem::scores::Scores;
 use crate::spec::Engine;
 
@@ -46,7 +46,7 @@ fn widened<'a, E: Stored<f32>>(views: &[MatRef<'_, E>], copy: &'a mut Vec<f32>) 
 
 /// Query heads that share keys, in float32.
 #[derive(Default)]
-struct Copies {
+struct Widened {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -86,8 +86,8 @@ impl Attention {
         if n == 0 || h == 0 {
             return Ok(Vec::new());
         }
-        let cleaned = heads.without_removed()?;
-        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
+        let mut copies = Copies::new();
+        let heads = &*heads.without_removed(&mut copies)?;
         heads.check_finite()?;
         let reports = if self.is_exact() {
             let mut lse = split(lse, n, h);
@@ -114,7 +114,7 @@ impl Attention {
             let mut lse = split(lse, group * n, h_kv);
             let mut reports = Vec::new();
             for (kv, (out, lse)) in out.chunks_mut(group * n * d_v).zip(&mut lse).enumerate() {
-                let mut copies = Copies::default();
+                let mut copies = Widened::default();
                 let heads = group_of(heads, kv, group, &mut copies)?;
                 let mut wide = zeroed(out.len(), COPIES)?;
                 let some = self.of_heads(kv * group, group, h);
@@ -155,8 +155,8 @@ impl Attention {
         if !self.infinite_gradients_pass {
             check_stored("dout", dout)?;
         }
-        let cleaned = heads.without_removed()?;
-        let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
+        let mut copies = Copies::new();
+        let heads = &*heads.without_removed(&mut copies)?;
         let group = h / h_kv;
         let AttentionGrads { dq, dk, dv, dkey_bias, dbias, dsinks } = grads;
         let mut wide_bias = zeroed::<f32>(dbias.as_ref().map_or(0, |dbias| dbias.data.len()), "gradients of a bias")?;
@@ -228,7 +228,7 @@ impl<E: Stored<f32>> Call<'_, '_, E> {
         let (first, group) = (kv * self.group, self.group);
         let rows = |i: usize| i * n..(i + 1) * n;
         if !self.attention.is_exact() || self.samples > 0 {
-            let mut copies = (Copies::default(), Vec::new(), Vec::new());
+            let mut copies = (Widened::default(), Vec::new(), Vec::new());
             let heads = group_of(self.heads, kv, group, &mut copies.0)?;
             let dout = widened(&self.dout[first..first + group], &mut copies.1)?;
             let some = self.attention.of_heads(first, group, h);
@@ -267,7 +267,7 @@ fn group_of<'a, E: Stored<f32>>(
     heads: &'a Heads<'_, f32, E>,
     kv: usize,
     group: usize,
-    copies: &'a mut Copies,
+    copies: &'a mut Widened,
 ) -> Result<Heads<'a, f32>> {
     let first = kv * group;
     let q = widened(&heads.q[first..first + group], &mut copies.q)?;

@@ -13,7 +13,7 @@ use crate::numerics::real::Real;
 use crate::numerics::tile::TILE;
 use crate::problem::finite::check_finite;
 use crate::problem::grads::expect_views;
-use crate::problem::heads::{Heads, Sizes};
+use crate::problem::heads::{Copies, Heads, Sizes};
 use crate::problem::scores::Scores;
 
 pub(crate) mod draw;
@@ -50,8 +50,8 @@ pub fn measure_error<T: Real>(
     if h * n == 0 {
         return Ok(ErrorEstimate { relative: 0.0, low: 0.0, high: 0.0, rows: 0 });
     }
-    let cleaned = heads.without_removed()?;
-    let heads = &cleaned.as_ref().map_or_else(|| heads.clone(), |cleaned| cleaned.heads(heads));
+    let mut copies = Copies::new();
+    let heads = &*heads.without_removed(&mut copies)?;
     heads.check_finite()?;
     check_finite("out", out)?;
     let draw = Draw::new(h * n, samples, seed, &guides_of_all_heads(heads, scores, out)?)?;

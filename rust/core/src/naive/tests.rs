@@ -10,7 +10,7 @@ use crate::measure::{ErrorEstimate, measure_error};
 use crate::numerics::draws::uniform;
 use crate::numerics::real::Real;
 use crate::plan::report::HeadReport;
-use crate::problem::grads::AttentionGrads;
+use crate::problem::grads::{AttentionGrads, BiasGrads};
 use crate::problem::heads::Heads;
 use crate::problem::scores::Mask;
 use crate::spec::{Auto, Diagonal, Engine, Landmark, Polynomial};
@@ -342,4 +342,81 @@ fn queries_and_keys_that_do_not_fit_a_mask_are_refused() {
         let result = attention.forward(&Context::new(), &arrays.heads(), &mut vec![0.0; GROUP * 7 * D_V]);
         assert!(matches!(result, Err(Error::Shape(_) | Error::Argument(_))), "{:?}", attention.scores.masks);
     }
+}
+
+/// Numbers of variance 1, or what else comes of them.
+fn numbers<T>(array: u64, n: usize, m: usize, of: impl Fn(f64) -> T) -> Mat<T> {
+    Mat::from_fn(n, m, |i, j| of(12f64.sqrt() * (uniform(array, (i * m + j) as u64) - 0.5)))
+}
+
+#[test]
+fn caps_arrays_of_pairs_and_sinks_match_the_oracle_and_so_do_their_gradients() {
+    // Tiles end at 112 tokens; the last rows and the first keys of the second size see nothing of each other.
+    for (n, m, mask) in [(7, 9, Mask::NONE), (130, 150, window(3, 100)), (113, 113, causal(0))] {
+        let [q, k] = [numbers(1, n, D, |x| x), numbers(2, m, D, |x| x)];
+        let [v, dout] = [numbers(3, m, D_V, |x| x), numbers(4, n, D_V, |x| x)];
+        let allowed = numbers(5, n, m, |x| x < 0.8);
+        let bias = numbers(6, n, m, |x| if x > 1.6 { f64::NEG_INFINITY } else { x });
+        let (cap, sink) = (0.9, 0.3);
+        let options = Options {
+            softcap: Some(cap),
+            allowed: Some(allowed.as_ref()),
+            bias: Some(bias.as_ref()),
+            sink: Some(sink),
+        };
+        let (q, k, v) = (q.as_ref(), k.as_ref(), v.as_ref());
+        let naive = Naive { q, k, v, key_bias: &[], mask: mask.clone(), scale: SCALE, options, polynomial: None };
+        let (want, grads) = (naive.forward(), naive.backward(dout.as_ref()));
+
+        let mut attention = Attention::new(Engine::Exact, mask, SCALE);
+        attention.scores.softcap = Some(cap);
+        let heads = Heads {
+            allowed: Some(vec![allowed.as_ref()]),
+            bias: Some(vec![bias.as_ref()]),
+            sinks: Some(vec![sink]),
+            ..Heads::new(vec![q], vec![k], vec![v])
+        };
+        let nan = |len: usize| vec![f64::NAN; len];
+        let (mut out, mut dq, mut dk, mut dv) = (nan(n * D_V), nan(n * D), nan(m * D), nan(m * D_V));
+        let (mut dbias, mut dsinks) = (vec![0.0; n * m], nan(1));
+        let ctx = Context::new();
+        let saved = attention.forward(&ctx, &heads, &mut out).expect("a sink");
+        let places = BiasGrads { data: &mut dbias, offsets: &[0], row_stride: m, col_stride: 1 };
+        let all = AttentionGrads {
+            dbias: Some(places),
+            dsinks: Some(&mut dsinks),
+            ..AttentionGrads::new(&mut dq, &mut dk, &mut dv)
+        };
+        attention.backward(&ctx, &heads, &saved, &out, &[dout.as_ref()], 0, all).expect("gradients");
+        for (name, got, want) in [
+            ("out", &out, &want),
+            ("dq", &dq, &grads.dq),
+            ("dk", &dk, &grads.dk),
+            ("dv", &dv, &grads.dv),
+            ("dbias", &dbias, &grads.dbias),
+            ("dsinks", &dsinks, &Mat::full(1, 1, grads.dsink)),
+        ] {
+            let want: Vec<f64> = want.row_iter().flat_map(|row| row.iter().copied().collect::<Vec<_>>()).collect();
+            let error = super::relative_error(got, &want);
+            assert!(error <= LIMIT_F64, "{name}: error {error:.2e} for n = {n}, m = {m}");
+        }
+    }
+}
+
+#[test]
+fn gradients_of_pairs_that_share_a_number_but_by_a_stride_of_0_are_refused() {
+    let call = Call::new((Mask::NONE, 9), 7, false);
+    let arrays = call.arrays::<f64>();
+    let bias = Mat::<f64>::zeros(7, 9);
+    let heads = Heads { bias: Some(vec![bias.as_ref(); GROUP]), ..arrays.heads() };
+    let attention = call.attention(Engine::Exact);
+    let mut out = vec![0.0; GROUP * 7 * D_V];
+    let saved = attention.forward(&Context::new(), &heads, &mut out).expect("rows");
+    let (mut dq, mut dk, mut dv) = (vec![0.0; GROUP * 7 * D], vec![0.0; 9 * D], vec![0.0; 9 * D_V]);
+    let mut data = vec![0.0; 1000];
+    let dbias = Some(BiasGrads { data: &mut data, offsets: &[0, 0], row_stride: 8, col_stride: 1 });
+    let grads = AttentionGrads { dbias, ..AttentionGrads::new(&mut dq, &mut dk, &mut dv) };
+    let dout: Vec<_> = arrays.dout.iter().map(Mat::as_ref).collect();
+    let result = attention.backward(&Context::new(), &heads, &saved, &out, &dout, 0, grads);
+    assert!(matches!(result, Err(Error::Argument(_))), "{result:?}");
 }

@@ -54,7 +54,11 @@ impl<T> BiasGrads<'_, T> {
 
     /// An error where it does not hold `h` heads of shape `(n, m)`.
     pub(crate) fn check(&self, h: usize, n: usize, m: usize) -> Result<()> {
-        let last = n.saturating_sub(1) * self.row_stride + m.saturating_sub(1) * self.col_stride;
+        let row = m.saturating_sub(1) * self.col_stride;
+        let last = n.saturating_sub(1) * self.row_stride + row;
+        if n > 1 && self.row_stride != 0 && self.row_stride <= row {
+            return Err(Error::Argument("two pairs of a bias share a number".into()));
+        }
         if n * m == 0 || self.offsets.len() == h && self.offsets.iter().all(|offset| offset + last < self.data.len()) {
             return Ok(());
         }

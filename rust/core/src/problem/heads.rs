@@ -1,5 +1,6 @@
 //! The arrays of a call, head by head.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use faer::{ColRef, MatRef};
@@ -198,17 +199,16 @@ impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
         Head { index, q: self.q[index], k: self.k[kv], v: self.v[kv], key_bias, pairs, sink, scores, mask }
     }
 
-    /// Keys and values of which removed keys hold infinities, with zeros in their place: what a removed key holds must not
-    /// be seen, and products would show it. `None` where there are none.
-    pub(crate) fn without_removed(&self) -> Result<Option<Cleaned<E>>> {
-        let Some(biases) = &self.key_bias else { return Ok(None) };
-        let infinite = |x: MatRef<'_, E>, bias: ColRef<'_, T>| {
+    /// The same heads with zeros in place of the infinities of removed keys, if there are any, in `copies`: what a removed
+    /// key holds must not be seen, and products would show it.
+    pub(crate) fn without_removed<'b>(&'b self, copies: &'b mut Copies<E>) -> Result<Cow<'b, Heads<'b, T, E>>> {
+        let Some(biases) = &self.key_bias else { return Ok(Cow::Borrowed(self)) };
+        let infinite = |(x, bias): (&MatRef<'a, E>, &ColRef<'a, T>)| {
             let removed = |j: &usize| bias[*j] == T::NEG_INFINITY;
             (0..x.nrows()).filter(removed).any(|j| x.row(j).iter().any(|x| x.widen().infinite()))
         };
-        let of_heads = |views: &[MatRef<'a, E>]| views.iter().zip(biases).any(|(x, bias)| infinite(*x, *bias));
-        if !of_heads(&self.k) && !of_heads(&self.v) {
-            return Ok(None);
+        if !self.k.iter().zip(biases).any(infinite) && !self.v.iter().zip(biases).any(infinite) {
+            return Ok(Cow::Borrowed(self));
         }
         let cleaned = |views: &[MatRef<'a, E>]| {
             let clean = |(x, bias): (&MatRef<'a, E>, &ColRef<'a, T>)| {
@@ -223,7 +223,8 @@ impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
             };
             views.iter().zip(biases).map(clean).collect::<Result<_>>()
         };
-        Ok(Some(Cleaned { k: cleaned(&self.k)?, v: cleaned(&self.v)? }))
+        *copies = Copies { k: cleaned(&self.k)?, v: cleaned(&self.v)? };
+        Ok(Cow::Owned(Heads { k: views(&copies.k, &self.k), v: views(&copies.v, &self.v), ..self.clone() }))
     }
 
     /// An error where q, k or v holds NaN or infinity, or key_bias NaN or plus infinity.
@@ -250,24 +251,23 @@ impl<'a, T: Real, E: Stored<T>> Heads<'a, T, E> {
 }
 
 /// Copies of keys and values, head by head.
-pub(crate) struct Cleaned<E> {
+#[derive(Debug)]
+pub(crate) struct Copies<E> {
     k: Vec<Vec<E>>,
     v: Vec<Vec<E>>,
 }
 
-impl<E> Cleaned<E> {
-    /// The same heads with these keys and values.
-    pub fn heads<'b, T: Real>(&'b self, heads: &Heads<'b, T, E>) -> Heads<'b, T, E>
-    where
-        E: Stored<T>,
-    {
-        let views = |copies: &'b [Vec<E>], like: &[MatRef<'b, E>]| {
-            let view =
-                |(x, like): (&'b Vec<E>, &MatRef<'b, E>)| MatRef::from_row_major_slice(x, like.nrows(), like.ncols());
-            copies.iter().zip(like).map(view).collect()
-        };
-        Heads { k: views(&self.k, &heads.k), v: views(&self.v, &heads.v), ..heads.clone() }
+impl<E> Copies<E> {
+    /// None yet.
+    pub fn new() -> Self {
+        Self { k: Vec::new(), v: Vec::new() }
     }
+}
+
+/// Copies as matrices of the shapes of others.
+fn views<'b, E>(copies: &'b [Vec<E>], like: &[MatRef<'_, E>]) -> Vec<MatRef<'b, E>> {
+    let view = |(x, like): (&'b Vec<E>, &MatRef<'_, E>)| MatRef::from_row_major_slice(x, like.nrows(), like.ncols());
+    copies.iter().zip(like).map(view).collect()
 }
 
 /// An error where a bias of pairs holds NaN or plus infinity.

@@ -90,18 +90,6 @@ impl Scores {
     }
 }
 
-impl std::fmt::Display for Mask {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.lower, self.upper, &self.starts) {
-            (Some(_), ..) | (None, Some(1..), None) => write!(f, "window"),
-            (None, None, None) => write!(f, "mask"),
-            (None, None, Some(_)) => write!(f, "segments"),
-            (None, Some(offset), None) => write!(f, "causal mask with query_offset {offset}"),
-            (None, Some(_), Some(_)) => write!(f, "causal segments"),
-        }
-    }
-}
-
 impl Mask {
     /// Every query sees every key.
     pub const NONE: Self = Self { lower: None, upper: None, starts: None };
