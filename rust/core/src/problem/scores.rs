@@ -229,36 +229,89 @@ impl<E: Copy> PairArrays<'_, E> {
         })
     }
 
-    /// Adds to a tile of scores, whose pair (query i, key j) stands at `at(i, j)`, what the arrays say of it.
-    #[inline(always)]
-    pub fn apply<T: Real>(
-        &self,
-        queries: Range<usize>,
-        keys: Range<usize>,
-        s: &mut [T],
-        at: impl Fn(usize, usize) -> usize,
-    ) where
+    /// Adds to a tile of scores, `(queries, keys)`, what the arrays say of it.
+    pub fn apply<T: Real>(&self, queries: Range<usize>, keys: Range<usize>, s: &mut [T])
+    where
         E: Stored<T>,
     {
-        let (rows, columns) = (queries.len(), keys.len());
         if let Some(bias) = self.bias {
-            let bias = bias.submatrix(queries.start, keys.start, rows, columns);
-            for (i, row) in bias.row_iter().enumerate() {
-                for (j, b) in row.iter().map(|b| b.widen()).enumerate() {
-                    // What a hidden pair's score is may be anything.
-                    s[at(i, j)] = if b == T::NEG_INFINITY { b } else { s[at(i, j)] + b };
-                }
-            }
+            let bias = bias.submatrix(queries.start, keys.start, queries.len(), keys.len());
+            by_rows(bias, s, |s, b: E| with_bias(s, b.widen()));
         }
         if let Some(allowed) = self.allowed {
-            let allowed = allowed.submatrix(queries.start, keys.start, rows, columns);
-            for (i, row) in allowed.row_iter().enumerate() {
-                for (j, _) in row.iter().enumerate().filter(|(_, allowed)| !**allowed) {
-                    s[at(i, j)] = T::NEG_INFINITY;
-                }
-            }
+            let allowed = allowed.submatrix(queries.start, keys.start, queries.len(), keys.len());
+            by_rows(allowed, s, with_mask);
         }
     }
+
+    /// The same of a tile `(keys, queries)`.
+    pub fn apply_transposed<T: Real>(&self, queries: Range<usize>, keys: Range<usize>, s: &mut [T])
+    where
+        E: Stored<T>,
+    {
+        if let Some(bias) = self.bias {
+            let bias = bias.submatrix(queries.start, keys.start, queries.len(), keys.len());
+            by_columns(bias, s, |s, b: E| with_bias(s, b.widen()));
+        }
+        if let Some(allowed) = self.allowed {
+            let allowed = allowed.submatrix(queries.start, keys.start, queries.len(), keys.len());
+            by_columns(allowed, s, with_mask);
+        }
+    }
+}
+
+/// A score with a bias; what a hidden pair's score is may be anything.
+#[inline(always)]
+fn with_bias<T: Real>(s: T, bias: T) -> T {
+    if bias == T::NEG_INFINITY { bias } else { s + bias }
+}
+
+#[inline(always)]
+fn with_mask<T: Real>(s: T, allowed: bool) -> T {
+    if allowed { s } else { T::NEG_INFINITY }
+}
+
+/// `s_ij = f(s_ij, x_ij)` for a contiguous `s` of the shape of `x`.
+fn by_rows<T: Real, X: Copy>(x: MatRef<'_, X>, s: &mut [T], f: impl Fn(T, X) -> T) {
+    vectorised(
+        #[inline(always)]
+        || {
+            for (s, x) in s.chunks_exact_mut(x.ncols()).zip(x.row_iter()) {
+                match x.try_as_row_major() {
+                    Some(x) => s.iter_mut().zip(x.as_slice()).for_each(|(s, &x)| *s = f(*s, x)),
+                    None => s.iter_mut().zip(x.iter()).for_each(|(s, &x)| *s = f(*s, x)),
+                }
+            }
+        },
+    );
+}
+
+/// `s_ji = f(s_ji, x_ij)`: so many rows of `x` at a time as fill a line of the cache in each row of `s`.
+fn by_columns<T: Real, X: Copy>(x: MatRef<'_, X>, s: &mut [T], f: impl Fn(T, X) -> T) {
+    const ROWS: usize = 16;
+    let (count, keys) = (x.nrows(), x.ncols());
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut first = 0;
+            while first + ROWS <= count && x.col_stride() == 1 {
+                let rows: [&[X]; ROWS] = std::array::from_fn(|i| {
+                    x.row(first + i).try_as_row_major().map_or(&[][..], |row| &row.as_slice()[..keys])
+                });
+                for (j, s) in s.chunks_exact_mut(count).enumerate().take(keys) {
+                    for (s, row) in s[first..first + ROWS].iter_mut().zip(&rows) {
+                        *s = f(*s, row[j]);
+                    }
+                }
+                first += ROWS;
+            }
+            for i in first..count {
+                for (s, &x) in s.chunks_exact_mut(count).zip(x.row(i).iter()) {
+                    s[i] = f(s[i], x);
+                }
+            }
+        },
+    );
 }
 
 /// Caps scores, and where `slopes` has room, writes the derivative of that.

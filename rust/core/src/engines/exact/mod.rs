@@ -139,7 +139,7 @@ fn scores<T: Real, E: Stored<T>>(
         add_bias(bias.subrows(keys.start, bk).iter().copied(), bq, s);
     }
     if !head.pairs.is_none() {
-        head.pairs.apply(queries.clone(), keys.clone(), s, |i, j| j * bq + i);
+        head.pairs.apply_transposed(queries.clone(), keys.clone(), s);
     }
     head.mask.hide(queries, keys, head.m(), s);
 }
@@ -418,7 +418,7 @@ fn backward_square<T: Real, E: Stored<T>>(
                     cap_all(T::of(cap), f_tile, Some(slopes));
                 }
                 if !head.pairs.is_none() {
-                    head.pairs.apply(queries, keys, f_tile, |i, j| i * bk + j);
+                    head.pairs.apply(queries, keys, f_tile);
                 }
                 score_gradients(&up, first, bk, biases, f_tile, ds_tile);
                 if coverage == Coverage::Part {

@@ -82,7 +82,7 @@ impl<T: Real> One<T> {
                 add_bias(bias.subrows(first, count).iter().copied(), 1, s);
             }
             if !head.pairs.is_none() {
-                head.pairs.apply(query..query + 1, keys.clone(), s, |_, j| j);
+                head.pairs.apply(query..query + 1, keys.clone(), s);
             }
             let (before, mut tile_sum) = (max[0], [T::ZERO]);
             column_exponentials(s, &mut max, &mut tile_sum);
