@@ -24,7 +24,7 @@ use rayon::prelude::*;
 /// Sides of the square product.
 const SIDE: usize = 2048;
 const ROUNDS: usize = 7;
-/// Keys that a query meets exactly in the polynomial engine: the window, and half a block of 112 on average.
+/// Keys that a query meets exactly in the polynomial engine: the window, and half a block on average.
 const NEAR: f64 = 64.0 + 56.5;
 
 struct Case {

@@ -7,6 +7,7 @@
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::Cell;
+use std::ops::{Deref, DerefMut};
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
@@ -61,6 +62,43 @@ pub fn zeroed<T: Zeroable>(len: usize, what: &'static str) -> Result<Vec<T>> {
     }
     // SAFETY: the allocation is that of an array of `len` numbers, and zeros are such numbers.
     Ok(unsafe { Vec::from_raw_parts(at, len, len) })
+}
+
+/// Zeros that begin where a line of the cache does: vectors of them never lie in two lines, which would take two loads.
+#[derive(Debug)]
+pub(crate) struct Aligned<T> {
+    numbers: Vec<T>,
+    first: usize,
+}
+
+/// Bytes of a line of the cache, and of the widest vectors.
+const LINE: usize = 64;
+
+impl<T> Default for Aligned<T> {
+    fn default() -> Self {
+        Self { numbers: Vec::new(), first: 0 }
+    }
+}
+
+impl<T> Deref for Aligned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.numbers[self.first..]
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.numbers[self.first..]
+    }
+}
+
+/// As [`zeroed`], aligned.
+pub(crate) fn aligned<T: Zeroable>(len: usize, what: &'static str) -> Result<Aligned<T>> {
+    let mut numbers: Vec<T> = zeroed(len.saturating_add(LINE / size_of::<T>()), what)?;
+    let first = numbers.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
+    numbers.truncate(first + len);
+    Ok(Aligned { numbers, first })
 }
 
 /// No entries yet, and room for `len`.
@@ -185,6 +223,10 @@ mod tests {
     fn what_memory_holds_is_there() {
         assert_eq!(zeroed::<f32>(5, "a test"), Ok(vec![0.0; 5]));
         assert_eq!(zeroed::<f32>(0, "a test"), Ok(Vec::new()));
+        for len in [0, 1, 5, 100] {
+            let aligned = aligned::<f32>(len, "a test").expect("room");
+            assert_eq!((&*aligned, aligned.as_ptr().addr() % LINE), (&*vec![0.0; len], 0));
+        }
         assert_eq!(copied(&[1, 2], "a test"), Ok(vec![1, 2]));
         assert_eq!(collected([1, 2].into_iter(), "a test"), Ok(vec![1, 2]));
         assert_eq!(filled(2, 7, "a test"), Ok(vec![7, 7]));

@@ -159,7 +159,6 @@ impl<T: Real> Block<'_, T> {
         let &Product { a_row, a_col, b_row, c_row, alpha, .. } = self.product;
         let lanes = T::lanes::<S>();
         let readable = |vector: usize| WHOLE || vector + 1 < VECTORS;
-        let whole = |vector: usize| self.whole || vector + 1 < VECTORS;
         let mut sums = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
         let (mut a, mut b) = (self.a, self.b);
         for _ in 0..self.k {
@@ -181,17 +180,31 @@ impl<T: Real> Block<'_, T> {
             }
         }
         let alpha = T::splat(simd, alpha);
-        for (i, sums) in sums.iter().enumerate() {
-            for (vector, &sum) in sums.iter().enumerate() {
-                // SAFETY: row `i < ROWS` of c.
-                unsafe {
-                    let at = self.c.offset(i as isize * c_row).add(vector * lanes);
-                    if whole(vector) {
-                        let old = if self.add { T::load(simd, at) } else { T::splat(simd, T::ZERO) };
-                        T::store(simd, at, T::multiply_add(simd, alpha, sum, old));
-                    } else {
-                        let old = if self.add { T::load_first(simd, at, self.last) } else { T::splat(simd, T::ZERO) };
-                        T::store_first(simd, at, self.last, T::multiply_add(simd, alpha, sum, old));
+        // SAFETY: rows `i < ROWS` of c, and whole vectors of them where the last one is whole.
+        unsafe {
+            // Two loops without a branch, which are unrolled, so that the sums never leave their registers.
+            if self.whole && self.add {
+                for (i, sums) in sums.iter().enumerate() {
+                    for (vector, &sum) in sums.iter().enumerate() {
+                        let at = self.c.offset(i as isize * c_row).add(vector * lanes);
+                        T::store(simd, at, T::multiply_add(simd, alpha, sum, T::load(simd, at)));
+                    }
+                }
+            } else if self.whole {
+                for (i, sums) in sums.iter().enumerate() {
+                    for (vector, &sum) in sums.iter().enumerate() {
+                        let at = self.c.offset(i as isize * c_row).add(vector * lanes);
+                        T::store(simd, at, T::multiply(simd, alpha, sum));
+                    }
+                }
+            } else {
+                let sums = sums;
+                for (i, sums) in sums.iter().enumerate() {
+                    for (vector, &sum) in sums.iter().enumerate() {
+                        let at = self.c.offset(i as isize * c_row).add(vector * lanes);
+                        let count = if vector + 1 < VECTORS { lanes } else { self.last };
+                        let old = if self.add { T::load_first(simd, at, count) } else { T::splat(simd, T::ZERO) };
+                        T::store_first(simd, at, count, T::multiply_add(simd, alpha, sum, old));
                     }
                 }
             }

@@ -11,7 +11,7 @@ use crate::numerics::real::{Real, vectorised};
 use crate::numerics::stored::Stored;
 
 /// Queries, and keys, of one tile of scores.
-pub(crate) const TILE: usize = 112;
+pub(crate) const TILE: usize = 96;
 
 /// The first token and the length of each tile of a range.
 pub(crate) fn tiles(tokens: Range<usize>, tile: usize) -> impl Iterator<Item = (usize, usize)> {

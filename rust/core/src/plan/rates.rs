@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::numerics::real::{Real, vectorised};
-use crate::numerics::tile::{product, view, view_mut};
+use crate::numerics::tile::{TILE, product, view, view_mut};
 
 /// What one thread does in a second.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,7 +32,7 @@ impl Rates {
 
     /// The best of a few runs over tiles that stay in the cache.
     fn measure<T: Real>() -> Self {
-        const SIDE: usize = 112;
+        const SIDE: usize = TILE;
         const TURNS: usize = 12;
         let (a, b) = (vec![T::ONE; SIDE * SIDE], vec![T::of(0.5); SIDE * SIDE]);
         let mut c = vec![T::ZERO; SIDE * SIDE];

@@ -29,7 +29,7 @@ pub(crate) use self::softmax::Softmax;
 use super::{Engine, Prepared};
 use crate::context::Context;
 use crate::error::Result;
-use crate::memory::{collected, made, zeroed};
+use crate::memory::{Aligned, aligned, collected, made, zeroed};
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::stored::Stored;
 use crate::numerics::tile::{TILE, add_product, load_rows, load_transposed, product, tiles, view, view_mut, widen};
@@ -99,7 +99,14 @@ pub(crate) fn forward<T: Real, E: Stored<T>, O: Stored<T>>(
         .into_par_iter()
         .enumerate()
         .try_for_each_init(
-            || Ok((Softmax::new(d_v)?, zeroed(d * TILE, "a tile of queries")?, Vec::new(), Vec::new())),
+            || {
+                Ok((
+                    Softmax::new(d_v)?,
+                    aligned(d * TILE, "a tile of queries")?,
+                    Aligned::default(),
+                    Aligned::default(),
+                ))
+            },
             |scratch, (block, (out, max, scale))| {
                 let (softmax, q, k, v) = made(scratch)?;
                 let queries = block * TILE..block * TILE + max.len();
@@ -149,13 +156,13 @@ fn tile_rows<'a, T: Real, E: Stored<T>>(
     x: MatRef<'a, E>,
     first: usize,
     count: usize,
-    copy: &'a mut Vec<T>,
+    copy: &'a mut Aligned<T>,
 ) -> Result<MatRef<'a, T>> {
     if let Some(x) = E::plain(x) {
         return Ok(x.subrows(first, count));
     }
     if copy.is_empty() {
-        *copy = zeroed(TILE * x.ncols(), "a tile of keys or values")?;
+        *copy = aligned(TILE * x.ncols(), "a tile of keys or values")?;
     }
     load_rows(x, first, count, &[], x.ncols(), copy);
     Ok(view(copy, count, x.ncols()))
@@ -316,23 +323,23 @@ impl<T: Real> Sums<'_, T> {
 /// One thread's tiles. Those of queries and keys are copies with some numbers behind each row: rows of 64 numbers, say,
 /// would share a few places in the cache.
 struct Scratch<T> {
-    q: Vec<T>,
-    dout: Vec<T>,
-    k: Vec<T>,
+    q: Aligned<T>,
+    dout: Aligned<T>,
+    k: Aligned<T>,
     /// `(d, keys)`.
-    k_columns: Vec<T>,
+    k_columns: Aligned<T>,
     /// `(d_v, keys)`.
-    v_columns: Vec<T>,
-    bias: Vec<T>,
-    f: Vec<T>,
-    ds: Vec<T>,
+    v_columns: Aligned<T>,
+    bias: Aligned<T>,
+    f: Aligned<T>,
+    ds: Aligned<T>,
     /// Derivatives of the cap, where there is one.
-    slopes: Vec<T>,
+    slopes: Aligned<T>,
     /// A key.
     row: Vec<T>,
-    dq: Vec<T>,
-    dk: Vec<T>,
-    dv: Vec<T>,
+    dq: Aligned<T>,
+    dk: Aligned<T>,
+    dv: Aligned<T>,
 }
 
 /// Numbers behind a row: see [`Scratch`].
@@ -341,7 +348,7 @@ const PAD: usize = 16;
 impl<T: Real> Scratch<T> {
     fn new<E: Stored<T>>(rows_q: usize, head: &Head<'_, T, E>) -> Result<Self> {
         let (d, d_v) = (head.d(), head.d_v());
-        let tile = |width: usize| zeroed(TILE * width, "a tile of exact gradients");
+        let tile = |width: usize| aligned(TILE * width, "a tile of exact gradients");
         Ok(Self {
             q: tile(d + PAD)?,
             dout: tile(d_v + PAD)?,
@@ -353,7 +360,7 @@ impl<T: Real> Scratch<T> {
             ds: tile(TILE)?,
             slopes: tile(if head.scores.softcap.is_some() { TILE } else { 0 })?,
             row: zeroed(d, "a key")?,
-            dq: zeroed(rows_q * d, "a square's gradients of queries")?,
+            dq: aligned(rows_q * d, "a square's gradients of queries")?,
             dk: tile(d)?,
             dv: tile(d_v)?,
         })
@@ -426,7 +433,7 @@ fn backward_square<T: Real, E: Stored<T>>(
                 }
                 sums.add_biases(first_key, first, (i, j), bk, ds_tile);
                 if head.scores.softcap.is_some() {
-                    ds_tile.iter_mut().zip(&*slopes).for_each(|(ds, slope)| *ds *= *slope);
+                    ds_tile.iter_mut().zip(slopes.iter()).for_each(|(ds, slope)| *ds *= *slope);
                 }
                 let (f, ds) = (view(f, bq, bk), view(ds, bq, bk));
                 add_product(view_mut(grad_v, bk, d_v), f.transpose(), dout, T::ONE);

@@ -3,7 +3,7 @@
 use faer::MatRef;
 
 use crate::error::{Error, Result};
-use crate::memory::zeroed;
+use crate::memory::{Aligned, aligned, zeroed};
 use crate::numerics::real::{Real, vectorised};
 use crate::numerics::softmax::exponentials;
 use crate::numerics::stored::Stored;
@@ -14,29 +14,30 @@ use crate::problem::state::{State, expect_same, pack, unpack};
 /// The running softmax of a block of queries. Sums over many keys are kept in float64.
 pub(crate) struct Softmax<T> {
     /// The tile of scores `(keys, queries)` that [`add`](Self::add) takes.
-    pub scores: Vec<T>,
+    pub scores: Aligned<T>,
     bq: usize,
     d_v: usize,
     max: Vec<T>,
     sum: Vec<f64>,
-    weighted: Vec<f64>,
+    weighted: Aligned<f64>,
     correction: Vec<T>,
     tile_sum: Vec<T>,
-    tile_out: Vec<T>,
+    tile_out: Aligned<T>,
 }
 
 impl<T: Real> Softmax<T> {
     pub fn new(d_v: usize) -> Result<Self> {
-        let tile = |rows: usize| zeroed(rows * TILE, "a tile of exact attention");
+        let tile = |rows: usize| aligned(rows * TILE, "a tile of exact attention");
+        let row = || zeroed(TILE, "a row of exact attention");
         Ok(Self {
             scores: tile(TILE)?,
             bq: 0,
             d_v,
-            max: tile(1)?,
+            max: row()?,
             sum: zeroed(TILE, "a tile's row sums")?,
-            weighted: zeroed(d_v * TILE, "a tile's sums of values")?,
-            correction: tile(1)?,
-            tile_sum: tile(1)?,
+            weighted: aligned(d_v * TILE, "a tile's sums of values")?,
+            correction: row()?,
+            tile_sum: row()?,
             tile_out: tile(d_v)?,
         })
     }
