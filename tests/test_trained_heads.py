@@ -16,7 +16,7 @@ BENCH = Path(__file__).parent.parent / "benches" / "trained_heads"
 if not BENCH.is_dir():
     pytest.skip("the benches are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
-from decoder import EMBED, LAST_NORM, Config, Decoder, difference, positions, turned  # noqa: E402
+from decoder import EMBED, LAST_NORM, Config, Decoder, difference, rope_base, turned  # noqa: E402
 
 CLOSE = ORACLE[np.dtype(np.float64)]
 TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7])
@@ -81,7 +81,6 @@ def plain_loss(decoder, tokens):
 
     def turn(x, place, base):
         pairs = x.reshape(-1, 2) if config.pairs_are_neighbours else x.reshape(2, -1).T
-        place = place * min(1, config.context / len(tokens))
         speeds = base ** (-2 * np.arange(config.width // 2) / config.width)
         pairs = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(1j * place * speeds)
         pairs = np.stack([pairs.real, pairs.imag], axis=1)
@@ -95,6 +94,8 @@ def plain_loss(decoder, tokens):
     xs = [config.embedding_scale * w(EMBED)[token] for token in tokens]
     for i in range(config.layers):
         queries, keys, values, base = [], [], [], config.rope_bases[i]
+        if config.windows[i] is None and len(tokens) > config.context:
+            base *= (len(tokens) / config.context) ** (config.width / (config.width - 2))
         for place, x in enumerate(xs):
             h = norm(x, f"blk.{i}.attn_norm")
             q, k, v = (
@@ -176,9 +177,12 @@ def test_scores_of_turned_rows_depend_on_their_distance(neighbours):
     assert relative_error(score(7, 0), q @ k.T) > 0.01
 
 
-def test_positions_of_a_longer_text_are_pressed_together():
-    assert positions(4, 8).tolist() == [0, 1, 2, 3]
-    assert positions(16, 8).tolist() == [i / 2 for i in range(16)]
+def test_a_longer_text_slows_the_last_pair_by_its_length_and_the_first_not_at_all():
+    width, base = 8, 100.0
+    assert rope_base(base, width, 32, 32) == rope_base(base, width, 32, 5) == base
+    longer = rope_base(base, width, 32, 96)
+    last = 2 * (width // 2 - 1) / width
+    assert relative_error(longer**-last, base**-last / 3) <= CLOSE
 
 
 def test_a_gradient_a_tenth_too_long_differs_by_a_tenth_and_not_in_direction():

@@ -8,7 +8,7 @@ An error is relative (of the Frobenius norm), the worst of the four results agai
 ``--whole-model`` computes the loss and its gradient with respect to every weight instead, with all layers that see all
 tokens by one engine, and tells how they differ from the exact ones.
 
-A text longer than the model was trained on has its positions pressed together to that length.
+On a text longer than the model was trained on the slow pairs of RoPE turn more slowly, by a greater base.
 """
 
 from __future__ import annotations

