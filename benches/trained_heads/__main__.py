@@ -156,6 +156,12 @@ def print_titles(titles: list[str], file: TextIO) -> None:
     print("|---" * len(titles) + "|", file=file)
 
 
+def print_loss(loss: float | None, file: TextIO) -> None:
+    """A loss that a model of its size may have tells that its weights are read as they were meant."""
+    if loss is not None:
+        print(f"\nThe model's loss on this text: {loss:.3f} nats a token.", file=file)
+
+
 def table_of_heads(
     decoder: Decoder, tokens: Tokens, wanted: dict[int, list[int]], chosen: Engines, rounds: int, file: TextIO
 ) -> Json:
@@ -184,8 +190,7 @@ def table_of_heads(
         print_row(
             [label, *errors, *shares, shown(of["times_as_fast"], ".2f"), shown(of["median_times_as_fast"], ".2f")], file
         )
-    if loss is not None:
-        print(f"\nThe model's loss on this text: {loss:.3f} nats a token.", file=file)
+    print_loss(loss, file)
     return {"loss": loss, "engines": summaries, "heads": rows}
 
 
@@ -222,7 +227,7 @@ def table_of_model(decoder: Decoder, tokens: Tokens, chosen: Engines, file: Text
 def save(decoder: Decoder, tokens: Tokens, wanted: dict[int, list[int]], path: Path) -> None:
     """Writes the heads as `lingrad plan` reads them, and their names."""
     heads: list[Head] = []
-    decoder.visit(tokens, wanted, heads.append)
+    print_loss(decoder.visit(tokens, wanted, heads.append), sys.stdout)
     arrays = {part: np.stack([getattr(head, part) for head in heads]) for part in ("q", "k", "v")}
     np.savez(path, names=[head.name for head in heads], **arrays)
 
@@ -232,7 +237,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", choices=packages.HEADS, default=packages.SMOLLM2)
     parser.add_argument(
-        "--engine", nargs="+", default=["polynomial"], help=f"of {', '.join(ENGINES)}; name:option=value,..."
+        "--engine",
+        nargs="+",
+        default=["polynomial:gradient=consistent"],
+        help=f"of {', '.join(ENGINES)}; name:option=value,...",
     )
     parser.add_argument("--threshold", nargs="+", type=float, default=[], help="of engines that have one; one row each")
     parser.add_argument("--tokens", type=int, help="(default: 8192; 4096 of a whole model)")

@@ -245,7 +245,8 @@ class Decoder:
         Returns the mean loss of the next token where the last layer is among them; no layer after those is computed.
         """
         x = self._embedded(tokens)
-        for layer in range(max(wanted) + 1):
+        last = max(wanted)
+        for layer in range(last + 1):
             attention, feed_forward = self.layer(layer, lg.Exact())
             (q, k, v), _ = attention.heads(x)
             for index in wanted.get(layer, ()):
@@ -253,7 +254,7 @@ class Decoder:
                 meet(Head(layer, index, q[index], k[served], v[served]))
             for module in (attention, feed_forward):
                 x = x + module.vjp(x)[0]
-        return self._loss(x, tokens, needs_gradient=False)[0] if layer + 1 == self.config.layers else None
+        return self._loss(x, tokens, needs_gradient=False)[0] if last + 1 == self.config.layers else None
 
     def value_and_grad(self, tokens: Array, engine: lg.Engine) -> tuple[float, Grads]:
         """The mean loss of the next token, and its gradient with respect to every weight.
