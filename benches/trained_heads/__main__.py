@@ -40,6 +40,8 @@ PARTS = ("out", "dq", "dk", "dv")
 QUANTILES = (10, 25, 50, 75, 90)
 LIMITS = (1e-1, 5e-2, 2e-2, 1e-2)
 EXACT = "exact"
+# What an engine raises that cannot do a head, or where what it made of the layers before is too much for the next.
+NO_RESULT = (lg.DenominatorError, lg.NonFiniteError)
 Json = dict[str, Any]
 Tokens = NDArray[np.int64]
 Engines = dict[str, lg.Engine]
@@ -104,7 +106,7 @@ def measured(head: Head, methods: list[timing.Method], rounds: int) -> Json:
         try:
             results[method.name] = both()
             calls[method.name] = both
-        except (lg.DenominatorError, lg.NonFiniteError) as error:
+        except NO_RESULT as error:
             print(f"{head.name}, {method.name}: {error}", file=sys.stderr)
     errors = {
         name: {part: timing.relative_error(x, y) for part, x, y in zip(PARTS, result, results[EXACT], strict=True)}
@@ -214,7 +216,13 @@ def table_of_model(decoder: Decoder, tokens: Tokens, chosen: Engines, file: Text
     rows: Json = {}
     for label, engine in chosen.items():
         start = time.perf_counter()
-        loss, grads = decoder.value_and_grad(tokens, engine)
+        try:
+            loss, grads = decoder.value_and_grad(tokens, engine)
+        except NO_RESULT as error:
+            print(f"{label}: {error}", file=sys.stderr)
+            print_row([label, *["-"] * 7], file)
+            rows[label] = None
+            continue
         seconds = time.perf_counter() - start
         of = difference(grads, exact)
         median, most = statistics.median(of.weights.values()), max(of.weights.values())
