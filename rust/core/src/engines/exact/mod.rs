@@ -35,7 +35,7 @@ use crate::numerics::stored::Stored;
 use crate::numerics::tile::{TILE, add_product, load_rows, load_transposed, product, tiles, view, view_mut, widen};
 use crate::problem::grads::{BiasGrads, HeadGrads, RowFactors, Upstream};
 use crate::problem::heads::Head;
-use crate::problem::scores::{Coverage, add_bias, cap_all};
+use crate::problem::scores::{Coverage, RowsOf, add_bias, cap_all};
 
 /// Softmax attention; it takes nothing from a head's data.
 #[derive(Debug)]
@@ -146,7 +146,7 @@ fn scores<T: Real, E: Stored<T>>(
         add_bias(bias.subrows(keys.start, bk).iter().copied(), bq, s);
     }
     if !head.pairs.is_none() {
-        head.pairs.apply_transposed(queries.clone(), keys.clone(), s);
+        head.pairs.apply(queries.clone(), keys.clone(), RowsOf::Keys, s);
     }
     head.mask.hide(queries, keys, head.m(), s);
 }
@@ -425,7 +425,7 @@ fn backward_square<T: Real, E: Stored<T>>(
                     cap_all(T::of(cap), f_tile, Some(slopes));
                 }
                 if !head.pairs.is_none() {
-                    head.pairs.apply(queries, keys, f_tile);
+                    head.pairs.apply(queries, keys, RowsOf::Queries, f_tile);
                 }
                 score_gradients(&up, first, bk, biases, f_tile, ds_tile);
                 if coverage == Coverage::Part {

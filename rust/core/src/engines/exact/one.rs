@@ -12,7 +12,7 @@ use crate::numerics::real::{Real, vectorised};
 use crate::numerics::stored::Stored;
 use crate::numerics::tile::{TILE, tiles};
 use crate::problem::heads::Head;
-use crate::problem::scores::{add_bias, cap_all};
+use crate::problem::scores::{RowsOf, add_bias, cap_all};
 
 /// One thread's memory, for heads of one size.
 struct One<T> {
@@ -82,7 +82,7 @@ impl<T: Real> One<T> {
                 add_bias(bias.subrows(first, count).iter().copied(), 1, s);
             }
             if !head.pairs.is_none() {
-                head.pairs.apply(query..query + 1, keys.clone(), s);
+                head.pairs.apply(query..query + 1, keys.clone(), RowsOf::Queries, s);
             }
             let (before, mut tile_sum) = (max[0], [T::ZERO]);
             column_exponentials(s, &mut max, &mut tile_sum);
